@@ -1,0 +1,42 @@
+"""Digits: draws a handwritten digit from a caption, captions a digit, and completes sums in words.
+
+    transfusion-jax train experiments/digits.py
+
+Hardware: two CPU cores, about three minutes of training.
+Expected: generation, caption and trained-sum accuracy at 95 % or more.
+"""
+
+from transfusion_jax.config import (
+    DataConfig,
+    Experiment,
+    ImageConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="digits",
+        image=ImageConfig(height=8, width=8, channels=1, patch=2),
+        model=ModelConfig(
+            layers=4,
+            width=128,
+            heads=4,
+            mlp_width=384,
+            vocab_size=512,
+            compute_dtype="float32",
+            timestep="after",
+            attention_block=160,
+        ),
+        data=DataConfig(sources=(SourceConfig("digits"), SourceConfig("sums")), row_length=160, batch_rows=16),
+        tokenizer=TokenizerConfig(vocab_size=480),
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=100),
+        train=TrainConfig(steps=2000, vocab_chunk=160, ema_decay=0.995, checkpoint_every=250),
+        sampler=SamplerConfig(kind="ddpm", steps=50, guidance=3.0, clip=1.0, max_tokens=48),
+        evaluation=("digits", "sums", "likelihood"),
+    )

@@ -1,0 +1,3 @@
+from transfusion_jax.cli import main
+
+raise SystemExit(main())

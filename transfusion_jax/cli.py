@@ -1,0 +1,248 @@
+"""The command line: parse, build, call. Exit codes: 0 success, 1 the work ran and failed, 2 bad input."""
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import re
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.host import keep_freed_memory
+
+
+class BadInput(Exception):
+    """What the user gave cannot work; the message is one line."""
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """What raises ValueError in here was caused by the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a file, or with `file:name` one point of its sweep, with dotted overrides applied.
+
+    Raises:
+      ValueError: the file, the point or an override is wrong.
+    """
+    path, _, point = spec.partition(":") if not Path(spec).exists() else (spec, "", "")
+    if not Path(path).is_file():
+        raise ValueError(f"there is no experiment file {path}")
+    try:
+        names = runpy.run_path(path)
+        wanted = "sweep" if point else "config"
+        if wanted not in names:
+            raise ValueError(f"{path} has no function {wanted}()")
+        found = names[wanted]()
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
+    if point:
+        points = {experiment.name: experiment for experiment in found}
+        if point not in points:
+            raise ValueError(f"{path} has no point {point!r}, only {', '.join(points)}")
+        found = points[point]
+    if not isinstance(found, Experiment):
+        raise ValueError(f"config() of {path} returns {type(found).__name__}, not an Experiment")
+    return override(found, overrides)
+
+
+def override(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
+    """Applies `--a.b value` arguments, checked against the types of the fields."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(
+                Experiment, default=experiment, args=list(arguments), config=(tyro.conf.FlagConversionOff,),
+                prog="transfusion-jax train EXPERIMENT",
+            )  # fmt: skip
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            print(said.getvalue())
+            raise
+        raise ValueError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The message, and the nearest names, of one of tyro's boxes."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    parts = [" ".join(part.split()) for part in re.split("─{3,}", "\n".join(lines))]
+    near = re.findall(r"--[\w.]+", " ".join(part for part in parts[1:] if "Perhaps" in part))
+    return parts[0] + (f"; perhaps you meant {' or '.join(dict.fromkeys(near))}" if near else "")
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.evaluation.figures import curves
+    from transfusion_jax.evaluation.suite import check_suites, evaluate
+    from transfusion_jax.generation.engine import load_engine
+    from transfusion_jax.training.loop import train as train_loop
+    from transfusion_jax.training.run import open_run
+
+    with user_input():
+        experiment = load_experiment(arguments.experiment, arguments.overrides)
+        check_suites(experiment.evaluation)
+        directory = arguments.run_dir or Path("runs") / experiment.name
+        run = open_run(experiment, directory, say)
+    say(run.description())
+    outcome = train_loop(run, say)
+    run.checkpoints.close()
+    if outcome.stopped_by:
+        say(f"stopped by {outcome.stopped_by} at step {int(outcome.state.step)}, saved; the same command goes on")
+        return 0
+
+    samples, steps, seconds = directory / "samples", experiment.train.steps, outcome.seconds
+    say(f"trained {steps} steps in {seconds:.0f} s")
+    del outcome, run  # the evaluation needs the averaged weights only
+    engine, _ = load_engine(directory, say)
+    metrics = evaluate(engine, experiment.evaluation, samples, say)
+    curves(directory, samples / "curves.png")
+    summary = {**metrics, "steps": steps, "train_seconds": round(seconds, 1)}
+    _write_json(directory / "summary.json", summary)
+    say(_table(summary))
+    say(f"pictures  {', '.join(map(str, sorted(samples.glob('*.png'))))}")
+    say(f"curve     {directory / 'metrics.jsonl'}\nnumbers   {directory / 'summary.json'}")
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.data.images import read_image, write_image
+    from transfusion_jax.generation.engine import load_engine
+
+    with user_input():
+        if not arguments.prompt and not arguments.image:
+            raise ValueError("the prompt is empty: give --prompt TEXT, or --image FILE, or both")
+        if arguments.num < 1:
+            raise ValueError(f"--num {arguments.num} must be at least 1")
+        engine, _ = load_engine(arguments.run_dir, say)
+        asked = {name: getattr(arguments, name) for name in ("guidance", "steps", "temperature")}
+        engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
+        image = [read_image(arguments.image, engine.experiment.image)] if arguments.image else []
+        request = (*image, *([arguments.prompt] if arguments.prompt else []))
+        engine.check([request])
+        if arguments.out.exists() and not arguments.out.is_dir():
+            raise ValueError(f"--out {arguments.out} is a file, not a directory")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    lines, pictures = [], 0
+    for spans in engine.generate([request] * arguments.num, arguments.seed):
+        written = []
+        for span in spans:
+            if isinstance(span, str):
+                written.append({"text": span})
+            else:
+                write_image(arguments.out / f"{pictures}.png", span)
+                written.append({"image": f"{pictures}.png"})
+                pictures += 1
+        lines.append({"prompt": arguments.prompt or "", "spans": written})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (arguments.out / "outputs.jsonl").write_text(text)
+    print(text, end="")
+    say(f"written to {arguments.out}")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.evaluation.suite import check_suites
+    from transfusion_jax.evaluation.suite import evaluate as run_suites
+    from transfusion_jax.generation.engine import load_engine
+
+    with user_input():
+        check_suites((arguments.suite,) if arguments.suite else ())
+        engine, step = load_engine(arguments.run_dir, lambda line: print(line, file=sys.stderr))
+    names = (arguments.suite,) if arguments.suite else engine.experiment.evaluation
+    metrics = run_suites(engine, names, arguments.run_dir / "samples", lambda line: print(line, file=sys.stderr))
+    metrics = {**metrics, "step": step}
+    if arguments.out:
+        _write_json(arguments.out, metrics)
+    print(json.dumps(metrics, indent=2))
+    return 0
+
+
+def _write_json(path: Path, value: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _table(summary: dict) -> str:
+    flat = {name: value for name, value in summary.items() if not isinstance(value, dict)}
+    return "\n".join(f"  {name:26}{value:.4f}" if isinstance(value, float) else f"  {name:26}{value}" for name, value in flat.items())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise BadInput(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="transfusion-jax", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(function, help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=help_text, description=help_text, allow_abbrev=False)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command(train, "train an experiment, or resume it; --a.b VALUE overrides a field of its config")
+    sub.add_argument("experiment", metavar="EXPERIMENT", help="a file, with :name for one point of its sweep")
+    sub.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<name of the experiment>")
+
+    sub = command(generate, "continue a prompt with text and images")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    sub.add_argument("--prompt", metavar="TEXT")
+    sub.add_argument("--image", type=Path, metavar="FILE", help="an image before the prompt")
+    sub.add_argument("--num", type=int, default=1, metavar="N", help="continuations of the prompt (1)")
+    sub.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance; 1 is none")
+    sub.add_argument("--steps", type=int, metavar="S", help="denoising steps of an image")
+    sub.add_argument("--seed", type=int, default=0, metavar="K", help="(0)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="of text; 0 is greedy")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+    sub = command(evaluate, "measure a run; prints JSON")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    sub.add_argument("--suite", metavar="NAME", help="default: those of the experiment")
+    sub.add_argument("--out", type=Path, metavar="FILE")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    keep_freed_memory()
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        if rest and arguments.function is not train:
+            raise BadInput(f"unknown arguments: {' '.join(rest)}")
+        arguments.overrides = rest
+        return arguments.function(arguments)
+    except BadInput as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"the disk is full: {error}", 1)
+    except Exception as error:
+        # Failures of the work itself, which say all there is to say. By name: importing their modules costs seconds.
+        if type(error).__name__ not in ("TrainingFailed", "CheckpointError"):
+            raise
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,345 @@
+"""One experiment as frozen, typed data.
+
+An experiment file returns an `Experiment`; the command line overrides its fields by dotted name; the resolved
+value is stored in the run directory as `config.json` and is enough to reload the run. A value that cannot
+work raises `ValueError` at construction. Defaults are the paper's (arXiv 2408.11039, sections 3.3 and 4.1)
+where the paper gives one; where it is silent the field says "our choice".
+"""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The image grid that the transformer sees: VAE latents, or pixels when `autoencoder` is empty."""
+
+    height: int = 32
+    width: int = 32
+    channels: int = 8
+    patch: int = 2
+    """Side of a square patch, in latent pixels (k in the paper's section 4.3)."""
+
+    def __post_init__(self):
+        _require(min(self.height, self.width, self.channels, self.patch) > 0, f"image sizes must be positive: {self}")
+        _require(
+            self.height % self.patch == 0 and self.width % self.patch == 0,
+            f"image.patch={self.patch} must divide image.height={self.height} and image.width={self.width}",
+        )
+
+    @property
+    def patches(self) -> int:
+        """P: patches of one image."""
+        return (self.height // self.patch) * (self.width // self.patch)
+
+    @property
+    def patch_values(self) -> int:
+        """Z: values of one patch."""
+        return self.patch * self.patch * self.channels
+
+    @property
+    def span(self) -> int:
+        """Positions that one image takes in a row: BOI, its patches, EOI."""
+        return self.patches + 2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.height, self.width, self.channels
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style transformer: pre-RMSNorm, RoPE, SwiGLU, no biases, untied embeddings."""
+
+    layers: int = 16
+    width: int = 768
+    heads: int = 12
+    kv_heads: int = 0
+    """Key and value heads; 0 means as many as `heads`."""
+    mlp_width: int = 0
+    """Feed-forward width; 0 means Llama's: 2/3 of 4 widths, rounded up to a multiple of 256."""
+    vocab_size: int = 32_128
+    """Embedding rows: the tokenizer's entries and the special tokens, rounded up so that the mesh divides them."""
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Parameters, softmax, norms and losses are float32 whatever this says."""
+    timestep: Literal["before", "after"] = "before"
+    """Where the timestep embedding is added: to the patch vector before the linear layer (the paper), or to
+    the linear layer's output, where it cannot be mistaken for the content of a small patch."""
+    remat: Literal["none", "full"] = "full"
+    """What the backward pass recomputes: nothing, or every layer from its input."""
+    attention: Literal["chunked", "dense"] = "chunked"
+    attention_block: int = 128
+
+    def __post_init__(self):
+        _require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")
+        _require(
+            self.width % self.heads == 0, f"model.heads={self.heads} must divide model.width={self.width}"
+        )
+        _require(self.head_dim % 2 == 0, f"model.width / model.heads = {self.head_dim} must be even (RoPE)")
+        _require(
+            self.kv_heads >= 0 and self.heads % self.num_kv_heads == 0,
+            f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}",
+        )
+        _require(self.mlp_width >= 0, f"model.mlp_width={self.mlp_width} must not be negative")
+        _require(self.attention_block > 0, f"model.attention_block={self.attention_block} must be positive")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.mlp_width or -(-8 * self.width // 3 // 256) * 256
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    schedule: Literal["cosine", "flow"] = "cosine"
+    steps: int = 1000
+    """T: training timesteps, 0 (almost clean) to T - 1 (almost noise)."""
+    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
+    noise_limit: int = 500
+    """Timesteps of an image that comes before its caption are drawn below this (Table 8); T switches it off."""
+
+    def __post_init__(self):
+        _require(self.steps > 1, f"diffusion.steps={self.steps} must be at least 2")
+        _require(
+            0 < self.noise_limit <= self.steps,
+            f"diffusion.noise_limit={self.noise_limit} must be in 1..diffusion.steps={self.steps}",
+        )
+        _require(
+            (self.prediction == "flow") == (self.schedule == "flow"),
+            f"diffusion.prediction={self.prediction!r} does not fit diffusion.schedule={self.schedule!r}",
+        )
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How images are drawn; `generate` can override steps, guidance and temperature."""
+
+    kind: Literal["ddpm", "ddim"] = "ddpm"
+    steps: int = 250
+    guidance: float = 3.0
+    """Weight w of classifier-free guidance: uncond + w * (cond - uncond); 1 is no guidance."""
+    clip: float = 10.0
+    """Clip the predicted clean image to [-clip, clip] at every step; 0 never. 1 suits pixels in [-1, 1], the
+    default is far outside latents of unit variance."""
+    temperature: float = 0.0
+    """Of text; 0 is greedy (the paper)."""
+    max_tokens: int = 256
+    """Positions a request may add after its prompt, image positions included."""
+
+    def __post_init__(self):
+        _require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
+        _require(self.guidance >= 0, f"sampler.guidance={self.guidance} must not be negative")
+        _require(self.clip >= 0, f"sampler.clip={self.clip} must not be negative")
+        _require(self.temperature >= 0, f"sampler.temperature={self.temperature} must not be negative")
+        _require(self.max_tokens > 0, f"sampler.max_tokens={self.max_tokens} must be positive")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents and its share of the rows (rows are equally long, so also of the tokens)."""
+
+    name: str = "synthetic"
+    weight: float = 1.0
+
+    def __post_init__(self):
+        _require(self.weight > 0, f"weight={self.weight} of source {self.name!r} must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    row_length: int = 4096
+    batch_rows: int = 512
+    """Rows of the global batch: 512 rows of 4,096 are the paper's 2 M tokens."""
+    image_first: float = 0.2
+    """Share of text-image pairs that come image first; the others come caption first."""
+    caption_dropout: float = 0.1
+    """Share of caption-first pairs whose caption is left out, for guidance (our choice; the paper is silent)."""
+    prefetch: int = 8
+    """Batches read ahead of the step."""
+
+    def __post_init__(self):
+        _require(len(self.sources) > 0, "data.sources must name at least one source")
+        _require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
+        _require(self.batch_rows > 0, f"data.batch_rows={self.batch_rows} must be positive")
+        _require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be positive")
+        for name in ("image_first", "caption_dropout"):
+            _require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} must be in 0..1")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str = ""
+    """A sentencepiece `.model`; empty: one is trained on the sources' own text and kept in the run directory."""
+    vocab_size: int = 32_000
+    """Entries of a tokenizer trained on the spot, at most."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-4
+    final_learning_rate: float = 1.5e-5
+    warmup_steps: int = 4000
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only; norm scales are not decayed (our choice)."""
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 for at most one axis means all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        _require(
+            all(n == -1 or n > 0 for n in sizes) and sizes.count(-1) <= 1,
+            f"mesh axes must be positive, and at most one -1: {self}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 250_000
+    seed: int = 0
+    image_loss_weight: float = 5.0
+    """Lambda of L = L_LM + lambda * L_DDPM."""
+    vocab_chunk: int = 512
+    """Positions of a row whose logits exist at one time."""
+    ema_decay: float = 0.9999
+    """Of the weights that are sampled and evaluated (our choice; the paper is silent)."""
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    max_skipped_steps: int = 10
+    """Training stops after so many steps in a row whose gradients are not finite."""
+
+    def __post_init__(self):
+        for name in ("steps", "vocab_chunk", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
+            _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        _require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that varies between two runs."""
+
+    name: str
+    image: ImageConfig = ImageConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: tuple[str, ...] = ()
+    """Suites run after the last step (names in `evaluation/suite.py`)."""
+
+    def __post_init__(self):
+        shortest = self.image.span + 2
+        _require(
+            self.data.row_length >= shortest,
+            f"data.row_length={self.data.row_length} is shorter than one image: BOS, BOI, "
+            f"{self.image.patches} patches, EOI and EOS take {shortest}",
+        )
+        _require(
+            self.sampler.steps <= self.diffusion.steps,
+            f"sampler.steps={self.sampler.steps} must not exceed diffusion.steps={self.diffusion.steps}",
+        )
+
+    @property
+    def image_slots(self) -> int:
+        """M: the most images that fit into one row."""
+        return self.data.row_length // self.image.span
+
+
+TABLE_2 = {
+    "0.16B": dict(layers=16, width=768, heads=12),
+    "0.37B": dict(layers=24, width=1024, heads=16),
+    "0.76B": dict(layers=24, width=1536, heads=24),
+    "1.4B": dict(layers=24, width=2048, heads=16),
+    "7B": dict(layers=32, width=4096, heads=32),
+}
+
+
+def paper(size: str) -> Experiment:
+    """The paper's controlled setting (section 4.1) at one of the sizes of Table 2, linear 2x2 patches."""
+    return Experiment(name=f"transfusion_{size}", model=ModelConfig(**TABLE_2[size]))
+
+
+# Fields that do not change what is trained, so a run may be resumed with others.
+RESUMABLE = ("mesh.", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
+
+
+def differences(stored: Experiment, asked: Experiment) -> list[str]:
+    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`."""
+    old, new = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(asked))
+    return [
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name) and not name.startswith(RESUMABLE)
+    ]
+
+
+def dumps(experiment: Experiment) -> str:
+    """The experiment as JSON, from which `loads` makes the same one."""
+    return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
+
+
+def loads(text: str, name: str) -> Experiment:
+    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold one."""
+    try:
+        return _build(Experiment, json.loads(text))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} does not hold an experiment of this version: {error}") from error
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    return {k: v for name, leaf in items for k, v in _flatten(leaf, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """The inverse of `dataclasses.asdict` after a trip through JSON."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _build(hints[name], part) for name, part in value.items()})
+    if typing.get_origin(kind) is tuple:
+        return tuple(_build(typing.get_args(kind)[0], part) for part in value)
+    return value

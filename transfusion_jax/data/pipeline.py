@@ -1,0 +1,123 @@
+"""The data order: row i of a run is a function of (seed, i), whatever the hosts, devices and restarts.
+
+    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack--> batches --slice--> a host's part
+
+Each source's rows are shuffled anew every epoch, and mixed with Grain's deterministic `mix`. What is random
+inside row i (caption, order, dropout) is drawn from a generator seeded with (seed, i). Nothing has a state:
+training resumes at step s by starting to read at batch s.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import jax
+import numpy as np
+
+from transfusion_jax.batch import Batch
+from transfusion_jax.config import Experiment
+from transfusion_jax.data.documents import sequence
+from transfusion_jax.data.packing import Plan, pack, plan
+from transfusion_jax.data.sources import Source, load_sources
+from transfusion_jax.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """A source and its packing plan; item r is (this, r), which `Data.row` turns into a row."""
+
+    name: str
+    source: Source
+    plan: Plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, r: int) -> tuple["PlannedSource", int]:
+        return self, int(r)
+
+
+class Data:
+    """The packed rows of one split of an experiment's sources.
+
+    Raises:
+      ValueError: the tokenizer does not fit the model, or a source has no document that fits a row.
+    """
+
+    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, split: str = "train"):
+        if tokenizer.size > experiment.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.size} ids with BOI and EOI, more than "
+                f"model.vocab_size={experiment.model.vocab_size}"
+            )
+        self.experiment, self.tokenizer = experiment, tokenizer
+        self.sources = []
+        for config, source in zip(experiment.data.sources, load_sources(experiment, split), strict=True):
+            packed = plan(source.lengths(tokenizer), experiment.data.row_length, source.cut)
+            if len(packed) == 0:
+                raise ValueError(f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}")
+            self.sources.append(PlannedSource(config.name, source, packed))
+
+    def rows(self) -> grain.MapDataset:
+        """The endless stream of training rows; item i is row i."""
+        seed, weights = self.experiment.train.seed, [s.weight for s in self.experiment.data.sources]
+        streams = []
+        for number, source in enumerate(self.sources):
+            stream_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+            streams.append(grain.MapDataset.source(source).seed(stream_seed).shuffle().repeat())
+        mixed = grain.MapDataset.mix(streams, [w / sum(weights) for w in weights])
+        return mixed.map_with_index(lambda i, item: self.row(*item, np.random.default_rng((seed, i))))
+
+    def batches(self, block: int = 0, blocks: int = 1) -> grain.MapDataset:
+        """Item s is block `block` of the `blocks` equal parts of global batch s."""
+        rows = self.experiment.data.batch_rows // blocks
+        return self.rows().batch(rows, drop_remainder=True, batch_fn=stack)[block::blocks]
+
+    def once(self, batch_rows: int) -> Iterator[Batch]:
+        """Every row of every source once, in order, in batches; the last is filled up with empty rows."""
+        rng = np.random.default_rng(self.experiment.train.seed)
+        rows = [self.row(source, r, rng) for source in self.sources for r in range(len(source))]
+        rows += [pack([], self.experiment.data.row_length, self.experiment.image)] * (-len(rows) % batch_rows)
+        for at in range(0, len(rows), batch_rows):
+            yield stack(rows[at : at + batch_rows])
+
+    def row(self, source: PlannedSource, r: int, rng: np.random.Generator) -> Batch:
+        patches = self.experiment.image.patches
+        documents = (
+            (source.source.document(number, self.tokenizer, rng), begin, end)
+            for number, begin, end in source.plan.row(r)
+        )
+        pieces = [(sequence(document, self.tokenizer, patches), begin, end) for document, begin, end in documents]
+        return pack(pieces, self.experiment.data.row_length, self.experiment.image)
+
+    def ledger(self) -> dict[str, dict]:
+        """For every source: documents = in rows + rejected, by reason; rows; share of positions filled."""
+        length = self.experiment.data.row_length
+        return {s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)} for s in self.sources}
+
+    def fingerprint(self) -> str:
+        """A digest of the plans: another means that the data changed under a run."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            digest.update(source.name.encode())
+            for array in (source.plan.row_start, source.plan.document, source.plan.begin, source.plan.end):
+                digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def ledger(packed: Plan) -> dict:
+    """Counts of a plan: documents, rows, and what was rejected, by reason."""
+    rejected = {reason: len(documents) for reason, documents in packed.rejected.items()}
+    placed = len(np.unique(packed.document))
+    return {"documents": placed + sum(rejected.values()), "in_rows": placed, "rejected": rejected, "rows": len(packed)}
+
+
+def stack(rows: list[Batch]) -> Batch:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def read(batches: grain.MapDataset, start: int, prefetch: int) -> Iterator[Batch]:
+    """Batches from `start` on, read ahead by threads."""
+    options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
+    return iter(batches[start:].to_iter_dataset(options))

@@ -1,0 +1,74 @@
+"""Sources: random access to documents, and the names by which an experiment asks for them."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.data.digits import Digits
+from transfusion_jax.data.documents import Document, pair_document, pair_length, text_document
+from transfusion_jax.data.sums import Sums
+from transfusion_jax.data.tokenizer import Tokenizer
+
+
+class Source(Protocol):
+    """What the packer and the pipeline ask of a source; it holds the documents of one split."""
+
+    cut: bool
+    """Whether a document longer than a row may be cut: true for text only."""
+
+    def texts(self) -> Iterable[str]:
+        """Text to train a tokenizer on."""
+        ...
+
+    def lengths(self, tokenizer: Tokenizer) -> np.ndarray:
+        """Positions that each document takes at most, whatever is drawn for it."""
+        ...
+
+    def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
+        """The document, its random choices drawn from `rng`."""
+        ...
+
+
+class Synthetic:
+    """Noise with the lengths of web data, to measure a machine without any data: half pairs, half text."""
+
+    cut = True
+    count = 4096
+
+    def __init__(self, experiment: Experiment, split: str):
+        self.experiment = experiment
+        rng = np.random.default_rng(0 if split == "train" else 1)
+        most = experiment.data.row_length - experiment.image.span - 2
+        self.caption = np.clip(rng.lognormal(np.log(30), 0.5, self.count).astype(int), 1, most)
+        self.text = np.clip(rng.lognormal(np.log(500), 1.0, self.count).astype(int), 1, 100_000)
+
+    def texts(self) -> Iterator[str]:
+        return iter(["synthetic text"])
+
+    def lengths(self, tokenizer: Tokenizer) -> np.ndarray:
+        pairs = [pair_length([range(n)], self.experiment.image.span) for n in self.caption]
+        return np.asarray([*pairs, *(self.text + 2)])
+
+    def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
+        if index >= self.count:
+            return text_document(rng.integers(tokenizer.boi, size=self.text[index - self.count]), tokenizer)
+        ids = rng.integers(tokenizer.boi, size=self.caption[index])
+        latent = rng.standard_normal(self.experiment.image.shape, np.float32)
+        return pair_document([ids], latent, tokenizer, self.experiment.data, self.experiment.diffusion, rng)
+
+
+SOURCES: dict[str, type[Source]] = {"digits": Digits, "sums": Sums, "synthetic": Synthetic}
+
+
+def load_sources(experiment: Experiment, split: str) -> list[Source]:
+    """The split "train" or "held_out" of every source of the experiment.
+
+    Raises:
+      ValueError: a source is unknown.
+    """
+    for source in experiment.data.sources:
+        if source.name not in SOURCES:
+            raise ValueError(f"source {source.name!r} is not one of {sorted(SOURCES)}")
+    return [SOURCES[source.name](experiment, split) for source in experiment.data.sources]

@@ -1,0 +1,53 @@
+"""Text to ids: a sentencepiece model with the two image marks appended after its own entries."""
+
+import io
+from collections.abc import Iterable
+
+import sentencepiece
+
+
+class Tokenizer:
+    """Ids 0 ... size - 3 are the sentencepiece model's, then come BOI and EOI.
+
+    Raises:
+      ValueError: `model` is no serialized sentencepiece model, or it has no BOS or EOS entry.
+    """
+
+    def __init__(self, model: bytes, name: str = "tokenizer"):
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise ValueError(f"{name} is not a sentencepiece model") from error
+        entries = self._processor.get_piece_size()
+        self.bos, self.eos = self._processor.bos_id(), self._processor.eos_id()
+        if min(self.bos, self.eos) < 0:
+            raise ValueError(f"{name} has no BOS or EOS entry (ids {self.bos}, {self.eos})")
+        self.boi, self.eoi, self.size = entries, entries + 1, entries + 2
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS and EOS."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; the image marks are left out."""
+        return self._processor.decode([int(i) for i in ids if i < self.boi])
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-pair model with byte fallback, as Llama's. Text with few merges gives fewer entries than asked for.
+
+    Raises:
+      ValueError: `vocab_size` is too small for the characters and bytes.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, byte_fallback=True, split_digits=True, character_coverage=0.99995,
+            num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size}: {error}") from error
+    return Tokenizer(model.getvalue())

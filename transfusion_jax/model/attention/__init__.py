@@ -1,0 +1,39 @@
+"""Attention over intervals: query i sees the keys [k_start_i, k_end_i) and no others.
+
+Two integers per position describe packing, causality and the bidirectional attention inside images exactly
+(`intervals.py`), so no implementation but the dense reference builds an L x L array.
+"""
+
+from typing import Literal
+
+from transfusion_jax.model.attention.chunked import chunked_attention
+from transfusion_jax.model.attention.dense import dense_attention
+from transfusion_jax.model.attention.intervals import Intervals
+from transfusion_jax.shapes import BLNH, BSKH
+
+
+def attention(
+    q_BLNH: BLNH,
+    k_BSKH: BSKH,
+    v_BSKH: BSKH,
+    intervals: Intervals,
+    *,
+    implementation: Literal["chunked", "dense"],
+    block: int = 128,
+) -> BLNH:
+    """Softmax attention of every query over its interval of keys, scaled by 1 / sqrt(H).
+
+    Query heads are grouped: heads [k * G, (k + 1) * G) share key head k, G = N / K. A query whose interval is
+    empty gets zeros. Softmax is in float32, the result in q's dtype.
+
+    Raises:
+      ValueError: the implementation is unknown.
+    """
+    if implementation == "dense":
+        return dense_attention(q_BLNH, k_BSKH, v_BSKH, intervals)
+    if implementation == "chunked":
+        return chunked_attention(q_BLNH, k_BSKH, v_BSKH, intervals, block=block)
+    raise ValueError(f"{implementation=} is not one of 'chunked', 'dense'")
+
+
+__all__ = ["Intervals", "attention"]

@@ -1,0 +1,43 @@
+"""The device mesh, and which rows of a batch this process feeds."""
+
+import dataclasses
+import math
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from transfusion_jax.config import MeshConfig
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor over all devices.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    if -1 in sizes.values() and len(devices) % fixed == 0:
+        sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        asked = ", ".join(f"mesh.{axis}={n}" for axis, n in dataclasses.asdict(config).items())
+        raise ValueError(f"{asked} do not fit the {len(devices)} devices at hand ({devices[0].platform})")
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def host_block(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+    """(block, blocks): the global batch of `rows` is cut into equal blocks, and this process feeds one.
+
+    Raises:
+      ValueError: the batch axes of the mesh do not divide `rows`.
+    """
+    shards = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
+    if rows % shards:
+        raise ValueError(f"data.batch_rows={rows} is not divisible by the {shards} shards of mesh axes data * fsdp")
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values()]
+    start = min(s.start or 0 for s in slices)
+    stop = max(rows if s.stop is None else s.stop for s in slices)
+    return start // (stop - start), rows // (stop - start)

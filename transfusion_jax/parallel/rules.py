@@ -1,0 +1,72 @@
+"""The one table from logical axes to mesh axes, and the placement of parameters that follows from it."""
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Mesh axes: `data` replicates the model, `fsdp` cuts parameters and batch, `tensor` cuts heads, feed-forward
+# and vocabulary (Megatron). A logical axis that is absent here is a mistake; None means never cut.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "norm": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Mesh axes of an array with these logical axes.
+
+    Raises:
+      ValueError: an axis has no rule, or two axes of the array go to the same mesh axis.
+    """
+    unknown = [a for a in axes if a is not None and a not in RULES]
+    if unknown:
+        raise ValueError(f"no sharding rule for the logical axes {unknown} of {axes}")
+    placed = [RULES[a] if a is not None else None for a in axes]
+    used = [m for p in placed if p is not None for m in ((p,) if isinstance(p, str) else p)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"two of the logical axes {axes} share a mesh axis: {placed}")
+    return PartitionSpec(*placed)
+
+
+def parameter_shardings(parameters: nnx.State, mesh: Mesh) -> dict:
+    """Placement of every parameter, as a nested dict like `nnx.to_pure_dict(parameters)`.
+
+    Raises:
+      ValueError: a mesh axis does not divide the dimension that it cuts.
+    """
+
+    def place(path, variable):
+        spec = partition_spec(variable.get_metadata("out_sharding"))
+        sharding = NamedSharding(mesh, spec)
+        try:
+            sharding.shard_shape(variable.shape)
+        except ValueError:
+            name = ".".join(map(str, path))
+            raise ValueError(f"mesh {dict(mesh.shape)} does not divide {name}{variable.shape}, placed {spec}") from None
+        return sharding
+
+    return nnx.to_pure_dict(nnx.from_flat_state({p: place(p, v) for p, v in nnx.to_flat_state(parameters)}))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes, everything else whole."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pins an activation to its logical axes under the current mesh; without a mesh it is the identity."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))

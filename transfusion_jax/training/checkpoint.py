@@ -1,0 +1,167 @@
+"""Checkpoints: what training needs to go on, saved together, asynchronously and atomically with Orbax.
+
+Each holds the parameters, their average, the optimizer, the counters and the data position. Beside them goes
+a checksum of every part, made on the devices: the sum, modulo 2^32, of the bit patterns of all its elements.
+That sum does not depend on order or sharding, so a checkpoint can be verified on any mesh, and a damaged file
+that still decodes is found out.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from jax import Array
+
+from transfusion_jax.training.state import State
+
+Report = Callable[[str], None]
+
+
+class CheckpointError(Exception):
+    """No checkpoint of a run can be read, or the last one could not be written."""
+
+
+@jax.jit
+def checksum(tree: Any) -> Array:
+    """Order-independent checksum of the bits of all arrays of a tree (uint32, modulo 2^32)."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    sums = [
+        jnp.sum(jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]).astype(jnp.uint32))
+        for x in jax.tree.leaves(tree)
+    ]
+    return jnp.sum(jnp.stack(sums))
+
+
+class Checkpoints:
+    """The checkpoints of one run directory; the newest `keep` stay."""
+
+    def __init__(self, directory: Path, keep: int, report: Report):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates; what matters is reported below
+        self._directory, self._report = directory, report
+        directory.mkdir(parents=True, exist_ok=True)
+        policies = ocp.training.preservation_policies
+        self._manager = ocp.training.Checkpointer(
+            directory.absolute(), preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
+        )
+        self._saving: tuple[int, ocp.AsyncResponse] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in self._manager.checkpoints]
+
+    def save(self, state: State, progress: dict[str, Any]) -> None:
+        """Starts saving; the write goes on in the background. A write that fails is reported, not raised."""
+        self.wait()
+        step = int(state.step)
+        parts = _parts(state)
+        sums = {name: int(checksum(part)) for name, part in parts.items()}
+        try:
+            response = self._manager.save_checkpointables_async(
+                step, {**parts, "progress": {**progress, "checksum": sums}}, force=True
+            )
+            self._saving = (step, response)
+        except Exception as error:  # a full disk shows itself here or in the background, as many types
+            self._failed(step, error)
+
+    def wait(self) -> bool:
+        """Waits for the write in progress; False if it failed."""
+        if self._saving is None:
+            return True
+        (step, response), self._saving = self._saving, None
+        try:
+            response.result()
+            return True
+        except Exception as error:
+            self._failed(step, error)
+            return False
+
+    def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest readable checkpoint, placed as `abstract`, and its progress; None if there is none at all.
+
+        A damaged one is named, moved to `damaged/` beside the others' directory, and the one before it is used.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none can be read.
+        """
+        damaged = []
+        for step in reversed(self.steps):
+            try:
+                parts = _load(self._manager, step, _parts(abstract))
+            except Exception as error:  # every kind of damage raises something else
+                damaged.append(step)
+                self._report(f"checkpoint {self._directory / str(step)} is damaged ({_line(error)})")
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            self._report(f"going on from checkpoint {self._directory / str(step)}")
+            counters = parts.pop("counters")
+            return State(**counters, **{k: parts[k] for k in ("parameters", "ema", "optimizer")}), parts["progress"]
+        if damaged:
+            raise CheckpointError(f"none of the checkpoints {damaged} in {self._directory} can be read")
+        return None
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _set_aside(self, step: int) -> None:
+        target = self._directory.parent / "damaged" / str(step)
+        if jax.process_index() == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            shutil.move(self._directory / str(step), target)
+        self._manager.reload()
+
+    def _failed(self, step: int, error: Exception) -> None:
+        good = [s for s in self.steps if s != step]
+        kept = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
+        self._report(f"could not save checkpoint {step} ({_line(error)}); {kept}; training goes on")
+        for partial in self._directory.glob(f"{step}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        self._manager.reload()
+
+
+def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, Any]:
+    """Step and averaged parameters of the newest readable checkpoint of a run; nothing else of it is read.
+
+    Raises:
+      ValueError: there is none.
+      CheckpointError: there are some, but none can be read.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if not directory.exists():
+        raise ValueError(f"there is no checkpoint in {directory} yet")
+    with ocp.training.Checkpointer(directory.absolute()) as manager:
+        for checkpoint in reversed(manager.checkpoints):
+            try:
+                return checkpoint.step, _load(manager, checkpoint.step, {"ema": abstract})["ema"]
+            except Exception as error:  # every kind of damage raises something else
+                report(f"checkpoint {directory / str(checkpoint.step)} is damaged ({_line(error)})")
+        if manager.checkpoints:
+            raise CheckpointError(f"no checkpoint in {directory} can be read")
+    raise ValueError(f"there is no checkpoint in {directory} yet")
+
+
+def _parts(state: State) -> dict[str, Any]:
+    counters = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+    return {"counters": counters, "parameters": state.parameters, "ema": state.ema, "optimizer": state.optimizer}
+
+
+def _load(manager: ocp.training.Checkpointer, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    parts = manager.load_checkpointables(step, {**abstract, "progress": None})
+    for name in abstract:
+        if int(checksum(parts[name])) != int(np.asarray(parts["progress"]["checksum"][name])):
+            raise ValueError(f"the checksum of its {name} is wrong")
+    return parts
+
+
+def _line(error: Exception) -> str:
+    """An error as one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 200 else text[:200] + "..."

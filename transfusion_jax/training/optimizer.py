@@ -1,0 +1,27 @@
+"""AdamW with global-norm clipping, linear warm-up and cosine decay (section 4.1; `recipe` defaults in config)."""
+
+import optax
+from flax import nnx
+
+from transfusion_jax.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear from 0 to the peak over the warm-up, then a cosine to the final rate at `steps`."""
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    floor = config.final_learning_rate / config.learning_rate
+    decay = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup_steps, 1), floor)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, parameters: nnx.State) -> optax.GradientTransformation:
+    """The optimizer for nested dicts of arrays shaped like `parameters`, whose axis names say what decays."""
+    flat = {path: "norm" not in p.get_metadata("out_sharding") for path, p in nnx.to_flat_state(parameters)}
+    decayed = nnx.to_pure_dict(nnx.from_flat_state(flat))
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps), config.b1, config.b2, config.epsilon,
+            weight_decay=config.weight_decay, mask=decayed,
+        ),
+    )  # fmt: skip

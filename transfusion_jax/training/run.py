@@ -1,0 +1,145 @@
+"""The run directory: what a run is made of on disk, opened for training or loaded for use.
+
+    config.json       the resolved experiment           metrics.jsonl   one object per logged step
+    tokenizer.model   its sentencepiece model           tensorboard/    the same, as event files
+    ledger.json       what became of every document     samples/        pictures
+    checkpoints/      Orbax                             summary.json    the numbers at the end
+"""
+
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from transfusion_jax import config as config_lib
+from transfusion_jax.config import Experiment
+from transfusion_jax.data.pipeline import Data
+from transfusion_jax.data.sources import load_sources
+from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
+from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.rules import batch_sharding
+from transfusion_jax.training.checkpoint import Checkpoints, Report
+from transfusion_jax.training.state import Blueprint, State, blueprint
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train."""
+
+    experiment: Experiment
+    directory: Path
+    tokenizer: Tokenizer
+    data: Data
+    mesh: Mesh
+    blueprint: Blueprint
+    checkpoints: Checkpoints
+    state: State | None
+    """The restored state; None for a run that starts."""
+    train_seconds: float
+    """Spent on the steps that the state holds."""
+
+    def description(self) -> str:
+        """What is being trained, on what, for how long."""
+        config, start = self.experiment, 0 if self.state is None else int(self.state.step)
+        parameters = sum(x.size for x in jax.tree.leaves(self.blueprint.abstract.parameters))
+        tokens = config.data.batch_rows * config.data.row_length
+        sources = "; ".join(
+            f"{name}: {counts['in_rows']} of {counts['documents']} documents in {counts['rows']} rows, "
+            f"{counts['filled']:.0%} filled"
+            for name, counts in self.data.ledger().items()
+        )
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return "\n".join([
+            f"{config.name}: a transformer of {parameters:,} parameters "
+            f"({config.model.layers} layers, width {config.model.width}, {config.model.heads} heads)",
+            f"  data      {sources}",
+            f"  training  {config.train.steps - start} of {config.train.steps} steps, each {config.data.batch_rows} rows "
+            f"of {config.data.row_length} positions ({tokens * (config.train.steps - start) / 1e6:,.1f} M tokens)",
+            f"  devices   {len(jax.devices())} {jax.devices()[0].platform} ({mesh})",
+            f"  run       {self.directory}",
+            "compiling the training step; time left is shown from the second step on",
+        ])  # fmt: skip
+
+
+def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
+    """Opens a new run, or the one that is in `directory`, after checking all that can be checked before a step.
+
+    Raises:
+      ValueError: something in the experiment cannot work on this machine; the directory belongs to another
+        experiment, or is no run directory; or the data under the run has changed.
+      CheckpointError: the run has checkpoints, and none can be read.
+    """
+    mesh = make_mesh(experiment.mesh)
+    host_block(batch_sharding(mesh), experiment.data.batch_rows)
+    plan = blueprint(experiment, mesh)
+    _check_directory(experiment, directory)
+    tokenizer = _tokenizer(experiment, directory)
+    data = Data(experiment, tokenizer)
+    if not (directory / "config.json").exists() and jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory / "tokenizer.model", tokenizer.model)
+        _write(directory / "ledger.json", (json.dumps(data.ledger(), indent=2) + "\n").encode())
+        # Last: a directory with a config has all the rest.
+        _write(directory / "config.json", config_lib.dumps(experiment).encode())
+
+    checkpoints = Checkpoints(directory / "checkpoints", experiment.train.keep_checkpoints, report)
+    state, train_seconds = None, 0.0
+    if restored := checkpoints.restore(plan.abstract):
+        state, progress = restored
+        if progress["data"] != data.fingerprint():
+            raise ValueError(f"the data changed since {directory} was trained: {progress['data']} -> {data.fingerprint()}")
+        train_seconds = float(progress["train_seconds"])
+    return Run(experiment, directory, tokenizer, data, mesh, plan, checkpoints, state, train_seconds)
+
+
+def stored(directory: Path) -> tuple[Experiment, Tokenizer]:
+    """The experiment and the tokenizer of an existing run.
+
+    Raises:
+      ValueError: `directory` is no run directory.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        raise ValueError(f"{directory} is not a run directory: it has no config.json")
+    experiment = config_lib.loads(path.read_text(), str(path))
+    return experiment, _tokenizer(experiment, directory)
+
+
+def _check_directory(experiment: Experiment, directory: Path) -> None:
+    stored = directory / "config.json"
+    if stored.exists():
+        if changed := config_lib.differences(config_lib.loads(stored.read_text(), str(stored)), experiment):
+            raise ValueError(f"{directory} holds a run of another config; what differs: {'; '.join(changed)}")
+    elif directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, not a directory")
+    elif directory.exists():
+        foreign = {p.name for p in directory.iterdir()} - {"tokenizer.model", "ledger.json"}
+        if foreign := sorted(name for name in foreign if not name.endswith(".partial")):
+            raise ValueError(f"{directory} is not a run directory (no config.json), and holds {foreign[0]}")
+
+
+def _tokenizer(experiment: Experiment, directory: Path) -> Tokenizer:
+    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or one trained on the sources."""
+    path = directory / "tokenizer.model"
+    if not path.exists():
+        if not experiment.tokenizer.path:
+            sources = load_sources(experiment, "train")
+            texts = itertools.chain.from_iterable(source.texts() for source in sources)
+            return train_tokenizer(texts, experiment.tokenizer.vocab_size)
+        path = Path(experiment.tokenizer.path)
+    try:
+        return Tokenizer(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Puts a whole file in place at once."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
