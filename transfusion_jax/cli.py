@@ -80,11 +80,11 @@ def override(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
 
 
 def _one_line(box: str) -> str:
-    """The message, and the nearest names, of one of tyro's boxes."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    parts = [" ".join(part.split()) for part in re.split("─{3,}", "\n".join(lines))]
-    near = re.findall(r"--[\w.]+", " ".join(part for part in parts[1:] if "Perhaps" in part))
-    return parts[0] + (f"; perhaps you meant {' or '.join(dict.fromkeys(near))}" if near else "")
+    """The message, and the nearest names, of one of tyro's boxes: title, message, hints, parted by rules."""
+    lines = [line.strip("│| ") for line in box.splitlines() if line[:1] not in ("╰", "+")]
+    title, message, *hints = (" ".join(part.split()) for part in re.split("[─-]{3,}", "\n".join(lines)) if part.strip())
+    near = dict.fromkeys(name for hint in hints if "Perhaps" in hint for name in re.findall(r"--[\w.-]+", hint))
+    return message + (f"; perhaps you meant {' or '.join(near)}" if near else "")
 
 
 def train(arguments: argparse.Namespace) -> int:

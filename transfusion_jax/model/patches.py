@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from transfusion_jax.config import ImageConfig, ModelConfig
-from transfusion_jax.model.layers import parameter, project
+from transfusion_jax.model.layers import EMBEDDING_SCALE, parameter, project
 
 TIMESTEP_FREQUENCIES = 256
 
@@ -43,13 +43,13 @@ class LinearPatches(nnx.Module):
 
     def __init__(self, config: ModelConfig, image: ImageConfig, *, rngs: nnx.Rngs):
         D, Z = config.width, image.patch_values
-        self.time_in = parameter(rngs.params(), (TIMESTEP_FREQUENCIES, D), (None, "embed"))
-        self.time_out_DD = parameter(rngs.params(), (D, D), ("embed", None))
-        if config.timestep == "before":
-            self.time_patch_DZ = parameter(rngs.params(), (D, Z), ("embed", None))
-        self.in_ZD = parameter(rngs.params(), (Z, D), (None, "embed"), Z**-0.5)
-        self.out_DZ = parameter(rngs.params(), (D, Z), ("embed", None), 0.0)  # predicts zero noise at first
         self.before = config.timestep == "before"
+        self.time_in = parameter(rngs.params(), (TIMESTEP_FREQUENCIES, D), (None, "embed"), TIMESTEP_FREQUENCIES**-0.5)
+        self.time_out_DD = parameter(rngs.params(), (D, D), ("embed", None), EMBEDDING_SCALE * D**-0.5)
+        if self.before:
+            self.time_patch_DZ = parameter(rngs.params(), (D, Z), ("embed", None), D**-0.5)
+        self.in_ZD = parameter(rngs.params(), (Z, D), (None, "embed"), EMBEDDING_SCALE)
+        self.out_DZ = parameter(rngs.params(), (D, Z), ("embed", None), 0.0)  # predicts zero noise at first
         self.image = image
         self.dtype = jnp.dtype(config.compute_dtype)
 

@@ -9,7 +9,7 @@ from jax import Array
 
 from transfusion_jax.config import ModelConfig
 from transfusion_jax.model.attention import Intervals, attention
-from transfusion_jax.model.layers import INIT_SCALE, RMSNorm, SwiGLU, parameter, project
+from transfusion_jax.model.layers import RMSNorm, SwiGLU, parameter, project
 from transfusion_jax.model.rope import rotate, rotation
 from transfusion_jax.parallel.rules import constrain
 from transfusion_jax.shapes import BL, BLD
@@ -38,12 +38,12 @@ def _write(cache_BSKH: Array, new_BTKH: Array, start_B: Array) -> Array:
 class Attention(nnx.Module):
     """Projections around interval attention, with RoPE on queries and keys."""
 
-    def __init__(self, config: ModelConfig, out_scale: float, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, out_gain: float, *, rngs: nnx.Rngs):
         D, N, K, H = config.width, config.heads, config.num_kv_heads, config.head_dim
-        self.q_DNH = parameter(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"))
-        self.k_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"))
-        self.v_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"))
-        self.out_NHD = parameter(rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), out_scale)
+        self.q_DNH = parameter(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), D**-0.5)
+        self.k_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
+        self.v_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
+        self.out_NHD = parameter(rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), out_gain * D**-0.5)
         self.config = config
 
     def __call__(
@@ -73,11 +73,11 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         # Residual branches start small, so that the depth does not set the scale of the output (GPT-2).
-        out_scale = INIT_SCALE / (2 * config.layers) ** 0.5
+        out_gain = (2 * config.layers) ** -0.5
         self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config, out_scale, rngs=rngs)
+        self.attention = Attention(config, out_gain, rngs=rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.mlp = SwiGLU(config.width, config.ffn_width, out_scale, rngs=rngs)
+        self.mlp = SwiGLU(config.width, config.ffn_width, out_gain, rngs=rngs)
 
     def __call__(self, x_BLD, cos_sin, intervals, cache=None):
         out_BLD, cache = self.attention(self.attention_norm(x_BLD), cos_sin, intervals, cache)

@@ -8,7 +8,7 @@ from jax import Array
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment, ImageConfig, ModelConfig
 from transfusion_jax.model.attention.intervals import row_intervals
-from transfusion_jax.model.layers import parameter, project
+from transfusion_jax.model.layers import EMBEDDING_SCALE, parameter, project
 from transfusion_jax.model.patches import LinearPatches
 from transfusion_jax.model.transformer import Transformer
 from transfusion_jax.parallel.rules import constrain
@@ -19,10 +19,11 @@ class Transfusion(nnx.Module):
     """Token embedding and patch encoder in, transformer, vocabulary projection and patch decoder out."""
 
     def __init__(self, config: ModelConfig, image: ImageConfig, *, rngs: nnx.Rngs):
-        self.embedding_VD = parameter(rngs.params(), (config.vocab_size, config.width), ("vocab", "embed"))
+        D, V = config.width, config.vocab_size
+        self.embedding_VD = parameter(rngs.params(), (V, D), ("vocab", "embed"), EMBEDDING_SCALE)
         self.patches = LinearPatches(config, image, rngs=rngs)
         self.transformer = Transformer(config, rngs=rngs)
-        self.output_DV = parameter(rngs.params(), (config.width, config.vocab_size), ("embed", "vocab"))
+        self.output_DV = parameter(rngs.params(), (D, V), ("embed", "vocab"), D**-0.5)
         self.config, self.image = config, image
 
     def __call__(self, batch: Batch, noisy_BMhwc: BMhwc, t_BM: BM) -> tuple[BLD, BMhwc]:

@@ -37,7 +37,7 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
         t_BM, noise_BMhwc = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
         gradients, losses = jax.grad(loss, has_aux=True)(state.parameters, batch, t_BM, noise_BMhwc)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(losses.total)
 
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its integer counts

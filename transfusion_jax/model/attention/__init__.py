@@ -4,8 +4,6 @@ Two integers per position describe packing, causality and the bidirectional atte
 (`intervals.py`), so no implementation but the dense reference builds an L x L array.
 """
 
-from typing import Literal
-
 from transfusion_jax.model.attention.chunked import chunked_attention
 from transfusion_jax.model.attention.dense import dense_attention
 from transfusion_jax.model.attention.intervals import Intervals
@@ -18,7 +16,7 @@ def attention(
     v_BSKH: BSKH,
     intervals: Intervals,
     *,
-    implementation: Literal["chunked", "dense"],
+    implementation: str,
     block: int = 128,
 ) -> BLNH:
     """Softmax attention of every query over its interval of keys, scaled by 1 / sqrt(H).

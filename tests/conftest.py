@@ -1,0 +1,51 @@
+"""A strict process: eight CPU devices, no silent promotion, every warning an error, shapes checked at run time."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+CHECKED = ["transfusion_jax.model.attention", "transfusion_jax.objective", "transfusion_jax.diffusion"]
+hook = install_import_hook(CHECKED, "beartype.beartype")
+hook.__enter__()
+
+from transfusion_jax.config import (  # noqa: E402  (after the hook)
+    DataConfig,
+    Experiment,
+    ImageConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from transfusion_jax.data.sources import load_sources  # noqa: E402
+from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def experiment() -> Experiment:
+    """The digits experiment, small enough that a step takes milliseconds."""
+    return Experiment(
+        name="small",
+        image=ImageConfig(height=8, width=8, channels=1, patch=2),
+        model=ModelConfig(
+            layers=2, width=64, heads=4, kv_heads=2, mlp_width=96, vocab_size=512, compute_dtype="float32",
+            attention_block=32,
+        ),
+        data=DataConfig(sources=(SourceConfig("digits"), SourceConfig("sums")), row_length=96, batch_rows=8),
+        tokenizer=TokenizerConfig(vocab_size=480),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
+        train=TrainConfig(steps=40, vocab_chunk=40, log_every=1, checkpoint_every=10),
+        sampler=SamplerConfig(steps=4, clip=1.0, max_tokens=30),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer(experiment: Experiment) -> Tokenizer:
+    texts = [text for source in load_sources(experiment, "train") for text in source.texts()]
+    return train_tokenizer(texts, experiment.tokenizer.vocab_size)

@@ -1,0 +1,73 @@
+"""Packed rows for tests, written as strings, with the mask that they must have spelled out position by position."""
+
+import numpy as np
+
+from transfusion_jax.batch import Batch
+
+P = 4
+IMAGE = (4, 4, 1)
+
+# t: a text token; I: an image of P patches; |: the document ends; the rest of the row is padding.
+PACKINGS = {
+    "one text": "tttttttttt",
+    "one image": "tItt",
+    "image at both ends": "IttttttttI",
+    "several documents": "ttt|ttttt|t|tttt",
+    "several images": "tItIttIt",
+    "documents with images": "tttIt|Ittt|ttttt|tI|It",
+    "padding": "ttI|t",
+    "only padding": "",
+    "full row": "ttIttIttIttIttItttttt",
+}
+LENGTH = 36
+SLOTS = 6
+
+
+def _kinds(packing: str) -> list[tuple[int, int]]:
+    """(document, image) of every position; image 0 is text, document 0 padding."""
+    kinds, document, images = [], 1, 0
+    for letter in packing:
+        if letter == "|":
+            document += 1
+        elif letter == "I":
+            images += 1
+            kinds += [(document, images)] * P
+        else:
+            kinds.append((document, 0))
+    return kinds + [(0, 0)] * (LENGTH - len(kinds))
+
+
+def mask(packing: str) -> np.ndarray:
+    """[L, L]: whether row i may see column j, straight from the recipe's words."""
+    kinds = _kinds(packing)
+    seen = np.zeros((LENGTH, LENGTH), bool)
+    for i, (document, image) in enumerate(kinds):
+        for j, (other_document, other_image) in enumerate(kinds):
+            same_image = image != 0 and image == other_image
+            seen[i, j] = document != 0 and document == other_document and (j <= i or same_image)
+    return seen
+
+
+def batch(packings: list[str], seed: int = 0, vocabulary: int = 32) -> Batch:
+    """The packings as the rows of a batch with random tokens and latents."""
+    rng = np.random.default_rng(seed)
+    kinds = np.asarray([_kinds(packing) for packing in packings])
+    segment, image = kinds[..., 0].astype(np.int32), kinds[..., 1]
+    first = np.concatenate([np.ones((len(packings), 1), bool), segment[:, 1:] != segment[:, :-1]], axis=1)
+    index = np.arange(LENGTH)[None]
+    position = (index - np.maximum.accumulate(np.where(first, index, 0), axis=1)).astype(np.int32)
+    start = np.full((len(packings), SLOTS), LENGTH, np.int32)
+    for row, images in enumerate(image):
+        for slot in range(images.max()):
+            start[row, slot] = np.flatnonzero(images == slot + 1)[0]
+    text = (segment > 0) & (image == 0)
+    return Batch(
+        np.where(text, rng.integers(1, vocabulary, segment.shape), 0).astype(np.int32),
+        segment,
+        position,
+        rng.integers(1, vocabulary, segment.shape).astype(np.int32),
+        text.astype(np.float32),
+        rng.standard_normal((len(packings), SLOTS, *IMAGE), np.float32),
+        start,
+        np.full(start.shape, 1000, np.int32),
+    )

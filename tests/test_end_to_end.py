@@ -1,0 +1,143 @@
+"""The command line as a user has it, in processes of its own: train, be killed, go on, generate, evaluate."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXPERIMENT = '''
+from transfusion_jax.config import *
+
+def config():
+    return Experiment(
+        name="tiny",
+        image=ImageConfig(8, 8, 1, 2),
+        model=ModelConfig(layers=1, width=32, heads=2, mlp_width=32, vocab_size=512, compute_dtype="float32"),
+        data=DataConfig(sources=(SourceConfig("digits"), SourceConfig("sums")), row_length=64, batch_rows=4),
+        tokenizer=TokenizerConfig(vocab_size=480),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
+        train=TrainConfig(steps=120, vocab_chunk=64, log_every=1, checkpoint_every=20),
+        sampler=SamplerConfig(steps=2, clip=1.0, max_tokens=24),
+        evaluation=("sums", "likelihood"),
+    )
+'''
+LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "learning_rate")
+
+
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "transfusion_jax", *map(str, arguments)]
+    # Four logged steps per checkpoint and a slow disk do not matter; a second of real work does.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def logged(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    path = run_dir / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= step):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """The experiment file, and an uninterrupted run of it."""
+    path = tmp_path_factory.mktemp("work")
+    (path / "tiny.py").write_text(EXPERIMENT)
+    said = finish(start("train", path / "tiny.py", "--run-dir", path / "whole"))
+    return path, said
+
+
+def test_a_run_leaves_what_it_promises(workplace):
+    path, said = workplace
+    whole = path / "whole"
+    lines = said.splitlines()
+    assert "tiny" in lines[0] and "parameters" in lines[0] and "120 of 120 steps" in said
+    assert {p.name for p in whole.iterdir()} == {
+        "config.json", "tokenizer.model", "ledger.json", "checkpoints", "metrics.jsonl", "tensorboard", "samples",
+        "summary.json",
+    }  # fmt: skip
+    rows = logged(whole)
+    assert [row["step"] for row in rows] == list(range(1, 121))
+    assert {*LOSSES, "tokens_per_second", "data_wait_share"} <= set(rows[0])
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["steps"] == 120 and summary["train_seconds"] > 0
+    assert 0 <= summary["text_accuracy"] <= 1 and summary["text_perplexity"] > 1
+    assert len(summary["image_loss_by_timestep"]) == 10
+    assert Image.open(whole / "samples" / "curves.png").size[0] > 100
+    ledger = json.loads((whole / "ledger.json").read_text())
+    assert ledger["digits"]["documents"] == ledger["digits"]["in_rows"] == 1500
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(workplace):
+    path, _ = workplace
+    run_dir = path / "killed"
+    for kill_after in (1, 33, 70):
+        process = start("train", path / "tiny.py", "--run-dir", run_dir)
+        wait_for_step(run_dir, kill_after, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    said = finish(start("train", path / "tiny.py", "--run-dir", run_dir))
+    assert "going on from checkpoint" in said
+    whole, resumed = logged(path / "whole"), logged(run_dir)
+    assert [{k: row[k] for k in ("step", *LOSSES)} for row in resumed] == [
+        {k: row[k] for k in ("step", *LOSSES)} for row in whole
+    ]
+    numbers = [json.loads((p / "summary.json").read_text()) for p in (path / "whole", run_dir)]
+    assert numbers[0]["text_perplexity"] == numbers[1]["text_perplexity"]
+
+
+def test_sigterm_saves_and_exits_cleanly(workplace):
+    path, _ = workplace
+    run_dir = path / "terminated"
+    process = start("train", path / "tiny.py", "--run-dir", run_dir)
+    wait_for_step(run_dir, 25, process)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process)
+    assert "stopped by SIGTERM at step" in said
+    last = logged(run_dir)[-1]["step"]
+    assert 25 <= last < 120 and (run_dir / "checkpoints" / str(last)).is_dir()
+    assert not (run_dir / "summary.json").exists()
+
+
+def test_a_finished_run_is_not_trained_again(workplace):
+    path, _ = workplace
+    before = (path / "whole" / "metrics.jsonl").read_text()
+    finish(start("train", path / "tiny.py", "--run-dir", path / "whole"))
+    assert (path / "whole" / "metrics.jsonl").read_text() == before
+
+
+def test_generate_and_evaluate(workplace):
+    path, _ = workplace
+    picture = path / "digit.png"
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(picture)
+    for name, arguments in {
+        "text": ["--prompt", "three plus four is", "--num", "2", "--temperature", "1"],
+        "seen": ["--image", picture],
+    }.items():
+        finish(start("generate", path / "whole", *arguments, "--steps", "2", "--out", path / name))
+        lines = [json.loads(line) for line in (path / name / "outputs.jsonl").read_text().splitlines()]
+        assert len(lines) == (2 if name == "text" else 1)
+        pictures = [span["image"] for line in lines for span in line["spans"] if "image" in span]
+        assert pictures == [f"{i}.png" for i in range(len(pictures))]
+        assert all(Image.open(path / name / p).size == (8, 8) for p in pictures)
+        assert all(set(span) in ({"text"}, {"image"}) for line in lines for span in line["spans"])
+    finish(start("evaluate", path / "whole", "--suite", "likelihood", "--out", path / "numbers.json"))
+    stored = json.loads((path / "whole" / "summary.json").read_text())
+    assert json.loads((path / "numbers.json").read_text())["text_perplexity"] == stored["text_perplexity"]

@@ -1,0 +1,162 @@
+import functools
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packings
+import pytest
+from flax import nnx
+
+from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig
+from transfusion_jax.model.attention import Intervals
+from transfusion_jax.model.patches import patchify, unpatchify
+from transfusion_jax.model.rope import rotate, rotation
+from transfusion_jax.model.transformer import KVCache
+from transfusion_jax.model.transfusion import abstract_model, build
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@functools.cache
+def model(attention: str = "chunked", remat: str = "none"):
+    config = ModelConfig(
+        layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=32, compute_dtype="float32",
+        attention=attention, attention_block=16, remat=remat,
+    )  # fmt: skip
+    built = build(Experiment("test", image=ImageConfig(4, 4, 1, 2), model=config), 0)
+    # Fresh output layers predict zero; random ones, so that every path carries a signal.
+    built.patches.out_DZ[...] = jax.random.normal(jax.random.key(1), built.patches.out_DZ.shape)
+    return built
+
+
+def rows(*names: str):
+    return jax.tree.map(jnp.asarray, packings.batch([packings.PACKINGS[n] for n in names]))
+
+
+def timesteps(batch):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 1000, batch.image_start_BM.shape), jnp.int32)
+
+
+@pytest.mark.parametrize("name", ["documents with images", "several images", "image at both ends", "padding"])
+def test_gradients_reach_exactly_the_visible_positions(name):
+    """d hidden_i / d input_j is zero where i may not see j, and not zero where it may."""
+    batch = rows(name)
+    net = model()
+    x_BLD = jax.random.normal(jax.random.key(2), (1, packings.LENGTH, 32))
+    from transfusion_jax.model.attention.intervals import row_intervals
+
+    intervals = row_intervals(batch, packings.P)
+    jacobian = jax.jit(jax.jacrev(lambda x: net.transformer(x, batch.position_BL, intervals)[0].sum(-1)))(x_BLD)
+    reached = np.abs(np.asarray(jacobian))[:, 0].sum(-1) > 0
+    seen = packings.mask(packings.PACKINGS[name])
+    np.testing.assert_array_equal(reached, seen | np.eye(packings.LENGTH, dtype=bool))  # padding has its residual
+
+
+def test_every_patch_of_an_image_sees_all_of_it_and_no_later_image():
+    batch, net = rows("several images"), model()
+    t = timesteps(batch)
+
+    def prediction(latents, slot):
+        return net(batch, latents, t)[1][0, slot].sum()
+
+    for slot in range(3):
+        gradient = jax.jit(jax.grad(prediction), static_argnums=1)(batch.latents_BMhwc, slot)[0]
+        touched = np.abs(np.asarray(gradient)).reshape(packings.SLOTS, -1) > 0
+        assert touched[: slot + 1].all() and not touched[slot + 1 :].any()
+
+
+def test_packed_equals_unpacked():
+    """Every document's hidden states, logits and noise predictions are the same alone and among others."""
+    packing, net = packings.PACKINGS["documents with images"], model()
+    packed = rows("documents with images")
+    t = timesteps(packed)
+    hidden, predicted = net(packed, packed.latents_BMhwc, t)
+    logits, at, slot = net.logits(hidden), 0, 0
+    for document in packing.split("|"):
+        alone = jax.tree.map(jnp.asarray, packings.batch([document]))
+        length, images = len(document) + (packings.P - 1) * document.count("I"), document.count("I")
+        here, slots = slice(at, at + length), slice(slot, slot + images)
+        tokens = jnp.pad(packed.tokens_BL[:, here], ((0, 0), (0, packings.LENGTH - length)))
+        latents = jnp.zeros_like(alone.latents_BMhwc).at[:, :images].set(packed.latents_BMhwc[:, slots])
+        t_alone = jnp.zeros_like(t).at[:, :images].set(t[:, slots])
+        alone = jax.tree_util.tree_map(lambda x: x, alone).__class__(
+            tokens, alone.segment_BL, alone.position_BL, alone.text_target_BL, alone.text_weight_BL, latents,
+            alone.image_start_BM, alone.image_limit_BM,
+        )  # fmt: skip
+        hidden_alone, predicted_alone = net(alone, latents, t_alone)
+        np.testing.assert_allclose(net.logits(hidden_alone)[:, :length], logits[:, here], atol=1e-5)
+        np.testing.assert_allclose(predicted_alone[:, :images], predicted[:, slots], atol=1e-5)
+        at, slot = at + length, slot + images
+    assert slot == packing.count("I")
+
+
+@pytest.mark.parametrize("variant", [("dense", "none"), ("chunked", "full")])
+def test_attention_and_remat_do_not_change_the_model(variant):
+    batch = rows(*packings.PACKINGS)
+    t = timesteps(batch)
+
+    def gradient(net):
+        graph, parameters = nnx.split(net, nnx.Param)
+
+        def loss(parameters):
+            hidden, predicted = nnx.merge(graph, parameters)(batch, batch.latents_BMhwc, t)
+            return jnp.sum(jnp.sin(hidden)) + jnp.sum(predicted**2)
+
+        return jax.jit(jax.grad(loss))(nnx.to_pure_dict(parameters))
+
+    for got, expected in zip(*(jax.tree.leaves(gradient(net)) for net in (model(*variant), model())), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [[36], [5, 1, 1, 29], [1] * 36])
+def test_cached_equals_uncached(chunks):
+    """A row run piece by piece over a cache gives the hidden states of the row run at once."""
+    net = model()
+    x_BLD = jax.random.normal(jax.random.key(3), (2, 36, 32))
+    position = jnp.broadcast_to(jnp.arange(36, dtype=jnp.int32), (2, 36))
+    whole = Intervals(jnp.zeros_like(position), position + 1)
+    expected = net.transformer(x_BLD, position, whole)
+    cache, at, pieces = KVCache.zeros(net.config, 2, 40), 0, []
+    for length in chunks:
+        here = slice(at, at + length)
+        intervals = Intervals(whole.k_start_BL[:, here], whole.k_end_BL[:, here])
+        start = jnp.full((2,), at, jnp.int32)
+        hidden, cache = net.transformer.extend(x_BLD[:, here], position[:, here], intervals, cache, start)
+        pieces.append(hidden)
+        at += length
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=1e-5)
+
+
+def test_patches_run_left_to_right_top_to_bottom():
+    image = jnp.arange(16).reshape(4, 4, 1)
+    expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    np.testing.assert_array_equal(patchify(image, 2), expected)
+    latents = jax.random.normal(jax.random.key(0), (2, 3, 8, 4, 5))
+    np.testing.assert_array_equal(unpatchify(patchify(latents, 2), (8, 4, 5), 2), latents)
+
+
+def test_rope_depends_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def score(i, j):
+        at = [rotation(jnp.full((1, 1), p, jnp.int32), 16, 10_000.0) for p in (i, j)]
+        return float(jnp.sum(rotate(q, *at[0]) * rotate(k, *at[1])))
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+@pytest.mark.parametrize("size", TABLE_2)
+def test_presets_have_the_sizes_of_table_2(size):
+    """Parameters within 4 % of the name, and table 7's share of the linear patch layers."""
+    path = EXPERIMENTS / f"transfusion_{size.replace('.', '_').lower()}.py"
+    experiment = runpy.run_path(str(path))["config"]()
+    _, parameters = abstract_model(experiment)
+    tree = nnx.to_pure_dict(parameters)
+    total = sum(x.size for x in jax.tree.leaves(tree))
+    patches = sum(x.size for x in jax.tree.leaves(tree["patches"]))
+    assert total / 1e9 == pytest.approx(float(size[:-1]), rel=0.04)
+    share = {"0.16B": 0.5, "0.37B": 0.4, "0.76B": 0.4, "1.4B": 0.4, "7B": 0.3}[size]
+    assert round(100 * patches / (total - patches), 1) == share

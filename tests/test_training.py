@@ -1,0 +1,235 @@
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transfusion_jax.config import MeshConfig
+from transfusion_jax.data.pipeline import Data
+from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.rules import batch_sharding, partition_spec
+from transfusion_jax.training import checkpoint as checkpoint_lib
+from transfusion_jax.training.checkpoint import CheckpointError, Checkpoints
+from transfusion_jax.training.metrics import MetricsLog, read_metrics
+from transfusion_jax.training.state import blueprint
+from transfusion_jax.training.step import compiled_step
+from transfusion_jax.training.watchdog import TrainingFailed, check_finite
+
+ONE = MeshConfig(data=1)
+
+
+def build(experiment, mesh_config=ONE):
+    mesh = make_mesh(mesh_config, jax.devices()[:1] if mesh_config == ONE else None)
+    return mesh, blueprint(replace(experiment, mesh=mesh_config), mesh)
+
+
+def run(experiment, tokenizer, mesh_config, steps, state=None):
+    """Losses of some steps, and the state after them."""
+    mesh, plan = build(experiment, mesh_config)
+    with jax.set_mesh(mesh):
+        state = plan.initialise() if state is None else state
+        step, sharding = compiled_step(plan), batch_sharding(mesh)
+        batches, losses, start = Data(experiment, tokenizer).batches(), [], int(state.step)
+        for s in range(start, start + steps):
+            state, metrics = step(state, jax.device_put(batches[s], sharding))
+            losses.append(float(metrics["loss"]))
+        assert step._cache_size() == 1
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def single(experiment, tokenizer):
+    return run(experiment, tokenizer, ONE, 20)
+
+
+def test_training_learns_and_advances_everything(single, experiment):
+    losses, state = single
+    assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
+    assert int(state.step) == 20 and int(state.skipped) == 0
+    counts = [int(x) for x in jax.tree.leaves(state.optimizer) if x.ndim == 0]
+    assert counts and all(count == 20 for count in counts)
+    moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim > 0]
+    assert len(moments) == 2 * len(jax.tree.leaves(state.parameters))
+    assert all(float(jnp.abs(m).max()) > 0 for m in moments)
+    apart = jax.tree.map(lambda p, e: float(jnp.abs(p - e).max()), state.parameters, state.ema)
+    assert all(0 < d < 1 for d in jax.tree.leaves(apart))
+
+
+@pytest.mark.parametrize("mesh_config", [MeshConfig(data=8), MeshConfig(1, 8, 1), MeshConfig(1, 4, 2)], ids=str)
+def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config):
+    losses, state = run(experiment, tokenizer, mesh_config, 20)
+    np.testing.assert_allclose(losses, single[0], rtol=1e-4)
+    if mesh_config.fsdp == 1:
+        return
+    # Parameters, average and both moments: each device holds its share, norms and the timestep's odd ends aside.
+    for tree in (state.parameters, state.ema, state.optimizer):
+        total = sum(x.nbytes for x in jax.tree.leaves(tree))
+        here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+        assert here < 1.1 * total / 8 if mesh_config.tensor == 1 else here < 1.25 * total / 8
+
+
+def test_the_state_is_donated(experiment, tokenizer):
+    mesh, plan = build(experiment)
+    with jax.set_mesh(mesh):
+        state = plan.initialise()
+        compiled_step(plan)(state, jax.device_put(Data(experiment, tokenizer).batches()[0], batch_sharding(mesh)))
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.parameters, state.ema, state.optimizer)))
+
+
+def test_non_finite_gradients_are_skipped_and_counted(experiment, tokenizer):
+    mesh, plan = build(experiment)
+    with jax.set_mesh(mesh):
+        step, state = compiled_step(plan), plan.initialise()
+        batch = jax.device_put(Data(experiment, tokenizer).batches()[0], batch_sharding(mesh))
+        poisoned = replace(batch, latents_BMhwc=batch.latents_BMhwc.at[0, 0].set(jnp.nan))
+        state, _ = step(state, batch)
+        before = jax.device_get((state.parameters, state.ema, state.optimizer))
+        for expected in (1, 2):
+            state, metrics = step(state, poisoned)
+            assert int(metrics["skipped_in_a_row"]) == int(metrics["skipped"]) == expected
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.parameters, state.ema, state.optimizer)))
+        state, metrics = step(state, batch)
+        assert (int(metrics["skipped_in_a_row"]), int(metrics["skipped"]), int(state.step)) == (0, 2, 4)
+
+
+def test_training_stops_after_ten_skips_in_a_row():
+    check_finite(100, 9, 10)
+    with pytest.raises(TrainingFailed, match="10 steps in a row"):
+        check_finite(101, 10, 10)
+
+
+def checkpoints(path, said=None, keep=3):
+    return Checkpoints(path / "checkpoints", keep, (said if said is not None else []).append)
+
+
+def test_a_checkpoint_restores_on_another_mesh_and_trains_on(single, experiment, tokenizer, tmp_path):
+    losses, _ = single
+    _, state = run(experiment, tokenizer, MeshConfig(1, 4, 2), 10)
+    saved = checkpoints(tmp_path)
+    saved.save(state, {"train_seconds": 1.5, "data": "x"})
+    assert saved.wait()
+    _, plan = build(experiment, MeshConfig(2, 2, 2))
+    restored, progress = saved.restore(plan.abstract)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(restored))
+    wanted = jax.tree.leaves(plan.abstract)
+    assert all(x.sharding == w.sharding for x, w in zip(jax.tree.leaves(restored), wanted, strict=True))
+    assert float(progress["train_seconds"]) == 1.5 and progress["data"] == "x"
+    more, _ = run(experiment, tokenizer, MeshConfig(2, 2, 2), 10, restored)
+    np.testing.assert_allclose(more, losses[10:], rtol=1e-4)
+    saved.close()
+
+
+def _truncate(step_dir):
+    largest = max((p for p in step_dir.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+
+
+def _flip_bits(step_dir):
+    for path in step_dir.rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        for at in range(len(content) // 2, len(content) // 2 + 8):
+            content[at] ^= 0xFF
+        path.write_bytes(content)
+
+
+def _empty(step_dir):
+    for path in list(step_dir.iterdir()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip_bits, _empty])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(single, experiment, tmp_path, damage):
+    _, state = single
+    saved = checkpoints(tmp_path)
+    older = replace(state, step=state.step - 5)
+    for each in (older, state):
+        saved.save(each, {"train_seconds": 0.0, "data": "x"})
+    saved.close()
+    damage(tmp_path / "checkpoints" / "20")
+
+    said: list[str] = []
+    reopened = checkpoints(tmp_path, said)
+    _, plan = build(experiment)
+    restored, _ = reopened.restore(plan.abstract)
+    assert int(restored.step) == 15
+    assert any("20 is damaged" in line for line in said), said
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(older), jax.device_get(restored))
+    # Step 20 can be saved again, and what was there is kept aside.
+    reopened.save(state, {"train_seconds": 0.0, "data": "x"})
+    assert reopened.wait() and reopened.steps == [15, 20]
+    assert (tmp_path / "damaged" / "20").exists()
+    reopened.close()
+
+
+def test_no_readable_checkpoint_is_an_error_and_none_at_all_is_not(single, experiment, tmp_path):
+    _, plan = build(experiment)
+    saved = checkpoints(tmp_path)
+    assert saved.restore(plan.abstract) is None
+    saved.save(single[1], {"train_seconds": 0.0, "data": "x"})
+    saved.close()
+    _empty(tmp_path / "checkpoints" / "20")
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        checkpoints(tmp_path).restore(plan.abstract)
+
+
+def test_a_save_that_fails_leaves_the_last_good_one(single, experiment, tmp_path, monkeypatch):
+    said: list[str] = []
+    saved = checkpoints(tmp_path, said)
+    saved.save(single[1], {"train_seconds": 0.0, "data": "x"})
+    assert saved.wait()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saved._manager, "save_checkpointables_async", full)
+    saved.save(replace(single[1], step=single[1].step + 1), {"train_seconds": 0.0, "data": "x"})
+    assert "No space left" in said[-1] and "last good one is step 20" in said[-1]
+    assert saved.steps == [20]
+    saved.close()
+
+
+def test_old_checkpoints_go_by_policy(single, tmp_path):
+    saved = checkpoints(tmp_path, keep=2)
+    for extra in range(4):
+        saved.save(replace(single[1], step=single[1].step + extra), {"train_seconds": 0.0, "data": "x"})
+    saved.close()
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [22, 23]
+
+
+def test_checksum_sees_any_flipped_bit():
+    tree = {"a": jnp.arange(100, dtype=jnp.float32), "b": jnp.arange(3, dtype=jnp.int32)}
+    flipped = {**tree, "a": tree["a"].at[7].set(jnp.nextafter(tree["a"][7], jnp.float32(100)))}
+    assert int(checkpoint_lib.checksum(tree)) != int(checkpoint_lib.checksum(flipped))
+
+
+def test_metrics_are_cut_back_to_the_step_of_a_resumed_run(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": step / 3})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "lo')
+    MetricsLog(tmp_path, 3).close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert json.loads(path.read_text().splitlines()[1])["loss"] == 2 / 3
+
+
+def test_mesh_errors_name_what_does_not_fit(experiment):
+    with pytest.raises(ValueError, match=r"mesh\.fsdp=3.* do not fit the 8 devices"):
+        make_mesh(MeshConfig(1, 3, 1))
+    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    with pytest.raises(ValueError, match=r"batch_rows=12 is not divisible by the 8 shards"):
+        host_block(batch_sharding(make_mesh(MeshConfig(8))), 12)
+    assert host_block(batch_sharding(make_mesh(MeshConfig(8))), 16) == (0, 1)
+    with pytest.raises(ValueError, match="does not divide"):
+        blueprint(replace(experiment, model=replace(experiment.model, mlp_width=97)), make_mesh(MeshConfig(1, 4, 2)))
+
+
+def test_axes_without_a_rule_and_collisions_raise():
+    with pytest.raises(ValueError, match="no sharding rule"):
+        partition_spec(("embed", "nonsense"))
+    with pytest.raises(ValueError, match="share a mesh axis"):
+        partition_spec(("heads", "mlp"))
