@@ -31,6 +31,8 @@ def config() -> Experiment:
             vocab_size=512,
             compute_dtype="float32",
             timestep="after",
+            patch_position="learned",
+            rope_theta=100.0,
             attention_block=160,
         ),
         data=DataConfig(sources=(SourceConfig("digits"), SourceConfig("sums")), row_length=160, batch_rows=16),

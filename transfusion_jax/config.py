@@ -75,6 +75,9 @@ class ModelConfig:
     timestep: Literal["before", "after"] = "before"
     """Where the timestep embedding is added: to the patch vector before the linear layer (the paper), or to
     the linear layer's output, where it cannot be mistaken for the content of a small patch."""
+    patch_position: Literal["rope", "learned"] = "rope"
+    """How a patch knows its place in the image: by RoPE alone, as text does, or by a learned vector as well (our
+    choice; the paper is silent). The vector makes small models learn to read images several times sooner."""
     remat: Literal["none", "full"] = "full"
     """What the backward pass recomputes: nothing, or every layer from its input."""
     attention: Literal["chunked", "dense"] = "chunked"

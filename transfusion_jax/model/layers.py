@@ -8,14 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-EMBEDDING_SCALE = 0.02
-"""Standard deviation at initialisation of what enters the residual stream."""
-
-
 def parameter(key: Array, shape: Sequence[int], axes: Sequence[str | None], scale: float) -> nnx.Param:
     """A float32 normal parameter whose dimensions carry logical axis names (`parallel/rules.py` places them).
 
-    A kernel with fan-in n has scale n^-1/2 throughout the model, so that widths from 128 to 4,096 start alike.
+    Every kernel with fan-in n starts at n^-1/2, so that widths from 128 to 4,096, and patches of 4 to 512 values,
+    start alike.
     """
     value = scale * jax.random.normal(key, tuple(shape), jnp.float32)
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)

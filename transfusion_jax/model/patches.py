@@ -6,9 +6,11 @@ from flax import nnx
 from jax import Array
 
 from transfusion_jax.config import ImageConfig, ModelConfig
-from transfusion_jax.model.layers import EMBEDDING_SCALE, parameter, project
+from transfusion_jax.model.layers import parameter, project
 
 TIMESTEP_FREQUENCIES = 256
+FASTEST = 0.1  # radians per timestep, so that neighbouring timesteps look alike
+POSITION_SCALE = 0.5  # half the content of a patch of unit variance, so that the first layer can combine the two
 
 
 def patchify(image: Array, patch: int) -> Array:
@@ -27,9 +29,9 @@ def unpatchify(patches: Array, shape: tuple[int, int, int], patch: int) -> Array
 
 
 def sinusoid(t_BM: Array, width: int) -> Array:
-    """[cos, sin] of t at `width / 2` frequencies from 1 to 1 / 10,000 (Vaswani et al. 2017), in float32."""
+    """[cos, sin] of t at `width / 2` frequencies from FASTEST down to 1e-4 of it (Vaswani et al. 2017), in float32."""
     half = width // 2
-    frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = FASTEST * jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = t_BM[..., None].astype(jnp.float32) * frequency[None, None, :]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
@@ -45,10 +47,13 @@ class LinearPatches(nnx.Module):
         D, Z = config.width, image.patch_values
         self.before = config.timestep == "before"
         self.time_in = parameter(rngs.params(), (TIMESTEP_FREQUENCIES, D), (None, "embed"), TIMESTEP_FREQUENCIES**-0.5)
-        self.time_out_DD = parameter(rngs.params(), (D, D), ("embed", None), EMBEDDING_SCALE * D**-0.5)
+        self.time_out_DD = parameter(rngs.params(), (D, D), ("embed", None), D**-0.5)
         if self.before:
             self.time_patch_DZ = parameter(rngs.params(), (D, Z), ("embed", None), D**-0.5)
-        self.in_ZD = parameter(rngs.params(), (Z, D), (None, "embed"), EMBEDDING_SCALE)
+        self.learned = config.patch_position == "learned"
+        if self.learned:
+            self.position_PD = parameter(rngs.params(), (image.patches, D), (None, "embed"), POSITION_SCALE)
+        self.in_ZD = parameter(rngs.params(), (Z, D), (None, "embed"), Z**-0.5)
         self.out_DZ = parameter(rngs.params(), (D, Z), ("embed", None), 0.0)  # predicts zero noise at first
         self.image = image
         self.dtype = jnp.dtype(config.compute_dtype)
@@ -60,8 +65,12 @@ class LinearPatches(nnx.Module):
         patches_BMPZ = patchify(noisy_BMhwc.astype(self.dtype), self.image.patch)
         if self.before:
             time_BMZ = project(jax.nn.silu(time_BMD), self.time_patch_DZ[...])
-            return project(patches_BMPZ + time_BMZ[:, :, None], self.in_ZD[...])
-        return project(patches_BMPZ, self.in_ZD[...]) + time_BMD[:, :, None]
+            vectors_BMPD = project(patches_BMPZ + time_BMZ[:, :, None], self.in_ZD[...])
+        else:
+            vectors_BMPD = project(patches_BMPZ, self.in_ZD[...]) + time_BMD[:, :, None]
+        if self.learned:
+            vectors_BMPD = vectors_BMPD + self.position_PD[...].astype(self.dtype)[None, None]
+        return vectors_BMPD
 
     def decode(self, hidden_BMPD: Array) -> Array:
         """Hidden states of the patches -> prediction [B, M, h, w, c] in float32."""

@@ -8,7 +8,7 @@ from jax import Array
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment, ImageConfig, ModelConfig
 from transfusion_jax.model.attention.intervals import row_intervals
-from transfusion_jax.model.layers import EMBEDDING_SCALE, parameter, project
+from transfusion_jax.model.layers import parameter, project
 from transfusion_jax.model.patches import LinearPatches
 from transfusion_jax.model.transformer import Transformer
 from transfusion_jax.parallel.rules import constrain
@@ -20,7 +20,7 @@ class Transfusion(nnx.Module):
 
     def __init__(self, config: ModelConfig, image: ImageConfig, *, rngs: nnx.Rngs):
         D, V = config.width, config.vocab_size
-        self.embedding_VD = parameter(rngs.params(), (V, D), ("vocab", "embed"), EMBEDDING_SCALE)
+        self.embedding_VD = parameter(rngs.params(), (V, D), ("vocab", "embed"), 0.02)  # as in Llama
         self.patches = LinearPatches(config, image, rngs=rngs)
         self.transformer = Transformer(config, rngs=rngs)
         self.output_DV = parameter(rngs.params(), (D, V), ("embed", "vocab"), D**-0.5)

@@ -8,6 +8,7 @@ that still decodes is found out.
 
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Checkpoints:
     """The checkpoints of one run directory; the newest `keep` stay."""
 
     def __init__(self, directory: Path, keep: int, report: Report):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates; what matters is reported below
+        _quieten_orbax()
         self._directory, self._report = directory, report
         directory.mkdir(parents=True, exist_ok=True)
         policies = ocp.training.preservation_policies
@@ -134,7 +135,7 @@ def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, A
       ValueError: there is none.
       CheckpointError: there are some, but none can be read.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    _quieten_orbax()
     if not directory.exists():
         raise ValueError(f"there is no checkpoint in {directory} yet")
     with ocp.training.Checkpointer(directory.absolute()) as manager:
@@ -159,6 +160,13 @@ def _load(manager: ocp.training.Checkpointer, step: int, abstract: dict[str, Any
         if int(checksum(parts[name])) != int(np.asarray(parts["progress"]["checksum"][name])):
             raise ValueError(f"the checksum of its {name} is wrong")
     return parts
+
+
+def _quieten_orbax() -> None:
+    """Orbax narrates what it does, and at a damaged checkpoint drops its other reads; we say what matters."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine 'PyTreeHandler", RuntimeWarning)
 
 
 def _line(error: Exception) -> str:
