@@ -69,8 +69,7 @@ def test_bad_experiment_files(capsys, tmp_path, content, message):
 def test_points_of_a_sweep(tmp_path):
     path = tmp_path / "sweep.py"
     path.write_text(
-        "from transfusion_jax.config import paper\n"
-        "def sweep():\n    yield paper('0.16B')\n    yield paper('7B')\n"
+        "from transfusion_jax.config import paper\ndef sweep():\n    yield paper('0.16B')\n    yield paper('7B')\n"
     )
     assert load_experiment(f"{path}:transfusion_7B").model.width == 4096
     with pytest.raises(ValueError, match="has no point '3B', only transfusion_0.16B, transfusion_7B"):

@@ -119,9 +119,7 @@ def test_data_order_is_the_same_for_any_hosts_batches_and_restarts(experiment, t
                 np.testing.assert_array_equal(joined[name], value)
     # Another batch size cuts the same stream of rows elsewhere.
     small = Data(replace(experiment, data=replace(experiment.data, batch_rows=4)), tokenizer).batches()
-    np.testing.assert_array_equal(
-        np.concatenate([small[0].tokens_BL, small[1].tokens_BL]), whole[0].tokens_BL
-    )
+    np.testing.assert_array_equal(np.concatenate([small[0].tokens_BL, small[1].tokens_BL]), whole[0].tokens_BL)
     # A restart reads on from its step, in a process of its own making.
     again = read(Data(experiment, tokenizer).batches(), 2, prefetch=4)
     for expected in whole[2:]:

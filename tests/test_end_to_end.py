@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-EXPERIMENT = '''
+EXPERIMENT = """
 from transfusion_jax.config import *
 
 def config():
@@ -27,7 +27,7 @@ def config():
         sampler=SamplerConfig(steps=2, clip=1.0, max_tokens=24),
         evaluation=("sums", "likelihood"),
     )
-'''
+"""
 LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "learning_rate")
 
 

@@ -90,7 +90,9 @@ def test_non_finite_gradients_are_skipped_and_counted(experiment, tokenizer):
         for expected in (1, 2):
             state, metrics = step(state, poisoned)
             assert int(metrics["skipped_in_a_row"]) == int(metrics["skipped"]) == expected
-        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.parameters, state.ema, state.optimizer)))
+        jax.tree.map(
+            np.testing.assert_array_equal, before, jax.device_get((state.parameters, state.ema, state.optimizer))
+        )
         state, metrics = step(state, batch)
         assert (int(metrics["skipped_in_a_row"]), int(metrics["skipped"]), int(state.step)) == (0, 2, 4)
 

@@ -181,7 +181,9 @@ def _write_json(path: Path, value: dict) -> None:
 
 def _table(summary: dict) -> str:
     flat = {name: value for name, value in summary.items() if not isinstance(value, dict)}
-    return "\n".join(f"  {name:26}{value:.4f}" if isinstance(value, float) else f"  {name:26}{value}" for name, value in flat.items())
+    return "\n".join(
+        f"  {name:26}{value:.4f}" if isinstance(value, float) else f"  {name:26}{value}" for name, value in flat.items()
+    )
 
 
 class _Parser(argparse.ArgumentParser):

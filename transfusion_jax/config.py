@@ -85,9 +85,7 @@ class ModelConfig:
 
     def __post_init__(self):
         _require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")
-        _require(
-            self.width % self.heads == 0, f"model.heads={self.heads} must divide model.width={self.width}"
-        )
+        _require(self.width % self.heads == 0, f"model.heads={self.heads} must divide model.width={self.width}")
         _require(self.head_dim % 2 == 0, f"model.width / model.heads = {self.head_dim} must be even (RoPE)")
         _require(
             self.kv_heads >= 0 and self.heads % self.num_kv_heads == 0,

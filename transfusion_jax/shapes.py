@@ -13,7 +13,7 @@ The aliases below are for public boundaries; tests check them at run time.
 """
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int
 
 BL = Int[Array, "B L"]
 BM = Int[Array, "B M"]
@@ -24,5 +24,3 @@ BMhwc = Float[Array, "B M h w c"]
 BLNH = Float[Array, "B L N H"]
 BSKH = Float[Array, "B S K H"]
 Scalar = Float[Array, ""]
-
-__all__ = ["BL", "BM", "BLD", "BLNH", "BSKH", "BMhwc", "Bool", "FloatBL", "FloatBM", "Scalar", "Shaped"]

@@ -11,7 +11,7 @@ from transfusion_jax.data.sums import NUMBERS
 from transfusion_jax.data.tokenizer import Tokenizer
 
 TRAIN = 1500
-CAPTIONS = ("a handwritten {}", "the digit {}", "a drawing of the number {}", "{} written by hand")
+CAPTIONS = ("a handwritten {}", "the digit {}", "a drawing of a {}", "{} written by hand")
 
 
 def captions(label: int) -> list[str]:
@@ -50,9 +50,7 @@ class Digits:
 
     def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
         ids = self._ids(self.labels[index], tokenizer)
-        return pair_document(
-            ids, self.images[index], tokenizer, self.experiment.data, self.experiment.diffusion, rng
-        )
+        return pair_document(ids, self.images[index], tokenizer, self.experiment.data, self.experiment.diffusion, rng)
 
     def _ids(self, label: int, tokenizer: Tokenizer) -> list[list[int]]:
         return [tokenizer.encode(text) for text in captions(label)]

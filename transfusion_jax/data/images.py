@@ -27,7 +27,9 @@ def read_image(path: Path, config: ImageConfig) -> np.ndarray:
     width, height = config.width * scale, config.height * scale
     left, top = (picture.width - width) / 2, (picture.height - height) / 2
     box = (left, top, left + width, top + height)
-    picture = picture.resize((config.width, config.height), Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC, box=box)
+    picture = picture.resize(
+        (config.width, config.height), Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC, box=box
+    )
     return np.asarray(picture, np.float32).reshape(config.shape) / 127.5 - 1.0
 
 

@@ -9,10 +9,29 @@ from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import Document, text_document
 from transfusion_jax.data.tokenizer import Tokenizer
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-).split()
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 LARGEST = 10
 HELD_OUT = 12
 """Pairs of the 121 that training never shows, in any wording."""

@@ -58,7 +58,9 @@ def read(engine: Engine) -> Read:
 def scores(drawn: Drawn, captions: Read, classifier_accuracy: float) -> dict:
     """`generation_accuracy` of the drawn digits, `classifier_accuracy` of their judge on real ones, and
     `caption_accuracy`: captions that are one of the right wordings, to the letter."""
-    named = [digits.label_of(caption) == label for caption, label in zip(captions.captions, captions.labels, strict=True)]
+    named = [
+        digits.label_of(caption) == label for caption, label in zip(captions.captions, captions.labels, strict=True)
+    ]
     return {
         "generation_accuracy": float((drawn.judged == drawn.labels).mean()),
         "classifier_accuracy": classifier_accuracy,

@@ -41,7 +41,9 @@ def curves(run_dir: Path, path: Path) -> None:
     rows = read_metrics(run_dir)
     steps = np.asarray([row["step"] for row in rows])
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axes, name, title in zip(panels, ("text_loss", "image_loss"), ("text (nats)", "image (MSE of noise)"), strict=True):
+    for axes, name, title in zip(
+        panels, ("text_loss", "image_loss"), ("text (nats)", "image (MSE of noise)"), strict=True
+    ):
         values = np.asarray([row[name] for row in rows])
         axes.plot(steps, values, color=MUTED, linewidth=0.6, alpha=0.6)
         axes.plot(steps, _smooth(values), color=INK, linewidth=1.6)

@@ -110,9 +110,7 @@ class Engine:
         cache = KVCache.zeros(self.experiment.model, len(length_B), capacity)
         x_BLD = model.embed_batch(batch, batch.latents_BMhwc, jnp.zeros_like(batch.image_start_BM))
         intervals = row_intervals(batch, self.experiment.image.patches)
-        hidden, cache = model.transformer.extend(
-            x_BLD, batch.position_BL, intervals, cache, jnp.zeros_like(length_B)
-        )
+        hidden, cache = model.transformer.extend(x_BLD, batch.position_BL, intervals, cache, jnp.zeros_like(length_B))
         last = jnp.take_along_axis(hidden, (length_B - 1)[:, None, None], axis=1)
         return Rows(cache, length_B, model.logits(last)[:, 0], jnp.full_like(length_B, TEXT), key_B)
 
@@ -148,7 +146,9 @@ class Engine:
         if self.experiment.sampler.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         draw = lambda key, length, logits: jax.random.categorical(jax.random.fold_in(key, length), logits)  # noqa: E731
-        return jax.vmap(draw)(rows.key_B, rows.length_B, logits_BV / self.experiment.sampler.temperature).astype(jnp.int32)
+        return jax.vmap(draw)(rows.key_B, rows.length_B, logits_BV / self.experiment.sampler.temperature).astype(
+            jnp.int32
+        )
 
     def _draw(self, parameters: dict, rows: Rows) -> tuple[Rows, Array]:
         """Rows in IMAGE draw one, and are back in TEXT after EOI. Also returns the images [B, h, w, c]."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+
 def parameter(key: Array, shape: Sequence[int], axes: Sequence[str | None], scale: float) -> nnx.Param:
     """A float32 normal parameter whose dimensions carry logical axis names (`parallel/rules.py` places them).
 

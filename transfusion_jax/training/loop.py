@@ -71,9 +71,7 @@ def train(run: Run, report: Report) -> Outcome:
 
 def _on_devices(batch: Batch, sharding: jax.sharding.NamedSharding, rows: int) -> Batch:
     """This process's part of a batch, as part of the global arrays."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:])), batch
-    )
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:])), batch)
 
 
 class Monitor:
@@ -118,4 +116,3 @@ class Monitor:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate / 1000:.1f}k tokens/s", refresh=False)
         self._bar.update(step - self._bar.n)
         check_finite(step, int(metrics["skipped_in_a_row"]), self._settings.max_skipped_steps)
-

@@ -1,9 +1,9 @@
 """The run directory: what a run is made of on disk, opened for training or loaded for use.
 
-    config.json       the resolved experiment           metrics.jsonl   one object per logged step
-    tokenizer.model   its sentencepiece model           tensorboard/    the same, as event files
-    ledger.json       what became of every document     samples/        pictures
-    checkpoints/      Orbax                             summary.json    the numbers at the end
+config.json       the resolved experiment           metrics.jsonl   one object per logged step
+tokenizer.model   its sentencepiece model           tensorboard/    the same, as event files
+ledger.json       what became of every document     samples/        pictures
+checkpoints/      Orbax                             summary.json    the numbers at the end
 """
 
 import itertools
@@ -45,6 +45,7 @@ class Run:
     def description(self) -> str:
         """What is being trained, on what, for how long."""
         config, start = self.experiment, 0 if self.state is None else int(self.state.step)
+        left = config.train.steps - start
         parameters = sum(x.size for x in jax.tree.leaves(self.blueprint.abstract.parameters))
         tokens = config.data.batch_rows * config.data.row_length
         sources = "; ".join(
@@ -57,8 +58,8 @@ class Run:
             f"{config.name}: a transformer of {parameters:,} parameters "
             f"({config.model.layers} layers, width {config.model.width}, {config.model.heads} heads)",
             f"  data      {sources}",
-            f"  training  {config.train.steps - start} of {config.train.steps} steps, each {config.data.batch_rows} rows "
-            f"of {config.data.row_length} positions ({tokens * (config.train.steps - start) / 1e6:,.1f} M tokens)",
+            f"  training  {left} of {config.train.steps} steps ({tokens * left / 1e6:,.1f} M tokens), "
+            f"each {config.data.batch_rows} rows of {config.data.row_length} positions",
             f"  devices   {len(jax.devices())} {jax.devices()[0].platform} ({mesh})",
             f"  run       {self.directory}",
             "compiling the training step; time left is shown from the second step on",
@@ -91,7 +92,8 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     if restored := checkpoints.restore(plan.abstract):
         state, progress = restored
         if progress["data"] != data.fingerprint():
-            raise ValueError(f"the data changed since {directory} was trained: {progress['data']} -> {data.fingerprint()}")
+            changed = f"{progress['data']} -> {data.fingerprint()}"
+            raise ValueError(f"the data under {directory} has changed since it was trained ({changed})")
         train_seconds = float(progress["train_seconds"])
     return Run(experiment, directory, tokenizer, data, mesh, plan, checkpoints, state, train_seconds)
 
@@ -142,4 +144,3 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
-
