@@ -41,7 +41,7 @@ def experiment() -> Experiment:
         tokenizer=TokenizerConfig(vocab_size=480),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
         train=TrainConfig(steps=40, vocab_chunk=40, log_every=1, checkpoint_every=10),
-        sampler=SamplerConfig(steps=4, clip=1.0, max_tokens=30),
+        sampler=SamplerConfig(steps=4, clip=1.0, context_timestep=7, max_tokens=30),
     )  # fmt: skip
 
 

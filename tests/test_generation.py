@@ -38,7 +38,7 @@ def uncached(engine, spans):
     row = pack([(document, 0, len(document.tokens))], 96, engine.experiment.image)
     batch = jax.tree.map(jnp.asarray, stack([row]))
     model = nnx.merge(engine.graph, engine.parameters)
-    t = jnp.zeros_like(batch.image_start_BM)
+    t = jnp.full_like(batch.image_start_BM, engine.experiment.sampler.context_timestep)
     hidden, _ = model(batch, batch.latents_BMhwc, t)
     return model.logits(hidden)[0, len(document.tokens) - 1]
 

@@ -139,6 +139,9 @@ class SamplerConfig:
     clip: float = 10.0
     """Clip the predicted clean image to [-clip, clip] at every step; 0 never. 1 suits pixels in [-1, 1], the
     default is far outside latents of unit variance."""
+    context_timestep: int = 0
+    """The timestep at which finished images are seen by what follows them. They are clean, so 0; small models have
+    rarely been shown exactly 0, and read images better at a little more (our choice)."""
     temperature: float = 0.0
     """Of text; 0 is greedy (the paper)."""
     max_tokens: int = 256
@@ -277,6 +280,10 @@ class Experiment:
         _require(
             self.sampler.steps <= self.diffusion.steps,
             f"sampler.steps={self.sampler.steps} must not exceed diffusion.steps={self.diffusion.steps}",
+        )
+        _require(
+            0 <= self.sampler.context_timestep < self.diffusion.steps,
+            f"sampler.context_timestep={self.sampler.context_timestep} must be in 0..{self.diffusion.steps - 1}",
         )
 
     @property

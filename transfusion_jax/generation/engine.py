@@ -105,10 +105,12 @@ class Engine:
         return jax.tree.map(jnp.asarray, stack(rows)), jnp.asarray(lengths, jnp.int32)
 
     def _prefill(self, parameters: dict, batch: Batch, length_B: Array, key_B: Array, *, capacity: int) -> Rows:
-        """Runs the prompts; their images are clean, timestep 0."""
+        """Runs the prompts, their images clean."""
         model = self._model(parameters)
         cache = KVCache.zeros(self.experiment.model, len(length_B), capacity)
-        x_BLD = model.embed_batch(batch, batch.latents_BMhwc, jnp.zeros_like(batch.image_start_BM))
+        x_BLD = model.embed_batch(
+            batch, batch.latents_BMhwc, jnp.full_like(batch.image_start_BM, self.experiment.sampler.context_timestep)
+        )
         intervals = row_intervals(batch, self.experiment.image.patches)
         hidden, cache = model.transformer.extend(x_BLD, batch.position_BL, intervals, cache, jnp.zeros_like(length_B))
         last = jnp.take_along_axis(hidden, (length_B - 1)[:, None, None], axis=1)
@@ -179,7 +181,9 @@ class Engine:
 
         steps = sampler(self.experiment.sampler, process(self.experiment.diffusion))
         image_Bhwc = steps.sample(noise(steps.steps), predict, noise)
-        _, cache = self._patches(model, rows, image_Bhwc, jnp.int32(0))  # what follows sees the clean image
+        _, cache = self._patches(
+            model, rows, image_Bhwc, jnp.int32(self.experiment.sampler.context_timestep)
+        )  # what follows sees the clean image
         rows = rows._replace(cache=cache, length_B=rows.length_B + jnp.where(drawing_B, image.patches, 0))
         rows = self._feed(model, rows, jnp.full((B,), self.tokenizer.eoi, jnp.int32), advance_B=drawing_B)
         return rows._replace(status_B=jnp.where(drawing_B, TEXT, rows.status_B)), image_Bhwc

@@ -166,7 +166,7 @@ def _quieten_orbax() -> None:
     """Orbax narrates what it does, and at a damaged checkpoint drops its other reads; we say what matters."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine 'PyTreeHandler", RuntimeWarning)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _line(error: Exception) -> str:
