@@ -1,7 +1,6 @@
 """The command line as a user has it, in processes of its own: train, be killed, go on, generate, evaluate."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,14 +32,18 @@ LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "learning_rate")
 
 def start(*arguments) -> subprocess.Popen:
     command = [sys.executable, "-m", "transfusion_jax", *map(str, arguments)]
-    # Four logged steps per checkpoint and a slow disk do not matter; a second of real work does.
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     return out
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as file:
+        return file.size
 
 
 def logged(run_dir: Path) -> list[dict]:
@@ -80,7 +83,7 @@ def test_a_run_leaves_what_it_promises(workplace):
     assert summary["steps"] == 120 and summary["train_seconds"] > 0
     assert 0 <= summary["text_accuracy"] <= 1 and summary["text_perplexity"] > 1
     assert len(summary["image_loss_by_timestep"]) == 10
-    assert Image.open(whole / "samples" / "curves.png").size[0] > 100
+    assert size_of(whole / "samples" / "curves.png")[0] > 100
     ledger = json.loads((whole / "ledger.json").read_text())
     assert ledger["digits"]["documents"] == ledger["digits"]["in_rows"] == 1500
 
@@ -136,7 +139,7 @@ def test_generate_and_evaluate(workplace):
         assert len(lines) == (2 if name == "text" else 1)
         pictures = [span["image"] for line in lines for span in line["spans"] if "image" in span]
         assert pictures == [f"{i}.png" for i in range(len(pictures))]
-        assert all(Image.open(path / name / p).size == (8, 8) for p in pictures)
+        assert all(size_of(path / name / p) == (8, 8) for p in pictures)
         assert all(set(span) in ({"text"}, {"image"}) for line in lines for span in line["spans"])
     finish(start("evaluate", path / "whole", "--suite", "likelihood", "--out", path / "numbers.json"))
     stored = json.loads((path / "whole" / "summary.json").read_text())

@@ -189,7 +189,10 @@ def test_a_save_that_fails_leaves_the_last_good_one(single, experiment, tmp_path
     monkeypatch.setattr(saved._manager, "save_checkpointables_async", full)
     saved.save(replace(single[1], step=single[1].step + 1), {"train_seconds": 0.0, "data": "x"})
     assert "No space left" in said[-1] and "last good one is step 20" in said[-1]
-    assert saved.steps == [20]
+    assert saved.steps == [20] and not saved.wait()
+    # Once there is room again, the next save succeeds.
+    saved.save(replace(single[1], step=single[1].step + 2), {"train_seconds": 0.0, "data": "x"})
+    assert saved.wait() and saved.steps == [20, 22]
     saved.close()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
+from tqdm import tqdm
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.host import keep_freed_memory
@@ -31,7 +32,9 @@ def user_input() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    """One line on standard output, above a progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -6,7 +6,10 @@ That sum does not depend on order or sharding, so a checkpoint can be verified o
 that still decodes is found out.
 """
 
+import contextlib
+import errno
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from jax import Array
 from transfusion_jax.training.state import State
 
 Report = Callable[[str], None]
+FULL = os.strerror(errno.ENOSPC)
 
 
 class CheckpointError(Exception):
@@ -44,13 +48,18 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, report: Report):
         _quieten_orbax()
-        self._directory, self._report = directory, report
+        self._directory, self._keep, self._report = directory, keep, report
         directory.mkdir(parents=True, exist_ok=True)
-        policies = ocp.training.preservation_policies
-        self._manager = ocp.training.Checkpointer(
-            directory.absolute(), preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
-        )
+        self._manager = self._open()
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
+        self._saved = True  # whether the last save succeeded
+
+    def _open(self) -> ocp.training.Checkpointer:
+        """Orbax's own manager; opening it removes what an interrupted write left behind."""
+        policy = ocp.training.preservation_policies.LatestN(self._keep)
+        return ocp.training.Checkpointer(
+            self._directory.absolute(), preservation_policy=policy, cleanup_tmp_directories=True
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -66,21 +75,19 @@ class Checkpoints:
             response = self._manager.save_checkpointables_async(
                 step, {**parts, "progress": {**progress, "checksum": sums}}, force=True
             )
-            self._saving = (step, response)
+            self._saving, self._saved = (step, response), True
         except Exception as error:  # a full disk shows itself here or in the background, as many types
             self._failed(step, error)
 
     def wait(self) -> bool:
-        """Waits for the write in progress; False if it failed."""
-        if self._saving is None:
-            return True
-        (step, response), self._saving = self._saving, None
-        try:
-            response.result()
-            return True
-        except Exception as error:
-            self._failed(step, error)
-            return False
+        """Waits for the write in progress; False if the last save failed."""
+        if self._saving is not None:
+            (step, response), self._saving = self._saving, None
+            try:
+                response.result()
+            except Exception as error:
+                self._failed(step, error)
+        return self._saved
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest readable checkpoint, placed as `abstract`, and its progress; None if there is none at all.
@@ -120,12 +127,14 @@ class Checkpoints:
         self._manager.reload()
 
     def _failed(self, step: int, error: Exception) -> None:
-        good = [s for s in self.steps if s != step]
-        kept = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
-        self._report(f"could not save checkpoint {step} ({_line(error)}); {kept}; training goes on")
-        for partial in self._directory.glob(f"{step}*"):
+        self._saved = False
+        with contextlib.suppress(Exception):  # it raises the same error again
+            self._manager.close()
+        for partial in self._directory.glob("*tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
-        self._manager.reload()
+        self._manager = self._open()
+        kept = f"the last good one is step {self.steps[-1]}" if self.steps else "there is no earlier one"
+        self._report(f"could not save checkpoint {step} ({_line(error)}); {kept}")
 
 
 def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, Any]:
@@ -164,7 +173,7 @@ def _load(manager: ocp.training.Checkpointer, step: int, abstract: dict[str, Any
 
 def _quieten_orbax() -> None:
     """Orbax narrates what it does, and at a damaged checkpoint drops its other reads; we say what matters."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
@@ -172,4 +181,6 @@ def _quieten_orbax() -> None:
 def _line(error: Exception) -> str:
     """An error as one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if FULL in text:
+        return FULL
     return text if len(text) < 200 else text[:200] + "..."

@@ -65,7 +65,7 @@ def train(run: Run, report: Report) -> Outcome:
                 if stopped_by:
                     break
         if not run.checkpoints.wait():
-            raise TrainingFailed(f"trained to step {saved}, but its checkpoint could not be written")
+            raise TrainingFailed(f"trained to step {saved}, but its checkpoint could not be saved")
         return Outcome(state, seconds(), stopped_by)
 
 
