@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -214,7 +215,9 @@ def test_metrics_are_cut_back_to_the_step_of_a_resumed_run(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in range(1, 6):
         log.write({"step": step, "loss": step / 3})
+    log.write({"step": 6, "loss": math.nan})
     log.close()
+    assert read_metrics(tmp_path)[-1] == {"step": 6, "loss": None}
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 6, "lo')
     MetricsLog(tmp_path, 3).close()

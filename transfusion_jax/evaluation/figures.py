@@ -44,7 +44,7 @@ def curves(run_dir: Path, path: Path) -> None:
     for axes, name, title in zip(
         panels, ("text_loss", "image_loss"), ("text (nats)", "image (MSE of noise)"), strict=True
     ):
-        values = np.asarray([row[name] for row in rows])
+        values = np.asarray([row[name] for row in rows], float)
         axes.plot(steps, values, color=MUTED, linewidth=0.6, alpha=0.6)
         axes.plot(steps, _smooth(values), color=INK, linewidth=1.6)
         axes.set(title=title, xlabel="step", yscale="log")

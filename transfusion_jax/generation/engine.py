@@ -181,9 +181,8 @@ class Engine:
 
         steps = sampler(self.experiment.sampler, process(self.experiment.diffusion))
         image_Bhwc = steps.sample(noise(steps.steps), predict, noise)
-        _, cache = self._patches(
-            model, rows, image_Bhwc, jnp.int32(self.experiment.sampler.context_timestep)
-        )  # what follows sees the clean image
+        # What follows sees the clean image.
+        _, cache = self._patches(model, rows, image_Bhwc, jnp.int32(self.experiment.sampler.context_timestep))
         rows = rows._replace(cache=cache, length_B=rows.length_B + jnp.where(drawing_B, image.patches, 0))
         rows = self._feed(model, rows, jnp.full((B,), self.tokenizer.eoi, jnp.int32), advance_B=drawing_B)
         return rows._replace(status_B=jnp.where(drawing_B, TEXT, rows.status_B)), image_Bhwc

@@ -51,7 +51,8 @@ def train(run: Run, report: Report) -> Outcome:
         with Monitor(run, start) as monitor:
             for step in range(start + 1, settings.steps + 1):
                 with monitor.waiting():
-                    batch = _on_devices(next(batches), sharding, run.experiment.data.batch_rows)
+                    batch = next(batches)
+                batch = _on_devices(batch, sharding, run.experiment.data.batch_rows)
                 state, metrics = step_fn(state, batch)
                 if pending is not None:
                     monitor.read(*pending)

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, one object per logged step, and the same for TensorBoard."""
 
 import json
+import math
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -19,11 +20,12 @@ class MetricsLog:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, float]) -> None:
-        """Losses are written with all digits of their float32 values."""
+        """Losses are written with all digits of their float32 values; what is not finite, which JSON lacks, as null."""
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
