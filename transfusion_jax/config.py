@@ -78,8 +78,9 @@ class ModelConfig:
     patch_position: Literal["rope", "learned"] = "rope"
     """How a patch knows its place in the image: by RoPE alone, as text does, or by a learned vector as well (our
     choice; the paper is silent). The vector makes small models learn to read images several times sooner."""
-    remat: Literal["none", "full"] = "full"
-    """What the backward pass recomputes: nothing, or every layer from its input."""
+    remat: Literal["none", "minimal", "full"] = "full"
+    """What the backward pass recomputes: nothing; all but the products with parameters; or every layer from its
+    input."""
     attention: Literal["chunked", "dense"] = "chunked"
     attention_block: int = 128
 

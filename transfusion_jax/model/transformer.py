@@ -107,8 +107,10 @@ class Transformer(nnx.Module):
             x_BLD, _ = nnx.merge(graph, parameters)(x_BLD, cos_sin, intervals)
             return constrain(x_BLD, "batch", None, None), None
 
-        if self.config.remat == "full":
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        if self.config.remat != "none":
+            policies = jax.checkpoint_policies
+            keep = {"full": policies.nothing_saveable, "minimal": policies.dots_with_no_batch_dims_saveable}
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=keep[self.config.remat])
         x_BLD, _ = jax.lax.scan(layer, x_BLD, parameters)
         return self.norm(x_BLD)
 
