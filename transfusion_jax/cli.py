@@ -128,7 +128,7 @@ def generate(arguments: argparse.Namespace) -> int:
     from transfusion_jax.generation.engine import load_engine
 
     with user_input():
-        if not arguments.prompt and not arguments.image:
+        if not (arguments.prompt or "").strip() and not arguments.image:
             raise ValueError("the prompt is empty: give --prompt TEXT, or --image FILE, or both")
         if arguments.num < 1:
             raise ValueError(f"--num {arguments.num} must be at least 1")
@@ -136,7 +136,7 @@ def generate(arguments: argparse.Namespace) -> int:
         asked = {name: getattr(arguments, name) for name in ("guidance", "steps", "temperature")}
         engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
         image = [read_image(arguments.image, engine.experiment.image)] if arguments.image else []
-        request = (*image, *([arguments.prompt] if arguments.prompt else []))
+        request = (*image, *([arguments.prompt] if (arguments.prompt or "").strip() else []))
         engine.check([request])
         if arguments.out.exists() and not arguments.out.is_dir():
             raise ValueError(f"--out {arguments.out} is a file, not a directory")
