@@ -126,6 +126,15 @@ def test_generate_refuses_bad_input(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_help_lists_the_fields_of_an_experiment(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", DIGITS, "--help"])
+    assert "--optimizer.learning-rate" in capsys.readouterr().out
+    assert main(["train", "--help"]) == 0
+    assert "--run-dir" in capsys.readouterr().out
+    assert "name an experiment file" in fails(capsys, "train")
+
+
 def test_no_command_and_unknown_command(capsys):
     assert "COMMAND" in fails(capsys)
     assert "frob" in fails(capsys, "frob")

@@ -97,7 +97,12 @@ def train(arguments: argparse.Namespace) -> int:
     from transfusion_jax.training.loop import train as train_loop
     from transfusion_jax.training.run import open_run
 
+    if arguments.experiment is None and {"-h", "--help"} & set(arguments.overrides):
+        arguments.parser.print_help()
+        return 0
     with user_input():
+        if arguments.experiment is None:
+            raise ValueError(f"name an experiment file (see {arguments.parser.prog} --help)")
         experiment = load_experiment(arguments.experiment, arguments.overrides)
         check_suites(experiment.evaluation)
         directory = arguments.run_dir or Path("runs") / experiment.name
@@ -198,13 +203,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="transfusion-jax", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def command(function, help_text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=help_text, description=help_text, allow_abbrev=False)
-        sub.set_defaults(function=function)
+    def command(function, help_text: str, **options: bool) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            function.__name__, help=help_text, description=help_text, allow_abbrev=False, **options
+        )
+        sub.set_defaults(function=function, parser=sub)
         return sub
 
-    sub = command(train, "train an experiment, or resume it; --a.b VALUE overrides a field of its config")
-    sub.add_argument("experiment", metavar="EXPERIMENT", help="a file, with :name for one point of its sweep")
+    # --help after an experiment is answered with the fields of its config.
+    sub = command(
+        train, "train an experiment, or resume it; --a.b VALUE overrides a field of its config", add_help=False
+    )
+    sub.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a file, with :name for a point of its sweep")
     sub.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<name of the experiment>")
 
     sub = command(generate, "continue a prompt with text and images")
