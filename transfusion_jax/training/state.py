@@ -1,5 +1,6 @@
 """All that training changes, as one frozen pytree, and where each part of it lives."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +46,7 @@ class Blueprint:
     def initialise(self) -> State:
         """A fresh state, every array made on the devices that keep it."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        return jax.jit(self._fresh, out_shardings=shardings)()
-
-    def _fresh(self) -> State:
-        seed = self.experiment.train.seed
-        parameters = nnx.to_pure_dict(nnx.state(build(self.experiment, seed), nnx.Param))
-        zero = jnp.zeros((), jnp.int32)
-        # The copy keeps parameters and average apart, so that the step can take over both buffers.
-        return State(zero, parameters, jax.tree.map(jnp.copy, parameters), self.optimizer.init(parameters), zero, zero)
+        return jax.jit(functools.partial(_fresh, self.experiment, self.optimizer), out_shardings=shardings)()
 
 
 def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
@@ -64,8 +58,7 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     graph, parameters = abstract_model(experiment)
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps, parameters)
     shardings = parameter_shardings(parameters, mesh)
-    plan = Blueprint(experiment, graph, optimizer, None)
-    shapes = jax.eval_shape(plan._fresh)
+    shapes = jax.eval_shape(functools.partial(_fresh, experiment, optimizer))
     whole = replicated(mesh)
     placed = State(
         step=whole, parameters=shardings, ema=shardings, skipped=whole, skipped_in_a_row=whole,
@@ -75,3 +68,11 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     )  # fmt: skip
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
     return Blueprint(experiment, graph, optimizer, abstract)
+
+
+def _fresh(experiment: Experiment, optimizer: optax.GradientTransformation) -> State:
+    """Step 0, with its parameters drawn from the experiment's seed."""
+    parameters = nnx.to_pure_dict(nnx.state(build(experiment, experiment.train.seed), nnx.Param))
+    zero = jnp.zeros((), jnp.int32)
+    # The copy keeps parameters and average apart, so that the step can take over both buffers.
+    return State(zero, parameters, jax.tree.map(jnp.copy, parameters), optimizer.init(parameters), zero, zero)
