@@ -2,8 +2,8 @@
 
     transfusion-jax train experiments/digits.py
 
-Hardware: two CPU cores, about three minutes of training.
-Expected: generation, caption and trained-sum accuracy at 95 % or more.
+Hardware: two CPU cores, three and a half minutes of training.
+Expected: generation 100 %, captions 98 %, trained sums 100 %, held-out sums two in three.
 """
 
 from transfusion_jax.config import (
