@@ -77,7 +77,7 @@ class ModelConfig:
     the linear layer's output, where it cannot be mistaken for the content of a small patch."""
     patch_position: Literal["rope", "learned"] = "rope"
     """How a patch knows its place in the image: by RoPE alone, as text does, or by a learned vector as well (our
-    choice; the paper is silent). The vector makes small models learn to read images several times sooner."""
+    choice; the paper is silent). The vector makes small models learn to read images sooner (docs/design.md, log)."""
     remat: Literal["none", "minimal", "full"] = "full"
     """What the backward pass recomputes: nothing; all but the products with parameters; or every layer from its
     input."""
