@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
@@ -29,8 +30,8 @@ class ImageConfig:
     """Side of a square patch, in latent pixels (k in the paper's section 4.3)."""
 
     def __post_init__(self):
-        _require(min(self.height, self.width, self.channels, self.patch) > 0, f"image sizes must be positive: {self}")
-        _require(
+        require(min(self.height, self.width, self.channels, self.patch) > 0, f"image sizes must be positive: {self}")
+        require(
             self.height % self.patch == 0 and self.width % self.patch == 0,
             f"image.patch={self.patch} must divide image.height={self.height} and image.width={self.width}",
         )
@@ -85,15 +86,15 @@ class ModelConfig:
     attention_block: int = 128
 
     def __post_init__(self):
-        _require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")
-        _require(self.width % self.heads == 0, f"model.heads={self.heads} must divide model.width={self.width}")
-        _require(self.head_dim % 2 == 0, f"model.width / model.heads = {self.head_dim} must be even (RoPE)")
-        _require(
+        require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")
+        require(self.width % self.heads == 0, f"model.heads={self.heads} must divide model.width={self.width}")
+        require(self.head_dim % 2 == 0, f"model.width / model.heads = {self.head_dim} must be even (RoPE)")
+        require(
             self.kv_heads >= 0 and self.heads % self.num_kv_heads == 0,
             f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}",
         )
-        _require(self.mlp_width >= 0, f"model.mlp_width={self.mlp_width} must not be negative")
-        _require(self.attention_block > 0, f"model.attention_block={self.attention_block} must be positive")
+        require(self.mlp_width >= 0, f"model.mlp_width={self.mlp_width} must not be negative")
+        require(self.attention_block > 0, f"model.attention_block={self.attention_block} must be positive")
 
     @property
     def head_dim(self) -> int:
@@ -118,12 +119,12 @@ class DiffusionConfig:
     """Timesteps of an image that comes before its caption are drawn below this (Table 8); T switches it off."""
 
     def __post_init__(self):
-        _require(self.steps > 1, f"diffusion.steps={self.steps} must be at least 2")
-        _require(
+        require(self.steps > 1, f"diffusion.steps={self.steps} must be at least 2")
+        require(
             0 < self.noise_limit <= self.steps,
             f"diffusion.noise_limit={self.noise_limit} must be in 1..diffusion.steps={self.steps}",
         )
-        _require(
+        require(
             (self.prediction == "flow") == (self.schedule == "flow"),
             f"diffusion.prediction={self.prediction!r} does not fit diffusion.schedule={self.schedule!r}",
         )
@@ -149,11 +150,11 @@ class SamplerConfig:
     """Positions a request may add after its prompt, image positions included."""
 
     def __post_init__(self):
-        _require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
-        _require(self.guidance >= 0, f"sampler.guidance={self.guidance} must not be negative")
-        _require(self.clip >= 0, f"sampler.clip={self.clip} must not be negative")
-        _require(self.temperature >= 0, f"sampler.temperature={self.temperature} must not be negative")
-        _require(self.max_tokens > 0, f"sampler.max_tokens={self.max_tokens} must be positive")
+        require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
+        require(self.guidance >= 0, f"sampler.guidance={self.guidance} must not be negative")
+        require(self.clip >= 0, f"sampler.clip={self.clip} must not be negative")
+        require(self.temperature >= 0, f"sampler.temperature={self.temperature} must not be negative")
+        require(self.max_tokens > 0, f"sampler.max_tokens={self.max_tokens} must be positive")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class SourceConfig:
     weight: float = 1.0
 
     def __post_init__(self):
-        _require(self.weight > 0, f"weight={self.weight} of source {self.name!r} must be positive")
+        require(self.weight > 0, f"weight={self.weight} of source {self.name!r} must be positive")
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,12 @@ class DataConfig:
     """Batches read ahead of the step."""
 
     def __post_init__(self):
-        _require(len(self.sources) > 0, "data.sources must name at least one source")
-        _require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
-        _require(self.batch_rows > 0, f"data.batch_rows={self.batch_rows} must be positive")
-        _require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be positive")
+        require(len(self.sources) > 0, "data.sources must name at least one source")
+        require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
+        require(self.batch_rows > 0, f"data.batch_rows={self.batch_rows} must be positive")
+        require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be positive")
         for name in ("image_first", "caption_dropout"):
-            _require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} must be in 0..1")
+            require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} must be in 0..1")
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
-        _require(
+        require(
             all(n == -1 or n > 0 for n in sizes) and sizes.count(-1) <= 1,
             f"mesh axes must be positive, and at most one -1: {self}",
         )
@@ -250,8 +251,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "vocab_chunk", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
-            _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
-        _require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1)")
+            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -273,16 +274,16 @@ class Experiment:
 
     def __post_init__(self):
         shortest = self.image.span + 2
-        _require(
+        require(
             self.data.row_length >= shortest,
             f"data.row_length={self.data.row_length} is shorter than one image: BOS, BOI, "
             f"{self.image.patches} patches, EOI and EOS take {shortest}",
         )
-        _require(
+        require(
             self.sampler.steps <= self.diffusion.steps,
             f"sampler.steps={self.sampler.steps} must not exceed diffusion.steps={self.diffusion.steps}",
         )
-        _require(
+        require(
             0 <= self.sampler.context_timestep < self.diffusion.steps,
             f"sampler.context_timestep={self.sampler.context_timestep} must be in 0..{self.diffusion.steps - 1}",
         )

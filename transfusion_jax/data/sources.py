@@ -15,8 +15,8 @@ from transfusion_jax.data.tokenizer import Tokenizer
 class Source(Protocol):
     """What the packer and the pipeline ask of a source; it holds the documents of one split."""
 
-    cut: bool
-    """Whether a document longer than a row may be cut: true for text only."""
+    cut: bool | np.ndarray
+    """Whether a row may cut a document, of each or of all: true for text only."""
 
     def texts(self) -> Iterable[str]:
         """Text to train a tokenizer on."""
@@ -34,8 +34,8 @@ class Source(Protocol):
 class Synthetic:
     """Noise with the lengths of web data, to measure a machine without any data: half pairs, half text."""
 
-    cut = True
     count = 4096
+    cut = np.repeat([False, True], count)
 
     def __init__(self, experiment: Experiment, split: str):
         self.experiment = experiment
