@@ -171,7 +171,7 @@ def test_sources_are_mixed_by_weight(experiment, tokenizer):
 
 def test_fingerprint_tells_data_apart(experiment, tokenizer):
     longer = replace(experiment, data=replace(experiment.data, row_length=100))
-    prints = [Data(e, tokenizer).fingerprint() for e in (experiment, experiment, longer)]
+    prints = [Data(e, tokenizer).fingerprints() for e in (experiment, experiment, longer)]
     assert prints[0] == prints[1] != prints[2]
 
 

@@ -5,11 +5,13 @@ import contextlib
 import errno
 import io
 import json
+import os
 import re
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 from tqdm import tqdm
@@ -37,11 +39,11 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(spec: str, overrides: Sequence[str] = (), kind: type = Experiment) -> Any:
     """The experiment of a file, or with `file:name` one point of its sweep, with dotted overrides applied.
 
     Raises:
-      ValueError: the file, the point or an override is wrong.
+      ValueError: the file, the point or an override is wrong, or the experiment is of another kind.
     """
     path, _, point = spec.partition(":") if not Path(spec).exists() else (spec, "", "")
     if not Path(path).is_file():
@@ -61,19 +63,19 @@ def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:
         if point not in points:
             raise ValueError(f"{path} has no point {point!r}, only {', '.join(points)}")
         found = points[point]
-    if not isinstance(found, Experiment):
-        raise ValueError(f"config() of {path} returns {type(found).__name__}, not an Experiment")
-    return override(found, overrides)
+    if not isinstance(found, kind):
+        raise ValueError(f"config() of {path} returns {type(found).__name__}, not an {kind.__name__}")
+    return override(found, overrides, "train EXPERIMENT")
 
 
-def override(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
-    """Applies `--a.b value` arguments, checked against the types of the fields."""
+def override(config: Any, arguments: Sequence[str], command: str) -> Any:
+    """Applies `--a.b value` arguments to a config, checked against the types of the fields."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(
-                Experiment, default=experiment, args=list(arguments), config=(tyro.conf.FlagConversionOff,),
-                prog="transfusion-jax train EXPERIMENT",
+                type(config), default=config, args=list(arguments), config=(tyro.conf.FlagConversionOff,),
+                prog=f"transfusion-jax {command}",
             )  # fmt: skip
     except SystemExit as stop:
         if not stop.code:  # --help
@@ -125,6 +127,32 @@ def train(arguments: argparse.Namespace) -> int:
     say(_table(summary))
     say(f"pictures  {', '.join(map(str, sorted(samples.glob('*.png'))))}")
     say(f"curve     {directory / 'metrics.jsonl'}\nnumbers   {directory / 'summary.json'}")
+    return 0
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.data.prepare import Preparation, parse_part
+    from transfusion_jax.data.prepare import prepare as prepare_data
+    from transfusion_jax.data.prepared import open_dataset
+
+    with user_input():
+        words = arguments.overrides
+        if words and words[0].endswith(".py"):
+            preparation = load_experiment(words[0], words[1:], Preparation)
+        else:
+            preparation = override(Preparation(), words, "prepare INPUT... --out DIR")
+        if arguments.out is None:
+            raise ValueError("name the directory to make: --out DIR")
+        part = parse_part(arguments.part) if arguments.part else None
+        workers = arguments.workers or len(os.sched_getaffinity(0))
+        info = prepare_data(preparation, arguments.out, part, arguments.finish, workers, say)
+    if info is None:
+        return 0
+    from transfusion_jax.data.look import description, leave_samples
+
+    dataset = open_dataset(arguments.out)
+    leave_samples(dataset)
+    say(description(dataset))
     return 0
 
 
@@ -217,6 +245,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a file, with :name for a point of its sweep")
     sub.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<name of the experiment>")
 
+    # Inputs and fields of the preparation are read by tyro, and answered for by its --help.
+    sub = command(
+        prepare, "make a data set of pictures, captions and text: INPUT... or CONFIG.py, --out DIR", add_help=False
+    )
+    sub.add_argument("--out", type=Path, metavar="DIR")
+    sub.add_argument("--part", metavar="i/n", help="make the shards of this part only")
+    sub.add_argument("--finish", action="store_true", help="make no shard; check that all are there, and finish")
+    sub.add_argument("--workers", type=int, metavar="N", help="threads that decode pictures (all cores)")
+
     sub = command(generate, "continue a prompt with text and images")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--prompt", metavar="TEXT")
@@ -239,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         arguments, rest = _parser().parse_known_args(argv)
-        if rest and arguments.function is not train:
+        if rest and arguments.function not in (train, prepare):
             raise BadInput(f"unknown arguments: {' '.join(rest)}")
         arguments.overrides = rest
         return arguments.function(arguments)
@@ -253,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"the disk is full: {error}", 1)
     except Exception as error:
         # Failures of the work itself, which say all there is to say. By name: importing their modules costs seconds.
-        if type(error).__name__ not in ("TrainingFailed", "CheckpointError"):
+        if type(error).__name__ not in ("TrainingFailed", "CheckpointError", "PreparationFailed"):
             raise
         return _fail(str(error), 1)
 

@@ -162,15 +162,35 @@ class SourceConfig:
     """One source of documents and its share of the rows (rows are equally long, so also of the tokens)."""
 
     name: str = "synthetic"
+    """One that is built in (`data/sources.py`), or a directory of prepared data."""
     weight: float = 1.0
 
     def __post_init__(self):
-        require(self.weight > 0, f"weight={self.weight} of source {self.name!r} must be positive")
+        require(self.weight >= 0, f"weight={self.weight} of source {self.name!r} must not be negative")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """Other weights of the sources from a given point of the run on, as in the last 1 % of section 4.4."""
+
+    start: float
+    """Fraction of the run's steps."""
+    weights: tuple[float, ...]
+    """One for each source."""
+
+    def __post_init__(self):
+        require(0 < self.start < 1, f"start={self.start} of a phase must be between 0 and 1")
+        require(min(self.weights, default=-1) >= 0, f"weights={self.weights} of a phase must not be negative")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    phases: tuple[PhaseConfig, ...] = ()
+    """Changes of the weights, in the order of their starts."""
+    max_epochs: float = 4.0
+    """A source that the run reads more often than this is named when it begins (data read up to four times is about
+    as good as new: Muennighoff et al. 2023, arXiv 2305.16264)."""
     row_length: int = 4096
     batch_rows: int = 512
     """Rows of the global batch: 512 rows of 4,096 are the paper's 2 M tokens."""
@@ -183,6 +203,15 @@ class DataConfig:
 
     def __post_init__(self):
         require(len(self.sources) > 0, "data.sources must name at least one source")
+        starts = [phase.start for phase in self.phases]
+        require(starts == sorted(set(starts)), f"data.phases must start one after another, not at {starts}")
+        weights = [[source.weight for source in self.sources], *(phase.weights for phase in self.phases)]
+        for w in weights:
+            require(len(w) == len(self.sources), f"data.phases: {w} are not the weights of {len(self.sources)} sources")
+            require(sum(w) > 0, f"data: the weights {w} leave no source")
+        for number, source in enumerate(self.sources):
+            require(any(w[number] > 0 for w in weights), f"data: source {source.name!r} has no weight at any time")
+        require(self.max_epochs > 0, f"data.max_epochs={self.max_epochs} must be positive")
         require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
         require(self.batch_rows > 0, f"data.batch_rows={self.batch_rows} must be positive")
         require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be positive")
@@ -309,7 +338,9 @@ def paper(size: str) -> Experiment:
 
 
 # Fields that do not change what is trained, so a run may be resumed with others.
-RESUMABLE = ("mesh.", "data.prefetch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
+RESUMABLE = (
+    "mesh.", "data.prefetch", "data.max_epochs", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+)  # fmt: skip
 
 
 def differences(stored: Experiment, asked: Experiment) -> list[str]:

@@ -1,36 +1,84 @@
 """Picture files to and from the arrays that the model sees."""
 
+import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from transfusion_jax.config import ImageConfig
 
 MODES = {1: "L", 3: "RGB"}
+MAX_PIXELS = 89_478_485
+"""Pictures that claim more pixels are taken for decompression bombs (a quarter of a GiB in RGB, as Pillow warns)."""
+
+
+def decode(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
+    """An encoded picture as uint8 [height, width, channels]: centre crop, then an antialiased resize.
+
+    The largest centred box of the wanted shape is resized with Pillow's bicubic filter, its support widened by the
+    reduction (so it averages, not skips); one more than six times too large is first averaged over whole pixels
+    (`reducing_gap`). The camera's orientation is applied, what is transparent becomes white.
+
+    Raises:
+      ValueError: one short reason, such as "truncated image".
+    """
+    if not data:
+        raise ValueError("empty image file")
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError("decompression bomb")
+            picture = _flat(ImageOps.exif_transpose(file), MODES[channels])
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise ValueError("decompression bomb") from error
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image") from error
+    except ValueError as error:
+        raise ValueError("decompression bomb" if "bomb" in str(error) else "corrupt image") from error
+    except Exception as error:  # decoders raise whatever they like
+        raise ValueError("truncated image" if "truncated" in str(error) else "corrupt image") from error
+    scale = min(picture.width / width, picture.height / height)
+    left, top = (picture.width - width * scale) / 2, (picture.height - height * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    return np.asarray(picture, np.uint8).reshape(height, width, channels)
+
+
+def _flat(picture: Image.Image, mode: str) -> Image.Image:
+    """The picture in `mode`, on white where it is transparent; 16 bits become 8."""
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(mode)
 
 
 def read_image(path: Path, config: ImageConfig) -> np.ndarray:
-    """A picture file as float32 [h, w, c] in [-1, 1]: black -1, white 1; centre crop, antialiased resize.
+    """A picture file as float32 [h, w, c] in [-1, 1]: black -1, white 1; cropped and resized as by `decode`.
 
     Raises:
       ValueError: the file cannot be read, or the model's images are not pixels.
     """
     if config.channels not in MODES:
         raise ValueError(f"images of {config.channels} channels are no pixels; they need an autoencoder")
+    return read_pixels(path, config.height, config.width, config.channels)
+
+
+def read_pixels(path: Path, height: int, width: int, channels: int) -> np.ndarray:
+    """A picture file as float32 [height, width, channels] in [-1, 1]; raises ValueError if it cannot be read."""
     try:
-        with Image.open(path) as file:
-            picture = file.convert(MODES[config.channels])
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read the image {path}: {' '.join(str(error).split())}") from error
-    scale = min(picture.width / config.width, picture.height / config.height)
-    width, height = config.width * scale, config.height * scale
-    left, top = (picture.width - width) / 2, (picture.height - height) / 2
-    box = (left, top, left + width, top + height)
-    picture = picture.resize(
-        (config.width, config.height), Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC, box=box
-    )
-    return np.asarray(picture, np.float32).reshape(config.shape) / 127.5 - 1.0
+        return from_uint8(decode(path.read_bytes(), height, width, channels))
+    except OSError as error:
+        raise ValueError(f"cannot read the image {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def from_uint8(pixels: np.ndarray) -> np.ndarray:
+    """0 ... 255 to float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def to_uint8(image_hwc: np.ndarray) -> np.ndarray:

@@ -5,8 +5,14 @@ that is left and is filled as well as the others can (best-fit packing: Ding et 
 text longer than a row is cut.
 """
 
+import contextlib
+import hashlib
+import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +28,9 @@ class Plan:
     Every document is in some row or in `rejected`.
     """
 
+    VERSION: ClassVar[int] = 1
+    """Of the algorithm; a plan that was kept is used only under the same."""
+
     row_start: np.ndarray
     document: np.ndarray
     begin: np.ndarray
@@ -31,6 +40,22 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.row_start) - 1
+
+    def save(self, file: Path) -> None:
+        """Writes the plan whole or not at all."""
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        arrays = {name: getattr(self, name) for name in ("row_start", "document", "begin", "end")}
+        with partial.open("wb") as out:
+            np.savez(out, **arrays, **{f"rejected:{reason}": x for reason, x in self.rejected.items()})
+        os.replace(partial, file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Plan":
+        with np.load(file) as arrays:
+            parts = {name: arrays[name] for name in arrays.files}
+        rejected = {name.partition(":")[2]: parts.pop(name) for name in list(parts) if name.startswith("rejected:")}
+        return cls(**parts, rejected=rejected)
 
     def row(self, r: int) -> list[tuple[int, int, int]]:
         """(document, begin, end) of every piece of row r."""
@@ -62,6 +87,20 @@ def plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray) -> Plan:
     row_start = np.searchsorted(row[order], np.arange(row.max(initial=-1) + 2))
     reasons = {reason: np.flatnonzero(bad) for reason, bad in rejected.items() if bad.any()}
     return Plan(row_start, document[order], begin[order], end[order], reasons)
+
+
+def kept_plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray, folder: Path) -> Plan:
+    """`plan`, kept in a folder under a digest of what it follows from; where it cannot be kept, it is made anew."""
+    inputs = hashlib.sha256(f"{Plan.VERSION} {row_length}".encode())
+    inputs.update(np.ascontiguousarray(lengths, "<i8").tobytes())
+    inputs.update(np.broadcast_to(cut, np.shape(lengths)).tobytes())
+    file = folder / f"{inputs.hexdigest()[:16]}.npz"
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
+        return Plan.load(file)
+    made = plan(lengths, row_length, cut)
+    with contextlib.suppress(OSError):
+        made.save(file)
+    return made
 
 
 def _concatenate(document: np.ndarray, lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, ...]:

@@ -2,12 +2,13 @@
 
     sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack--> batches --slice--> a host's part
 
-Each source's rows are shuffled anew every epoch, and mixed with Grain's deterministic `mix`. What is random
-inside row i (caption, order, dropout) is drawn from a generator seeded with (seed, i). Nothing has a state:
-training resumes at step s by starting to read at batch s.
+Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row i (caption, order,
+dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has a state: training resumes at step s by
+starting to read at batch s.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,9 @@ import numpy as np
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import sequence
-from transfusion_jax.data.packing import Plan, pack, plan
+from transfusion_jax.data.mixture import Mixture
+from transfusion_jax.data.packing import Plan, kept_plan, pack, plan
+from transfusion_jax.data.prepared import Prepared
 from transfusion_jax.data.sources import Source, load_sources
 from transfusion_jax.data.tokenizer import Tokenizer
 
@@ -52,21 +55,26 @@ class Data:
                 f"model.vocab_size={experiment.model.vocab_size}"
             )
         self.experiment, self.tokenizer = experiment, tokenizer
-        self.sources = []
+        self.mixture = Mixture(experiment.data, experiment.train.steps)
+        self.sources, row_length = [], experiment.data.row_length
         for config, source in zip(experiment.data.sources, load_sources(experiment, split), strict=True):
-            packed = plan(source.lengths(tokenizer), experiment.data.row_length, source.cut)
-            if len(packed) == 0:
+            lengths = source.lengths(tokenizer)
+            if isinstance(source, Prepared):
+                packed = kept_plan(lengths, row_length, source.cut, source.plans)
+            else:
+                packed = plan(lengths, row_length, source.cut)
+            if len(packed) == 0 and split == "train":
                 raise ValueError(f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}")
             self.sources.append(PlannedSource(config.name, source, packed))
 
     def rows(self) -> grain.MapDataset:
         """The endless stream of training rows; item i is row i."""
-        seed, weights = self.experiment.train.seed, [s.weight for s in self.experiment.data.sources]
+        seed = self.experiment.train.seed
         streams = []
         for number, source in enumerate(self.sources):
             stream_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
             streams.append(grain.MapDataset.source(source).seed(stream_seed).shuffle().repeat())
-        mixed = grain.MapDataset.mix(streams, [w / sum(weights) for w in weights])
+        mixed = grain.MapDataset.select_from_datasets(streams, self.mixture)
         return mixed.map_with_index(lambda i, item: self.row(*item, np.random.default_rng((seed, i))))
 
     def batches(self, block: int = 0, blocks: int = 1) -> grain.MapDataset:
@@ -77,10 +85,10 @@ class Data:
     def once(self, batch_rows: int) -> Iterator[Batch]:
         """Every row of every source once, in order, in batches; the last is filled up with empty rows."""
         rng = np.random.default_rng(self.experiment.train.seed)
-        rows = [self.row(source, r, rng) for source in self.sources for r in range(len(source))]
-        rows += [pack([], self.experiment.data.row_length, self.experiment.image)] * (-len(rows) % batch_rows)
-        for at in range(0, len(rows), batch_rows):
-            yield stack(rows[at : at + batch_rows])
+        rows = (self.row(source, r, rng) for source in self.sources for r in range(len(source)))
+        empty = pack([], self.experiment.data.row_length, self.experiment.image)
+        while batch := list(itertools.islice(rows, batch_rows)):
+            yield stack(batch + [empty] * (batch_rows - len(batch)))
 
     def row(self, source: PlannedSource, r: int, rng: np.random.Generator) -> Batch:
         patches = self.experiment.image.patches
@@ -96,14 +104,20 @@ class Data:
         length = self.experiment.data.row_length
         return {s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)} for s in self.sources}
 
-    def fingerprint(self) -> str:
-        """A digest of the plans: another means that the data changed under a run."""
-        digest = hashlib.sha256()
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often the steps up to this one have read each source."""
+        rows = self.mixture.counts(step * self.experiment.data.batch_rows)
+        return {s.name: float(n / len(s)) for s, n in zip(self.sources, rows, strict=True)}
+
+    def fingerprints(self) -> list[str]:
+        """A digest of each source's documents and plan: another means that the data changed under a run."""
+        digests = []
         for source in self.sources:
-            digest.update(source.name.encode())
+            digest = hashlib.sha256(source.source.digest if isinstance(source.source, Prepared) else b"")
             for array in (source.plan.row_start, source.plan.document, source.plan.begin, source.plan.end):
                 digest.update(np.ascontiguousarray(array, np.int64).tobytes())
-        return digest.hexdigest()[:16]
+            digests.append(digest.hexdigest()[:16])
+        return digests
 
 
 def ledger(packed: Plan) -> dict:

@@ -1,6 +1,7 @@
 """Sources: random access to documents, and the names by which an experiment asks for them."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.digits import Digits
 from transfusion_jax.data.documents import Document, pair_document, pair_length, text_document
+from transfusion_jax.data.prepared import Prepared
 from transfusion_jax.data.sums import Sums
 from transfusion_jax.data.tokenizer import Tokenizer
 
@@ -68,7 +70,10 @@ def load_sources(experiment: Experiment, split: str) -> list[Source]:
     Raises:
       ValueError: a source is unknown.
     """
-    for source in experiment.data.sources:
-        if source.name not in SOURCES:
-            raise ValueError(f"source {source.name!r} is not one of {sorted(SOURCES)}")
-    return [SOURCES[source.name](experiment, split) for source in experiment.data.sources]
+    for name in (source.name for source in experiment.data.sources):
+        if name not in SOURCES and not Path(name).is_dir():
+            raise ValueError(f"source {name!r} is not one of {sorted(SOURCES)}, nor a directory of prepared data")
+    return [
+        SOURCES[name](experiment, split) if name in SOURCES else Prepared(Path(name), experiment, split)
+        for name in (source.name for source in experiment.data.sources)
+    ]

@@ -36,7 +36,9 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-pair model with byte fallback, as Llama's. Text with few merges gives fewer entries than asked for.
+    """A byte-pair model with byte fallback that keeps every character, as Llama's.
+
+    Lines longer than 64 kB are left out. Text with few merges gives fewer entries than asked for.
 
     Raises:
       ValueError: `vocab_size` is too small for the characters and bytes.
@@ -46,6 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             hard_vocab_limit=False, byte_fallback=True, split_digits=True, character_coverage=0.99995,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=1 << 16,
             num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:

@@ -1,12 +1,14 @@
 """Checkpoints: what training needs to go on, saved together, asynchronously and atomically with Orbax.
 
-Each holds the parameters, their average, the optimizer, the counters and the data position. Beside them goes
-a checksum of every part, made on the devices: the sum, modulo 2^32, of the bit patterns of all its elements.
+Each holds the fields of a state (the parameters, their average, the optimizer, the counters) and the data position.
+Beside them goes a checksum of every part, made on the devices: the sum, modulo 2^32, of the bit patterns of all its
+elements.
 That sum does not depend on order or sharding, so a checkpoint can be verified on any mesh, and a damaged file
 that still decodes is found out.
 """
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -14,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,8 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax import Array
 
-from transfusion_jax.training.state import State
-
 Report = Callable[[str], None]
+State = TypeVar("State")  # any frozen dataclass of pytrees with a `step`
 FULL = os.strerror(errno.ENOSPC)
 
 
@@ -108,8 +109,8 @@ class Checkpoints:
             for bad in damaged:
                 self._set_aside(bad)
             self._report(f"going on from checkpoint {self._directory / str(step)}")
-            counters = parts.pop("counters")
-            return State(**counters, **{k: parts[k] for k in ("parameters", "ema", "optimizer")}), parts["progress"]
+            progress, counters = parts.pop("progress"), parts.pop("counters")
+            return dataclasses.replace(abstract, **counters, **parts), progress
         if damaged:
             raise CheckpointError(f"none of the checkpoints {damaged} in {self._directory} can be read")
         return None
@@ -159,8 +160,11 @@ def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, A
 
 
 def _parts(state: State) -> dict[str, Any]:
-    counters = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-    return {"counters": counters, "parameters": state.parameters, "ema": state.ema, "optimizer": state.optimizer}
+    """The fields of a state: single arrays together as `counters`, trees by themselves, empty ones left out."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    counters = {name: value for name, value in fields.items() if hasattr(value, "shape")}
+    trees = {name: value for name, value in fields.items() if name not in counters and jax.tree.leaves(value)}
+    return {"counters": counters, **trees}
 
 
 def _load(manager: ocp.training.Checkpointer, step: int, abstract: dict[str, Any]) -> dict[str, Any]:

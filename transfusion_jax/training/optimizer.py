@@ -16,8 +16,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int, parameters: nnx.State) -> optax.GradientTransformation:
     """The optimizer for nested dicts of arrays shaped like `parameters`, whose axis names say what decays."""
-    flat = {path: "norm" not in p.get_metadata("out_sharding") for path, p in nnx.to_flat_state(parameters)}
-    decayed = nnx.to_pure_dict(nnx.from_flat_state(flat))
+    axes = {path: p.get_metadata("out_sharding") for path, p in nnx.to_flat_state(parameters)}
+    matrices = {path: len(names) > 1 and "norm" not in names for path, names in axes.items()}
+    decayed = nnx.to_pure_dict(nnx.from_flat_state(matrices))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

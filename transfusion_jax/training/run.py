@@ -9,8 +9,10 @@ checkpoints/      Orbax                             summary.json    the numbers 
 import itertools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -18,6 +20,7 @@ from jax.sharding import Mesh
 from transfusion_jax import config as config_lib
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.pipeline import Data
+from transfusion_jax.data.prepared import Prepared
 from transfusion_jax.data.sources import load_sources
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.parallel.mesh import host_block, make_mesh
@@ -62,8 +65,18 @@ class Run:
             f"each {config.data.batch_rows} rows of {config.data.row_length} positions",
             f"  devices   {len(jax.devices())} {jax.devices()[0].platform} ({mesh})",
             f"  run       {self.directory}",
+            *self._repeated(),
             "compiling the training step; time left is shown from the second step on",
         ])  # fmt: skip
+
+    def _repeated(self) -> list[str]:
+        """A line for every source that the run reads more often than the experiment allows for."""
+        most = self.experiment.data.max_epochs
+        return [
+            f"  repeated  {name} is read {epochs:.1f} times, more than data.max_epochs={most:g}"
+            for name, epochs in self.data.epochs(self.experiment.train.steps).items()
+            if epochs > most
+        ]
 
 
 def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
@@ -77,23 +90,23 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     mesh = make_mesh(experiment.mesh)
     host_block(batch_sharding(mesh), experiment.data.batch_rows)
     plan = blueprint(experiment, mesh)
-    _check_directory(experiment, directory)
+    check_directory(experiment, directory)
     tokenizer = _tokenizer(experiment, directory)
     data = Data(experiment, tokenizer)
     if not (directory / "config.json").exists() and jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / "tokenizer.model", tokenizer.model)
-        _write(directory / "ledger.json", (json.dumps(data.ledger(), indent=2) + "\n").encode())
+        write_file(directory / "tokenizer.model", tokenizer.model)
+        write_file(directory / "ledger.json", (json.dumps(data.ledger(), indent=2) + "\n").encode())
         # Last: a directory with a config has all the rest.
-        _write(directory / "config.json", config_lib.dumps(experiment).encode())
+        write_file(directory / "config.json", config_lib.dumps(experiment).encode())
 
     checkpoints = Checkpoints(directory / "checkpoints", experiment.train.keep_checkpoints, report)
     state, train_seconds = None, 0.0
     if restored := checkpoints.restore(plan.abstract):
         state, progress = restored
-        if progress["data"] != data.fingerprint():
-            changed = f"{progress['data']} -> {data.fingerprint()}"
-            raise ValueError(f"the data under {directory} has changed since it was trained ({changed})")
+        digests = zip(data.sources, progress["data"], data.fingerprints(), strict=True)
+        if changed := [source.name for source, old, new in digests if old != new]:
+            raise ValueError(f"the data under {directory} has changed since it was trained: {', '.join(changed)}")
         train_seconds = float(progress["train_seconds"])
     return Run(experiment, directory, tokenizer, data, mesh, plan, checkpoints, state, train_seconds)
 
@@ -111,10 +124,11 @@ def stored(directory: Path) -> tuple[Experiment, Tokenizer]:
     return experiment, _tokenizer(experiment, directory)
 
 
-def _check_directory(experiment: Experiment, directory: Path) -> None:
+def check_directory(experiment: Any, directory: Path, loads: Callable[[str, str], Any] = config_lib.loads) -> None:
+    """Raises ValueError unless a run of `experiment` may begin or go on in `directory`; `loads` reads its config."""
     stored = directory / "config.json"
     if stored.exists():
-        if changed := config_lib.differences(config_lib.loads(stored.read_text(), str(stored)), experiment):
+        if changed := config_lib.differences(loads(stored.read_text(), str(stored)), experiment):
             raise ValueError(f"{directory} holds a run of another config; what differs: {'; '.join(changed)}")
     elif directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, not a directory")
@@ -130,6 +144,10 @@ def _tokenizer(experiment: Experiment, directory: Path) -> Tokenizer:
     if not path.exists():
         if not experiment.tokenizer.path:
             sources = load_sources(experiment, "train")
+            if prepared := [source.dataset for source in sources if isinstance(source, Prepared)]:
+                if others := [d.path for d in prepared if d.tokenizer.model != prepared[0].tokenizer.model]:
+                    raise ValueError(f"{prepared[0].path} and {others[0]} were prepared with different tokenizers")
+                return prepared[0].tokenizer
             texts = itertools.chain.from_iterable(source.texts() for source in sources)
             return train_tokenizer(texts, experiment.tokenizer.vocab_size)
         path = Path(experiment.tokenizer.path)
@@ -139,7 +157,7 @@ def _tokenizer(experiment: Experiment, directory: Path) -> Tokenizer:
         raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Puts a whole file in place at once."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)

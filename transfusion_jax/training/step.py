@@ -1,6 +1,7 @@
 """One optimisation step as a pure function: `step(state, batch) -> (state, metrics)`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +45,9 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
             updates, optimizer = blueprint.optimizer.update(gradients, state.optimizer, state.parameters)
             current_rate = rate(state.step - state.skipped)
         parameters = optax.apply_updates(state.parameters, updates)
-        # The average follows quickly at first, so that it does not remember the initial weights.
-        taken = (state.step - state.skipped).astype(jnp.float32)
-        decay = jnp.minimum(experiment.train.ema_decay, (1.0 + taken) / (10.0 + taken))
-        ema = optax.incremental_update(parameters, state.ema, 1.0 - decay)
+        ema = average(state.ema, parameters, state.step - state.skipped, experiment.train.ema_decay)
 
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        keep = lambda new, old: choose(finite, new, old)  # noqa: E731
         skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
         new_state = State(
             step=state.step + 1,
@@ -70,6 +68,17 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
         }
 
     return step
+
+
+def average(ema: Any, parameters: Any, taken: Array, decay: float) -> Any:
+    """The moving average after `taken` earlier steps; quick at first, so that it forgets the initial weights."""
+    taken = taken.astype(jnp.float32)
+    return optax.incremental_update(parameters, ema, 1.0 - jnp.minimum(decay, (1.0 + taken) / (10.0 + taken)))
+
+
+def choose(condition: Array, new: Any, old: Any) -> Any:
+    """One of two trees."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def compiled_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Metrics]]:

@@ -1,0 +1,46 @@
+"""Your own pictures, captions and text: copy this file, name your data, and change what you like (docs/data.md).
+
+    transfusion-jax prepare my/folder --out data/mine --height 32 --width 32
+    transfusion-jax train experiments/own_data.py
+
+Hardware: two CPU cores, about eight minutes; `--mesh.data`, `--model.width` and `--train.steps` are for more of them.
+Expected: a sketch of what the captions say, from a few thousand pictures; it has 6 M parameters, not 7 B.
+"""
+
+from transfusion_jax.config import (
+    DataConfig,
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from transfusion_jax.data.prepared import image_config, vocab_size
+
+DATA = "data/mine"
+
+
+def config() -> Experiment:
+    image = image_config(DATA, patch=4)
+    return Experiment(
+        name="own_data",
+        image=image,
+        model=ModelConfig(
+            layers=6,
+            width=256,
+            heads=4,
+            mlp_width=768,
+            vocab_size=vocab_size(DATA),
+            compute_dtype="float32",
+            timestep="after",
+            patch_position="learned",
+        ),
+        data=DataConfig(
+            sources=(SourceConfig(DATA),), row_length=4 * image.span + 64, batch_rows=8, max_epochs=100.0
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100),
+        train=TrainConfig(steps=1000, ema_decay=0.995, checkpoint_every=250),
+        sampler=SamplerConfig(kind="ddim", steps=50, guidance=3.0, clip=1.0, context_timestep=50, max_tokens=image.span + 64),
+        evaluation=("likelihood", "prompts"),
+    )

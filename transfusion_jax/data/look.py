@@ -1,0 +1,67 @@
+"""What a prepared data set looks like: its contact sheet, its text sample, and itself in a few lines."""
+
+from pathlib import Path
+
+import numpy as np
+
+from transfusion_jax.data import records
+from transfusion_jax.data.figures import ToPicture, contact_sheet
+from transfusion_jax.data.prepared import ROUNDED, Dataset
+
+PICTURES, DOCUMENTS = 40, 30
+
+
+def to_picture(dataset: Dataset) -> ToPicture:
+    """From an image of the data set, as the model sees it, to a picture in [-1, 1]."""
+    if not dataset.is_latent:
+        return lambda image: image
+    from transfusion_jax.autoencoder.pretrained import load_codec
+
+    codec, info = load_codec(dataset.path / "autoencoder"), dataset.info["image"]
+    return lambda image: np.asarray(codec.decode(image[None] / info["scale"] + info["shift"]))[0]
+
+
+def leave_samples(dataset: Dataset) -> None:
+    """Writes `contact_sheet.png` and `sample.txt`, drawn from all over the data set with a fixed seed."""
+    rng, index = np.random.default_rng(0), dataset.index
+    with_images = np.sort(rng.permutation(np.flatnonzero(index.images))[:PICTURES])
+    picture = to_picture(dataset)
+    shown, captions = [], []
+    for number in with_images.tolist():
+        record = dataset.record(number)
+        stored = next(x for kind, x in record.spans if kind == records.IMAGE)
+        shown.append(picture(dataset.image(stored)))
+        captions.append(_text(dataset, record).replace("[image]", "").strip())
+    info = dataset.info
+    title = f"{info['documents']:,} documents, {info['images']:,} images, {info['text_tokens']:,} text tokens"
+    contact_sheet(shown, captions, title, dataset.path / "contact_sheet.png")
+    chosen = np.sort(rng.permutation(len(index.text))[:DOCUMENTS])
+    texts = (f"--- document {number}\n{_text(dataset, dataset.record(number))}\n" for number in chosen.tolist())
+    (dataset.path / "sample.txt").write_text("".join(texts), encoding="utf-8")
+
+
+def _text(dataset: Dataset, record: records.Record) -> str:
+    """A record as text, an image as [image], captions parted by bars."""
+    decode = dataset.tokenizer.decode
+    spans = ["[image]" if kind == records.IMAGE else decode(x) for kind, x in record.spans]
+    return " ".join(filter(None, [" | ".join(map(decode, record.captions)), *spans]))
+
+
+def description(dataset: Dataset) -> str:
+    """What was made, what was rejected, and how to train on it."""
+    info, ledger, (h, w, c) = dataset.info, dataset.info["ledger"], dataset.image_shape
+    reasons = ", ".join(f"{n} {reason}" for reason, n in ledger["reasons"].items())
+    dropped = ", ".join(f"{n} {reason}" for reason, n in ledger["captions_dropped"].items())
+    rows = -(-info["tokenizer"]["entries"] // ROUNDED) * ROUNDED
+    folder: Path = dataset.path
+    return "\n".join([
+        f"{folder}: {info['documents']:,} documents ({info['held_out']:,} held out), {info['images']:,} images of "
+        f"{h}x{w}x{c} {info['image']['stored']}, {info['text_tokens']:,} text tokens",
+        f"  items     {ledger['items']:,} read = {ledger['written']:,} written + {ledger['rejected']:,} rejected"
+        + (f" ({reasons}; see {folder / 'rejected.jsonl'})" if reasons else ""),
+        *([f"  captions  {dropped}, left out of documents that have others"] if dropped else []),
+        f"  tokenizer {info['tokenizer']['entries']:,} ids",
+        f"  look at   {folder / 'contact_sheet.png'}, {folder / 'sample.txt'}",
+        f"  train     --data.sources.0.name {folder} --image.height {h} --image.width {w} --image.channels {c} "
+        f"--model.vocab-size {rows}",
+    ])  # fmt: skip

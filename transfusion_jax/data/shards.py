@@ -1,0 +1,251 @@
+"""One shard of prepared data: raw items in, an ArrayRecord file and an account of every item out.
+
+A shard is a function of its items and the settings alone, so a shard that was not finished is simply made again.
+"""
+
+import hashlib
+import itertools
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from transfusion_jax.data import images, records
+from transfusion_jax.data.readers.raw import Picture, Raw, Reader, Rejected
+from transfusion_jax.data.records import IMAGE, TEXT, Record
+from transfusion_jax.data.tokenizer import Tokenizer
+
+KEPT = 3  # rejected items of each reason and shard whose content is kept
+KEPT_BYTES = 1 << 18
+ENCODED = 64  # pictures in one batch of the autoencoder
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""Pictures, float32 [n, H, W, C] in [-1, 1], to posteriors, float16 [n, 2, h, w, c]."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a document is made with."""
+
+    tokenizer: Tokenizer
+    height: int
+    width: int
+    channels: int
+    max_caption: int
+    held_out: float
+    encode: Encode | None
+    """None: pixels are kept."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A document whose text is clean and whose pictures are uint8 [H, W, C]."""
+
+    name: str
+    captions: tuple[str, ...]
+    spans: tuple[str | np.ndarray, ...]
+    dropped: tuple[str, ...]
+    """Why captions were left out, a reason each."""
+
+
+@dataclass
+class Account:
+    """What became of the items of a shard; counters are by (input, reason)."""
+
+    read: Counter = field(default_factory=Counter)
+    written: Counter = field(default_factory=Counter)
+    rejected: Counter = field(default_factory=Counter)
+    captions: Counter = field(default_factory=Counter)
+    captions_dropped: Counter = field(default_factory=Counter)
+    rejections: list = field(default_factory=list)
+    """[input, item, reason, content]; content only of the first few of a reason."""
+    index: list = field(default_factory=list)
+    """[text, images, held_out] of every record."""
+    moments: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    """Count, sum and sum of squares of all latents, expected over the posterior."""
+
+    def reject(self, source: str, error: Rejected) -> None:
+        kept = self.rejected[source, error.reason] < KEPT
+        self.rejected[source, error.reason] += 1
+        self.rejections.append([source, error.name, error.reason, error.content[:KEPT_BYTES] if kept else b""])
+
+
+def load(reader: Reader, index: int, settings: Settings) -> Ready | Rejected:
+    """Reads one item: checks its text, decodes its pictures."""
+    try:
+        raw = reader[index]
+        captions, dropped = _captions(raw, settings.max_caption)
+        spans = []
+        for span in raw.spans:
+            if isinstance(span, Picture):
+                spans.append(_decode(span, raw.name, settings))
+            elif _encodable(span, raw.name).strip():
+                spans.append(span)
+        if not spans:
+            raise Rejected("empty text", raw.name)
+        return Ready(raw.name, captions, tuple(spans), dropped)
+    except Rejected as error:
+        return error
+
+
+def _decode(picture: Picture, name: str, settings: Settings) -> np.ndarray:
+    data = picture.load()
+    try:
+        return images.decode(data, settings.height, settings.width, settings.channels)
+    except ValueError as error:
+        raise Rejected(str(error), name, data) from error
+
+
+def _captions(raw: Raw, longest: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The usable captions of an item, and why the others are not; raises Rejected if none is left."""
+    kept, dropped = [], []
+    for caption in (_encodable(caption, raw.name).strip() for caption in raw.captions):
+        if not caption:
+            dropped.append("empty caption")
+        elif len(caption) > longest:
+            dropped.append("huge caption")
+        else:
+            kept.append(caption)
+    if dropped and not kept:
+        raise Rejected(dropped[0], raw.name, raw.captions[0].encode())
+    return tuple(kept), tuple(dropped)
+
+
+def _encodable(text: str, name: str) -> str:
+    """The text itself; JSON can spell half of a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected("invalid UTF-8", name, text.encode(errors="backslashreplace")) from error
+    return text
+
+
+def write_shard(
+    items: Iterable[tuple[str, Reader, int]],
+    path: Path,
+    account_path: Path,
+    settings: Settings,
+    executor: Executor,
+    ahead: int,
+    progress: Callable[[int], Any],
+) -> None:
+    """Writes the items of one shard, in order, and then the account of them; each file appears whole or not at all."""
+    account, ids = Account(), records.id_type(settings.tokenizer.size)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    try:
+        for group in _groups(_in_order(items, settings, executor, ahead), ENCODED):
+            documents = []
+            for source, loaded in group:
+                account.read[source, ""] += 1
+                if isinstance(loaded, Rejected):
+                    account.reject(source, loaded)
+                else:
+                    documents.append((source, loaded))
+            for (source, ready), record in zip(documents, _records(documents, settings, account), strict=True):
+                writer.write(records.encode(record, ids))
+                account.written[source, ""] += 1
+                account.captions[source, ""] += len(ready.captions) + len(ready.dropped)
+                account.captions_dropped.update((source, reason) for reason in ready.dropped)
+                account.index.append([*records.entry(record), is_held_out(ready.name, settings.held_out)])
+            progress(len(group))
+    finally:
+        writer.close()
+    _sync(partial)
+    os.replace(partial, path)
+    write_whole(account_path, msgpack.packb(_packed(account, path)))
+
+
+def _in_order(
+    items: Iterable[tuple[str, Reader, int]], settings: Settings, executor: Executor, ahead: int
+) -> Iterator[tuple[str, Ready | Rejected]]:
+    """Loads items on the executor, `ahead` of them at a time, and yields them in order."""
+    waiting: deque = deque()
+    for source, reader, index in items:
+        waiting.append((source, executor.submit(load, reader, index, settings)))
+        if len(waiting) >= ahead:
+            source, future = waiting.popleft()
+            yield source, future.result()
+    for source, future in waiting:
+        yield source, future.result()
+
+
+def _records(documents: Sequence[tuple[str, Ready]], settings: Settings, account: Account) -> Iterator[Record]:
+    """Tokenises a group of documents, and encodes their pictures as one batch."""
+    pictures = [span for _, ready in documents for span in ready.spans if isinstance(span, np.ndarray)]
+    if settings.encode is not None and pictures:
+        posteriors = [
+            posterior
+            for batch in _groups(pictures, ENCODED)
+            for posterior in _posteriors(np.stack(batch), settings.encode)
+        ]
+        account.moments += sum(map(_moments, posteriors))
+        pictures = posteriors
+    stored, tokens = iter(pictures), settings.tokenizer.encode
+    for _, ready in documents:
+        yield Record(
+            tuple(np.asarray(tokens(caption)) for caption in ready.captions),
+            tuple(
+                (TEXT, np.asarray(tokens(span))) if isinstance(span, str) else (IMAGE, next(stored))
+                for span in ready.spans
+            ),
+        )
+
+
+def _groups(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items; the last may be shorter."""
+    items = iter(items)
+    while group := list(itertools.islice(items, size)):
+        yield group
+
+
+def _posteriors(pixels: np.ndarray, encode: Encode) -> np.ndarray:
+    """Encodes a batch, filled up so that one size is compiled."""
+    missing = ENCODED - len(pixels)
+    filled = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)]) if missing else pixels
+    return encode(images.from_uint8(filled))[: len(pixels)]
+
+
+def _moments(posterior: np.ndarray) -> np.ndarray:
+    mean, std = posterior.astype(np.float64)
+    return np.asarray([mean.size, mean.sum(), np.sum(mean**2 + std**2)])
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether a document is kept from training: by a hash of its name, so that order and number do not matter."""
+    digest = hashlib.sha256(name.encode(errors="backslashreplace")).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
+
+
+def _packed(account: Account, path: Path) -> dict:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    counters = ("read", "written", "rejected", "captions", "captions_dropped")
+    return {
+        "sha256": digest,
+        "bytes": path.stat().st_size,
+        "index": account.index,
+        "rejections": account.rejections,
+        "moments": account.moments.tolist(),
+        **{name: [[*key, n] for key, n in sorted(getattr(account, name).items())] for name in counters},
+    }
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Puts a whole file in place at once, on the disk before it has its name."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
