@@ -130,6 +130,25 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def inspect(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.data.pipeline import Data
+    from transfusion_jax.evaluation.inspection import inspect_row, totals
+    from transfusion_jax.training.run import tokenizer_of
+
+    with user_input():
+        experiment = load_experiment(arguments.experiment, arguments.overrides)
+        if arguments.row < 0:
+            raise ValueError(f"--row {arguments.row} must not be negative")
+        data = Data(experiment, tokenizer_of(experiment, Path("runs") / experiment.name))
+        out = arguments.out or Path(f"{experiment.name}_row_{arguments.row}.png")
+        if not out.parent.is_dir():
+            raise ValueError(f"there is no directory {out.parent} for --out {out}")
+    say(inspect_row(data, arguments.row, out))
+    say(totals(data))
+    say(f"picture   {out}")
+    return 0
+
+
 def prepare(arguments: argparse.Namespace) -> int:
     from transfusion_jax.data.prepare import Preparation, parse_part
     from transfusion_jax.data.prepare import prepare as prepare_data
@@ -157,7 +176,7 @@ def prepare(arguments: argparse.Namespace) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    from transfusion_jax.data.images import read_image, write_image
+    from transfusion_jax.data.images import write_image
     from transfusion_jax.generation.engine import load_engine
 
     with user_input():
@@ -168,7 +187,7 @@ def generate(arguments: argparse.Namespace) -> int:
         engine, _ = load_engine(arguments.run_dir, say)
         asked = {name: getattr(arguments, name) for name in ("guidance", "steps", "temperature")}
         engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
-        image = [read_image(arguments.image, engine.experiment.image)] if arguments.image else []
+        image = [engine.read(arguments.image)] if arguments.image else []
         request = (*image, *([arguments.prompt] if (arguments.prompt or "").strip() else []))
         engine.check([request])
         if arguments.out.exists() and not arguments.out.is_dir():
@@ -181,7 +200,7 @@ def generate(arguments: argparse.Namespace) -> int:
             if isinstance(span, str):
                 written.append({"text": span})
             else:
-                write_image(arguments.out / f"{pictures}.png", span)
+                write_image(arguments.out / f"{pictures}.png", engine.picture(span))
                 written.append({"image": f"{pictures}.png"})
                 pictures += 1
         lines.append({"prompt": arguments.prompt or "", "spans": written})
@@ -245,6 +264,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="a file, with :name for a point of its sweep")
     sub.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<name of the experiment>")
 
+    sub = command(inspect, "draw a packed row of an experiment's data, and count what the rows hold")
+    sub.add_argument("experiment", metavar="EXPERIMENT", help="as for train; --a.b VALUE overrides a field")
+    sub.add_argument("--row", type=int, default=0, metavar="N", help="(0)")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="default: <name>_row_<N>.png")
+
     # Inputs and fields of the preparation are read by tyro, and answered for by its --help.
     sub = command(
         prepare, "make a data set of pictures, captions and text: INPUT... or CONFIG.py, --out DIR", add_help=False
@@ -276,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         arguments, rest = _parser().parse_known_args(argv)
-        if rest and arguments.function not in (train, prepare):
+        if rest and arguments.function not in (train, prepare, inspect):
             raise BadInput(f"unknown arguments: {' '.join(rest)}")
         arguments.overrides = rest
         return arguments.function(arguments)

@@ -29,10 +29,11 @@ class AutoencoderConfig:
     middle_attention: bool = True
     """Self-attention over the latent grid between the two middle blocks."""
     encoder_attention: bool = True
-    """Self-attention after each block of the encoder's lowest resolution, as in Esser et al.'s code.
+    """Self-attention after each block of the encoder's lowest resolution.
 
-    Their decoder may have it too, and published autoencoders (Stable Diffusion) have it in neither. Transfusion gives
-    only the total, 86 M parameters: 85.8 M with it in the encoder, 83.7 M in neither, 89.0 M in both.
+    Esser et al.'s code can have it (`attn_resolutions`), in encoder and decoder alike; Stable Diffusion has it in
+    neither. Transfusion gives only the total, 86 M parameters, which having it in the encoder alone comes nearest to:
+    85.8 M, against 83.7 M in neither and 89.0 M in both.
     """
     latent_projection: bool = True
     """1x1 convolutions on both sides of the latent (`quant_conv`; Stable Diffusion 3 and FLUX have none)."""

@@ -306,7 +306,8 @@ def _finish(
     if codec:
         from transfusion_jax.autoencoder.pretrained import save_codec
 
-        save_codec(out / "autoencoder", codec.config, codec.parameters, codec.scale, codec.shift)
+        latents = dataset["image"]
+        save_codec(out / "autoencoder", codec.config, codec.parameters, latents["scale"], latents["shift"])
     write_whole(out / "dataset.json", _json(dataset))
     for k in range(shards):
         _account(out, k).unlink()

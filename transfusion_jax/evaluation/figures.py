@@ -1,5 +1,6 @@
 """What people would rather look at than read: sample grids and loss curves, as PNG."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.data import digits as digits_data
+from transfusion_jax.data.figures import show, wrapped
 from transfusion_jax.data.images import to_uint8
 from transfusion_jax.evaluation.digits import Drawn, Read
 from transfusion_jax.training.metrics import read_metrics
@@ -33,6 +35,27 @@ def digits_grid(drawn: Drawn, captions: Read, path: Path) -> None:
         _show(axes, captions.images[index])
         axes.set_title(captions.captions[index] or "(no caption)", fontsize=6, color=INK if correct else ACCENT)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def pairs_grid(
+    captions: Sequence[str], drawn: Sequence[np.ndarray | None], images: Sequence[np.ndarray], told: Sequence[str],
+    path: Path,
+) -> None:  # fmt: skip
+    """Left, what was drawn from held-out captions; right, held-out pictures with what was written about them."""
+    figure = plt.figure(figsize=(13, 7), layout="constrained")
+    titles = ("drawn from held-out captions", "held-out pictures, captions written by the model")
+    columns = zip(figure.subfigures(1, 2), titles, (drawn, images), (captions, told), strict=True)
+    for part, title, pictures, texts in columns:
+        part.suptitle(title, color=INK)
+        for axes in (grid := part.subplots(4, 4)).flat:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        for axes, picture, text in zip(grid.flat, pictures, texts, strict=False):
+            if picture is not None:
+                show(axes, picture)
+            axes.set_xlabel(wrapped(text or "(no caption)", 28, 3), fontsize=7, color=INK)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

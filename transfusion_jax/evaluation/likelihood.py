@@ -17,6 +17,8 @@ ROWS = 16
 def likelihood(engine: Engine) -> dict:
     """`text_perplexity`: exp of the mean loss over all text targets of the held-out rows, images clean.
 
+    Left out where no text is held out.
+
     `image_loss_by_timestep`: mean squared error of the prediction over all held-out images, one timestep drawn
     per image in each tenth of the timesteps, keyed "0-99", "100-199", ...
     """
@@ -50,4 +52,5 @@ def likelihood(engine: Engine) -> dict:
     by_timestep = {
         f"{i * width}-{(i + 1) * width - 1}": float(loss / image_count) for i, loss in enumerate(images) if image_count
     }
-    return {"text_perplexity": float(np.exp(text / max(texts, 1.0))), "image_loss_by_timestep": by_timestep}
+    perplexity = {"text_perplexity": float(np.exp(text / texts))} if texts else {}
+    return {**perplexity, "image_loss_by_timestep": by_timestep}

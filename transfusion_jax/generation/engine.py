@@ -18,9 +18,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from transfusion_jax.autoencoder.pretrained import Codec, load_codec
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import Document, Image, Text, sequence
+from transfusion_jax.data.images import read_image, read_pixels
 from transfusion_jax.data.packing import pack
 from transfusion_jax.data.pipeline import stack
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -55,6 +57,8 @@ class Engine:
     tokenizer: Tokenizer
     graph: nnx.GraphDef
     parameters: dict
+    codec: Codec | None = None
+    """The autoencoder of a run on latents; None: images are pixels."""
 
     def __post_init__(self):
         for name, static in (("_prefill", "capacity"), ("_decode", "budget"), ("_draw", None)):
@@ -83,6 +87,21 @@ class Engine:
                 for row in np.flatnonzero(status_B == IMAGE):
                     spans[row].append(np.asarray(image_Bhwc[row]))
         return spans
+
+    def picture(self, image_hwc: np.ndarray) -> np.ndarray:
+        """An image of the model's as a picture in [-1, 1]."""
+        if self.codec is None:
+            return image_hwc
+        return np.asarray(self.codec.decode(image_hwc[None] / self.codec.scale + self.codec.shift))[0]
+
+    def read(self, path: Path) -> np.ndarray:
+        """A picture file as an image of the model's; raises ValueError if it cannot be read."""
+        if self.codec is None:
+            return read_image(path, self.experiment.image)
+        pixels, factor = self.experiment.image, self.codec.config.downsampling
+        picture = read_pixels(path, pixels.height * factor, pixels.width * factor, self.codec.config.channels)
+        mean, _ = self.codec.encode(picture[None])
+        return (np.asarray(mean[0]) - self.codec.shift) * self.codec.scale
 
     def check(self, requests: Sequence[tuple[str | np.ndarray, ...]]) -> None:
         """Raises ValueError for a request that is longer than a row."""
@@ -230,4 +249,5 @@ def load_engine(directory: Path, report: Report) -> tuple[Engine, int]:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(parameters)
     )
     step, average = load_average(directory / "checkpoints", abstract, report)
-    return Engine(experiment, tokenizer, graph, average), step
+    codec = load_codec(directory / "autoencoder") if (directory / "autoencoder").is_dir() else None
+    return Engine(experiment, tokenizer, graph, average, codec), step

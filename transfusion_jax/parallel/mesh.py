@@ -28,7 +28,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def host_block(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+def host_block(sharding: NamedSharding, rows: int, name: str = "data.batch_rows") -> tuple[int, int]:
     """(block, blocks): the global batch of `rows` is cut into equal blocks, and this process feeds one.
 
     Raises:
@@ -36,7 +36,7 @@ def host_block(sharding: NamedSharding, rows: int) -> tuple[int, int]:
     """
     shards = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
     if rows % shards:
-        raise ValueError(f"data.batch_rows={rows} is not divisible by the {shards} shards of mesh axes data * fsdp")
+        raise ValueError(f"{name}={rows} is not divisible by the {shards} shards of mesh axes data * fsdp")
     slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values()]
     start = min(s.start or 0 for s in slices)
     stop = max(rows if s.stop is None else s.stop for s in slices)

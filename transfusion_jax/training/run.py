@@ -4,11 +4,13 @@ config.json       the resolved experiment           metrics.jsonl   one object p
 tokenizer.model   its sentencepiece model           tensorboard/    the same, as event files
 ledger.json       what became of every document     samples/        pictures
 checkpoints/      Orbax                             summary.json    the numbers at the end
+autoencoder/      of a run on latents
 """
 
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from jax.sharding import Mesh
 from transfusion_jax import config as config_lib
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.data.prepared import Prepared
+from transfusion_jax.data.prepared import Dataset, Prepared
 from transfusion_jax.data.sources import load_sources
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.parallel.mesh import host_block, make_mesh
@@ -91,12 +93,15 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     host_block(batch_sharding(mesh), experiment.data.batch_rows)
     plan = blueprint(experiment, mesh)
     check_directory(experiment, directory)
-    tokenizer = _tokenizer(experiment, directory)
+    tokenizer = tokenizer_of(experiment, directory)
     data = Data(experiment, tokenizer)
+    _latent_sources(data)
     if not (directory / "config.json").exists() and jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / "tokenizer.model", tokenizer.model)
         write_file(directory / "ledger.json", (json.dumps(data.ledger(), indent=2) + "\n").encode())
+        if latent := _latent_sources(data):
+            _copy(latent[0].path / "autoencoder", directory / "autoencoder")
         # Last: a directory with a config has all the rest.
         write_file(directory / "config.json", config_lib.dumps(experiment).encode())
 
@@ -121,7 +126,30 @@ def stored(directory: Path) -> tuple[Experiment, Tokenizer]:
     if not path.exists():
         raise ValueError(f"{directory} is not a run directory: it has no config.json")
     experiment = config_lib.loads(path.read_text(), str(path))
-    return experiment, _tokenizer(experiment, directory)
+    return experiment, tokenizer_of(experiment, directory)
+
+
+def _latent_sources(data: Data) -> list[Dataset]:
+    """The prepared data sets of latents among the sources, which must share an autoencoder and a scale."""
+    prepared = [source.source.dataset for source in data.sources if isinstance(source.source, Prepared)]
+    latent = [dataset for dataset in prepared if dataset.is_latent]
+    for name in ("autoencoder", "scale", "shift"):
+        values = {dataset.info["image"][name]: str(dataset.path) for dataset in latent}
+        if len(values) > 1:
+            raise ValueError(
+                f"the latents of {' and '.join(values.values())} differ in {name}; prepare them with one autoencoder "
+                "that brings its own scale"
+            )
+    return latent
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a directory whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, partial)
+    os.replace(partial, target)
 
 
 def check_directory(experiment: Any, directory: Path, loads: Callable[[str, str], Any] = config_lib.loads) -> None:
@@ -133,12 +161,12 @@ def check_directory(experiment: Any, directory: Path, loads: Callable[[str, str]
     elif directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, not a directory")
     elif directory.exists():
-        foreign = {p.name for p in directory.iterdir()} - {"tokenizer.model", "ledger.json"}
+        foreign = {p.name for p in directory.iterdir()} - {"tokenizer.model", "ledger.json", "autoencoder"}
         if foreign := sorted(name for name in foreign if not name.endswith(".partial")):
             raise ValueError(f"{directory} is not a run directory (no config.json), and holds {foreign[0]}")
 
 
-def _tokenizer(experiment: Experiment, directory: Path) -> Tokenizer:
+def tokenizer_of(experiment: Experiment, directory: Path) -> Tokenizer:
     """The run's own tokenizer; for a new run, the one at `tokenizer.path` or one trained on the sources."""
     path = directory / "tokenizer.model"
     if not path.exists():
