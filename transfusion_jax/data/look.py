@@ -34,7 +34,8 @@ def leave_samples(dataset: Dataset) -> None:
         captions.append(_text(dataset, record).replace("[image]", "").strip())
     info = dataset.info
     title = f"{info['documents']:,} documents, {info['images']:,} images, {info['text_tokens']:,} text tokens"
-    contact_sheet(shown, captions, title, dataset.path / "contact_sheet.png")
+    if shown:
+        contact_sheet(shown, captions, title, dataset.path / "contact_sheet.png")
     chosen = np.sort(rng.permutation(len(index.text))[:DOCUMENTS])
     texts = (f"--- document {number}\n{_text(dataset, dataset.record(number))}\n" for number in chosen.tolist())
     (dataset.path / "sample.txt").write_text("".join(texts), encoding="utf-8")
@@ -54,14 +55,16 @@ def description(dataset: Dataset) -> str:
     dropped = ", ".join(f"{n} {reason}" for reason, n in ledger["captions_dropped"].items())
     rows = -(-info["tokenizer"]["entries"] // ROUNDED) * ROUNDED
     folder: Path = dataset.path
+    images = f", {info['images']:,} images of {h}x{w}x{c} {info['image']['stored']}" if info["images"] else ""
+    shape = f" --image.height {h} --image.width {w} --image.channels {c}" if info["images"] else ""
+    sheet = f"{folder / 'contact_sheet.png'}, " if info["images"] else ""
     return "\n".join([
-        f"{folder}: {info['documents']:,} documents ({info['held_out']:,} held out), {info['images']:,} images of "
-        f"{h}x{w}x{c} {info['image']['stored']}, {info['text_tokens']:,} text tokens",
+        f"{folder}: {info['documents']:,} documents ({info['held_out']:,} held out){images}, "
+        f"{info['text_tokens']:,} text tokens",
         f"  items     {ledger['items']:,} read = {ledger['written']:,} written + {ledger['rejected']:,} rejected"
         + (f" ({reasons}; see {folder / 'rejected.jsonl'})" if reasons else ""),
         *([f"  captions  {dropped}, left out of documents that have others"] if dropped else []),
         f"  tokenizer {info['tokenizer']['entries']:,} ids",
-        f"  look at   {folder / 'contact_sheet.png'}, {folder / 'sample.txt'}",
-        f"  train     --data.sources.0.name {folder} --image.height {h} --image.width {w} --image.channels {c} "
-        f"--model.vocab-size {rows}",
+        f"  look at   {sheet}{folder / 'sample.txt'}",
+        f"  train     --data.sources.0.name {folder}{shape} --model.vocab-size {rows}",
     ])  # fmt: skip

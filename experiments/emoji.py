@@ -1,0 +1,55 @@
+"""Emoji and speeches: real colour pictures with real captions, and real text, all the way from the files.
+
+    python experiments/fetch_emoji.py data/raw
+    transfusion-jax prepare data/raw/speeches --out data/speeches --vocab-size 4000 --held-out 0.05
+    transfusion-jax prepare data/raw/emoji --out data/emoji --tokenizer data/speeches/tokenizer.model \
+        --height 32 --width 32 --held-out 0.02
+    transfusion-jax train experiments/emoji.py
+
+Hardware: two CPU cores.
+Expected: see docs/data.md.
+"""
+
+from dataclasses import replace
+
+from transfusion_jax.config import (
+    DataConfig,
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from transfusion_jax.data.prepared import image_config, vocab_size
+
+PICTURES, TEXT = "data/emoji", "data/speeches"
+
+
+def config() -> Experiment:
+    image = image_config(PICTURES, patch=4)
+    model = ModelConfig(
+        layers=6,
+        width=256,
+        heads=4,
+        mlp_width=768,
+        vocab_size=vocab_size(PICTURES),
+        compute_dtype="float32",
+        timestep="after",
+        patch_position="learned",
+    )
+    return Experiment(
+        name="emoji",
+        image=image,
+        model=replace(model, rope_theta=1000.0),
+        data=DataConfig(
+            sources=(SourceConfig(PICTURES, 4.0), SourceConfig(TEXT, 1.0)),
+            row_length=4 * image.span + 88,
+            batch_rows=8,
+            max_epochs=100.0,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=200),
+        train=TrainConfig(steps=4000, ema_decay=0.998, checkpoint_every=500),
+        sampler=SamplerConfig("ddim", steps=50, clip=1.0, context_timestep=20, max_tokens=image.span + 64),
+        evaluation=("likelihood", "pairs"),
+    )
