@@ -130,6 +130,21 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def autoencoder(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.autoencoder.config import AutoencoderExperiment
+    from transfusion_jax.autoencoder.training import train_autoencoder
+
+    with user_input():
+        experiment = load_experiment(arguments.experiment, arguments.overrides, AutoencoderExperiment)
+        directory = arguments.run_dir or Path("runs") / experiment.name
+        summary = train_autoencoder(experiment, directory, say)
+    if summary is not None:
+        say(_table(summary))
+        say(f"pictures  {', '.join(map(str, sorted((directory / 'samples').glob('*.png'))[-1:]))}")
+        say(f"numbers   {directory / 'summary.json'}\nuse       transfusion-jax prepare ... --autoencoder {directory}")
+    return 0
+
+
 def inspect(arguments: argparse.Namespace) -> int:
     from transfusion_jax.data.pipeline import Data
     from transfusion_jax.evaluation.inspection import inspect_row, totals
@@ -278,6 +293,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--finish", action="store_true", help="make no shard; check that all are there, and finish")
     sub.add_argument("--workers", type=int, metavar="N", help="threads that decode pictures (all cores)")
 
+    sub = command(autoencoder, "train an autoencoder, or resume it; --a.b VALUE overrides a field of its config")
+    sub.add_argument("experiment", metavar="EXPERIMENT", help="a file, with :name for a point of its sweep")
+    sub.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<name of the experiment>")
+
     sub = command(generate, "continue a prompt with text and images")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--prompt", metavar="TEXT")
@@ -300,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         arguments, rest = _parser().parse_known_args(argv)
-        if rest and arguments.function not in (train, prepare, inspect):
+        if rest and arguments.function not in (train, prepare, inspect, autoencoder):
             raise BadInput(f"unknown arguments: {' '.join(rest)}")
         arguments.overrides = rest
         return arguments.function(arguments)

@@ -1,6 +1,7 @@
 """Data to look at: a contact sheet of what was prepared, and a packed row drawn as a person would want to see it."""
 
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,7 +35,14 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], title
     for axes, picture, caption in zip(grid.flat, pictures, captions, strict=False):
         show(axes, picture)
         axes.set_xlabel(wrapped(caption, 24, 4), fontsize=6.5, color=INK)
-    figure.savefig(path, dpi=110)
+    save(figure, path, 110)
+
+
+def save(figure: plt.Figure, path: Path, dpi: int) -> None:
+    """Writes a figure; letters that the font lacks are drawn as boxes, without a warning each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
@@ -91,8 +99,7 @@ def row_picture(
             show(axes, pictures[number])
             limit = int(row.image_limit_BM[number])
             axes.set_xlabel(f"{wrapped(texts[number], 26, 3)}\nt < {limit}", fontsize=6.5, color=INK)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, 110)
 
 
 _COLOURS = ListedColormap(["white", *plt.get_cmap("tab10").colors[:9]])

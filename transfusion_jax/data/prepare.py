@@ -58,7 +58,7 @@ class Preparation:
     channels: int = 3
     """3: RGB; 1: grey."""
     autoencoder: str = ""
-    """Directory of a trained or published autoencoder; empty: raw pixels are kept."""
+    """Run directory of `transfusion-jax autoencoder`, or directory of a published AutoencoderKL; empty: raw pixels."""
     tokenizer: str = ""
     """A sentencepiece `.model`; empty: one is trained on a sample of the text."""
     vocab_size: int = 32_000
@@ -159,7 +159,7 @@ def _check_out(out: Path) -> None:
     require(not out.exists() or out.is_dir(), f"{out} is a file, not a directory")
     if out.exists() and not (out / "identity.json").exists() and not (out / "dataset.json").exists():
         foreign = sorted(p.name for p in out.iterdir() if not p.name.endswith(".partial"))
-        require(not foreign, f"{out} holds {foreign[:1]} and no prepared data; it is left as it is")
+        require(not foreign, f"{out} is left as it is: it holds {''.join(foreign[:1])} and no prepared data")
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -248,7 +248,9 @@ def _codec(preparation: Preparation):
         return None
     from transfusion_jax.autoencoder.pretrained import load_codec
 
-    codec = load_codec(Path(preparation.autoencoder))
+    path = Path(preparation.autoencoder)
+    trained = path / "autoencoder"  # in the run directory of `transfusion-jax autoencoder`
+    codec = load_codec(trained if trained.is_dir() else path)
     codec.latent_shape(preparation.height, preparation.width)
     require(
         codec.config.channels == preparation.channels,

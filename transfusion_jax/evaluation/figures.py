@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.data import digits as digits_data
-from transfusion_jax.data.figures import show, wrapped
+from transfusion_jax.data.figures import save, show, wrapped
 from transfusion_jax.data.images import to_uint8
 from transfusion_jax.evaluation.digits import Drawn, Read
 from transfusion_jax.training.metrics import read_metrics
@@ -34,8 +34,7 @@ def digits_grid(drawn: Drawn, captions: Read, path: Path) -> None:
         correct = digits_data.label_of(captions.captions[index]) == captions.labels[index]
         _show(axes, captions.images[index])
         axes.set_title(captions.captions[index] or "(no caption)", fontsize=6, color=INK if correct else ACCENT)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path, 150)
 
 
 def pairs_grid(
@@ -55,8 +54,7 @@ def pairs_grid(
             if picture is not None:
                 show(axes, picture)
             axes.set_xlabel(wrapped(text or "(no caption)", 28, 3), fontsize=7, color=INK)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, 120)
 
 
 def curves(run_dir: Path, path: Path) -> None:
@@ -72,8 +70,7 @@ def curves(run_dir: Path, path: Path) -> None:
         axes.plot(steps, _smooth(values), color=INK, linewidth=1.6)
         axes.set(title=title, xlabel="step", yscale="log")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path, 150)
 
 
 def _show(axes: plt.Axes, image: np.ndarray | None, frame: str | None = None) -> None:
