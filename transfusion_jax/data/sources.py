@@ -10,6 +10,7 @@ from transfusion_jax.config import Experiment
 from transfusion_jax.data.digits import Digits
 from transfusion_jax.data.documents import Document, pair_document, pair_length, text_document
 from transfusion_jax.data.prepared import Prepared
+from transfusion_jax.data.scenes import Scenes
 from transfusion_jax.data.sums import Sums
 from transfusion_jax.data.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ class Synthetic:
         return pair_document([ids], latent, tokenizer, self.experiment.data, self.experiment.diffusion, rng)
 
 
-SOURCES: dict[str, type[Source]] = {"digits": Digits, "sums": Sums, "synthetic": Synthetic}
+SOURCES: dict[str, type[Source]] = {"digits": Digits, "scenes": Scenes, "sums": Sums, "synthetic": Synthetic}
 
 
 def load_sources(experiment: Experiment, split: str) -> list[Source]:

@@ -9,6 +9,7 @@ from transfusion_jax.evaluation import digits as digits_lib
 from transfusion_jax.evaluation.figures import digits_grid
 from transfusion_jax.evaluation.likelihood import likelihood
 from transfusion_jax.evaluation.pairs import pairs
+from transfusion_jax.evaluation.scenes import scenes
 from transfusion_jax.evaluation.sums import sums
 from transfusion_jax.generation.engine import Engine
 
@@ -26,6 +27,7 @@ SUITES: dict[str, Callable[[Engine, Path], dict]] = {
     "sums": lambda engine, samples: sums(engine),
     "likelihood": lambda engine, samples: likelihood(engine),
     "pairs": pairs,
+    "scenes": scenes,
 }
 
 
