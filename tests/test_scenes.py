@@ -8,26 +8,10 @@ import pytest
 
 from transfusion_jax.config import Experiment, ImageConfig
 from transfusion_jax.data.documents import Image, Text, sequence
-from transfusion_jax.data.scenes import (
-    BESIDE,
-    COLOURS,
-    COUNTS,
-    DIRECTIONS,
-    KINDS,
-    NOVEL_PAIRS,
-    SIZES,
-    Edit,
-    Object,
-    Pair,
-    Scene,
-    Scenes,
-    captions,
-    example,
-    examples,
-    pictures,
-    render,
-)
-from transfusion_jax.data.scenes_judge import holds, judge, parse, residual
+from transfusion_jax.data.scenes import COUNTS, NOVEL_PAIRS, Pair, Scenes, example, examples, pictures
+from transfusion_jax.data.scenes.judge import holds, judge, parse, residual
+from transfusion_jax.data.scenes.scene import COLOURS, KINDS, SIZES, Object, Scene, render
+from transfusion_jax.data.scenes.words import BESIDE, DIRECTIONS, Edit, captions
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.evaluation import scenes as evaluation
 

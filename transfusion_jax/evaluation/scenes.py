@@ -18,22 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.data.images import to_uint8
-from transfusion_jax.data.scenes import (
-    COLOURS,
-    KINDS,
-    LARGEST,
-    NOVEL_PAIRS,
-    RELATIONS,
-    Edit,
-    Pair,
-    Scene,
-    Scenes,
-    choose,
-    counted,
-    examples,
-    render,
-)
-from transfusion_jax.data.scenes_judge import holds, judge, parse, residual
+from transfusion_jax.data.scenes import NOVEL_PAIRS, Pair, Scenes, examples
+from transfusion_jax.data.scenes.judge import holds, judge, parse, residual
+from transfusion_jax.data.scenes.scene import COLOURS, KINDS, LARGEST, Scene, render
+from transfusion_jax.data.scenes.words import RELATIONS, Edit, choose, counted
 from transfusion_jax.evaluation.figures import ACCENT, INK
 from transfusion_jax.generation.engine import Engine
 

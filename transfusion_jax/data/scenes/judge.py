@@ -7,25 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from transfusion_jax.data.scenes import (
+from transfusion_jax.data.scenes.scene import (
     BACKGROUND,
     COLOURS,
-    FRAMES,
     GRID,
     KINDS,
     LARGEST,
-    RELATIONS,
     SIDES,
     SIZES,
-    SYNONYMS,
     Object,
     Scene,
     colour_values,
     coverage,
-    related,
     render,
     window,
 )
+from transfusion_jax.data.scenes.words import FRAMES, RELATIONS, SYNONYMS, related
 from transfusion_jax.data.sums import NUMBERS
 
 PLACES = tuple(itertools.product(range(GRID), repeat=2))
