@@ -9,7 +9,6 @@ from PIL import Image
 
 from transfusion_jax import config as config_lib
 from transfusion_jax.cli import load_experiment, main
-from transfusion_jax.config import ImageConfig
 from transfusion_jax.data.images import read_image, write_image
 
 DIGITS = str(Path(__file__).parent.parent / "experiments" / "digits.py")
@@ -141,16 +140,17 @@ def test_no_command_and_unknown_command(capsys):
 
 
 def test_images_survive_a_file_and_are_cropped_and_resized(tmp_path):
-    config = ImageConfig(8, 8, 1, 2)
     image = (np.random.default_rng(0).integers(0, 256, (8, 8, 1)) / 127.5 - 1).astype(np.float32)
     write_image(tmp_path / "a.png", image)
-    np.testing.assert_allclose(read_image(tmp_path / "a.png", config), image, atol=1e-6)
-    Image.open(tmp_path / "a.png").resize((80, 80), Image.Resampling.NEAREST).save(tmp_path / "big.png")
-    np.testing.assert_allclose(read_image(tmp_path / "big.png", config), image, atol=0.01)
+    np.testing.assert_allclose(read_image(tmp_path / "a.png", 8, 8, 1), image, atol=1e-6)
+    ramp = np.broadcast_to(np.arange(0, 240, 3, np.uint8), (80, 80))
+    Image.fromarray(ramp).save(tmp_path / "big.png")
+    averages = ramp.reshape(8, 10, 8, 10).mean((1, 3))[..., None] / 127.5 - 1
+    np.testing.assert_allclose(read_image(tmp_path / "big.png", 8, 8, 1), averages, atol=0.03)
     wide = np.zeros((8, 24), np.uint8)
     wide[:, 8:16] = 255
     Image.fromarray(wide).convert("RGBA").save(tmp_path / "wide.png")
-    np.testing.assert_allclose(read_image(tmp_path / "wide.png", config), np.ones((8, 8, 1)), atol=1e-6)
+    np.testing.assert_allclose(read_image(tmp_path / "wide.png", 8, 8, 1), np.ones((8, 8, 1)), atol=1e-6)
 
 
 def test_unreadable_images(tmp_path):
@@ -160,6 +160,6 @@ def test_unreadable_images(tmp_path):
     truncated.write_bytes(truncated.read_bytes()[:200])
     for name in ("text.png", "cut.png", "missing.png"):
         with pytest.raises(ValueError, match=name):
-            read_image(tmp_path / name, ImageConfig(8, 8, 1, 2))
+            read_image(tmp_path / name, 8, 8, 1)
     with pytest.raises(ValueError, match="8 channels are no pixels"):
-        read_image(truncated, ImageConfig(8, 8, 8, 2))
+        read_image(truncated, 8, 8, 8)

@@ -273,7 +273,7 @@ class Oracle:
     """Answers every request rightly, then lets `spoil` change the scenes of its pictures."""
 
     def __init__(self, spoil=lambda scene: scene, caption=lambda scene: captions(scene)[0]):
-        self.experiment, self.spoil, self.caption = of(32), spoil, caption
+        self.picture_shape, self.spoil, self.caption = (32, 32, 3), spoil, caption
         self.edits = {(e.scene, e.instruction): e.target for e in examples("held_out", Edit, 10)}
 
     def using(self, **changes):

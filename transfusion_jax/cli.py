@@ -132,13 +132,13 @@ def train(arguments: argparse.Namespace) -> int:
 
 def autoencoder(arguments: argparse.Namespace) -> int:
     from transfusion_jax.autoencoder.config import AutoencoderExperiment
-    from transfusion_jax.autoencoder.training import train_autoencoder
+    from transfusion_jax.autoencoder.training import open_run, train_autoencoder
 
     with user_input():
         experiment = load_experiment(arguments.experiment, arguments.overrides, AutoencoderExperiment)
         directory = arguments.run_dir or Path("runs") / experiment.name
-        summary = train_autoencoder(experiment, directory, say)
-    if summary is not None:
+        run = open_run(experiment, directory, say)
+    if (summary := train_autoencoder(run, say)) is not None:
         say(_table(summary))
         say(f"pictures  {', '.join(map(str, sorted((directory / 'samples').glob('*.png'))[-1:]))}")
         say(f"numbers   {directory / 'summary.json'}\nuse       transfusion-jax prepare ... --autoencoder {directory}")
@@ -215,7 +215,7 @@ def generate(arguments: argparse.Namespace) -> int:
             if isinstance(span, str):
                 written.append({"text": span})
             else:
-                write_image(arguments.out / f"{pictures}.png", engine.picture(span))
+                write_image(arguments.out / f"{pictures}.png", span)
                 written.append({"image": f"{pictures}.png"})
                 pictures += 1
         lines.append({"prompt": arguments.prompt or "", "spans": written})

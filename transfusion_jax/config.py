@@ -340,6 +340,7 @@ def paper(size: str) -> Experiment:
 # Fields that do not change what is trained, so a run may be resumed with others.
 RESUMABLE = (
     "mesh.", "data.prefetch", "data.max_epochs", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.sample_every",
 )  # fmt: skip
 
 
@@ -358,10 +359,10 @@ def dumps(experiment: Experiment) -> str:
     return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
 
 
-def loads(text: str, name: str) -> Experiment:
-    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold one."""
+def loads(text: str, name: str, kind: type = Experiment) -> Any:
+    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold one of this kind."""
     try:
-        return _build(Experiment, json.loads(text))
+        return _build(kind, json.loads(text))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} does not hold an experiment of this version: {error}") from error
 

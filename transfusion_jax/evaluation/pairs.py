@@ -20,18 +20,17 @@ def pairs(engine: Engine, samples: Path) -> dict:
     found = _pairs(engine)
     if not found:
         return {}
-    captions, images = zip(*found, strict=True)
+    captions, pictures = zip(*found, strict=True)
     spans = engine.generate([(caption,) for caption in captions])
     drawn = [next((s for s in given if not isinstance(s, str)), None) for given in spans]
-    told = engine.using(temperature=0.0).generate([(image,) for image in images])
+    told = engine.using(temperature=0.0).generate([(picture,) for picture in pictures])
     texts = [next((s for s in given if isinstance(s, str)), "") for given in told]
-    shown = [None if image is None else engine.picture(image) for image in drawn]
-    pairs_grid(captions, shown, [engine.picture(image) for image in images], texts, samples / "pairs.png")
+    pairs_grid(captions, drawn, pictures, texts, samples / "pairs.png")
     return {"drawn_share": float(np.mean([image is not None for image in drawn]))}
 
 
 def _pairs(engine: Engine) -> list[tuple[str, np.ndarray]]:
-    """The first held-out documents of one image and a caption."""
+    """Caption and picture of the first held-out documents of one image and a text."""
     data, rng, found = Data(engine.experiment, engine.tokenizer, "held_out"), np.random.default_rng(0), []
     for source in data.sources:
         for number in np.unique(source.plan.document).tolist():
@@ -40,7 +39,7 @@ def _pairs(engine: Engine) -> list[tuple[str, np.ndarray]]:
             ids = [i for span in document.spans if isinstance(span, Text) for i in span.ids]
             caption = engine.tokenizer.decode(ids)  # BOS and EOS have no text
             if len(images) == 1 and caption:
-                found.append((caption, images[0]))
+                found.append((caption, engine.picture(images[0])))
             if len(found) == SHOWN:
                 return found
     return found

@@ -18,9 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.data.images import to_uint8
-from transfusion_jax.data.scenes import NOVEL_PAIRS, Pair, Scenes, examples
+from transfusion_jax.data.scenes import NOVEL_PAIRS, Pair, examples
 from transfusion_jax.data.scenes.judge import holds, judge, parse, residual
-from transfusion_jax.data.scenes.scene import COLOURS, KINDS, LARGEST, Scene, render
+from transfusion_jax.data.scenes.scene import COLOURS, KINDS, LARGEST, SIDES, Scene, render
 from transfusion_jax.data.scenes.words import RELATIONS, Edit, choose, counted
 from transfusion_jax.evaluation.figures import ACCENT, INK
 from transfusion_jax.generation.engine import Engine
@@ -54,7 +54,8 @@ def scenes(engine: Engine, samples: Path, count: int = COUNT) -> dict:
     Raises:
       ValueError: the model's images are no scenes.
     """
-    Scenes(engine.experiment, "held_out")
+    if engine.picture_shape not in [(side, side, 3) for side in SIDES]:
+        raise ValueError(f"scenes are pictures of 32x32x3 or 64x64x3, the model's are {engine.picture_shape}")
     answers = {name: draw(engine, prompts(name, count), seed) for seed, name in enumerate(PROMPTS)}
     drawn = [a.image for group in answers.values() for a in group if a.image is not None]
     reader = engine.using(temperature=0.0)
@@ -70,7 +71,7 @@ def scenes(engine: Engine, samples: Path, count: int = COUNT) -> dict:
         "compositional": shares["compositional"],
         **{f"{name}_accuracy": shares[name] for name in ("caption", "compositional_caption", "edit")},
         "drawing_residual": float(np.mean([residual(image) for image in drawn])) if drawn else None,
-        "judge_accuracy": judge_accuracy(engine.experiment.image.height, count),
+        "judge_accuracy": judge_accuracy(engine.picture_shape[0], count),
     }
 
 
@@ -89,7 +90,7 @@ def draw(engine: Engine, asked: Sequence[str], seed: int) -> list[Answer]:
 def describe(engine: Engine, split: str, count: int) -> list[Answer]:
     """Writes a caption, and nothing else, for each of the first pictures of a split."""
     truth = [pair.scene for pair in examples(split, Pair, count)]
-    images = [render(scene, engine.experiment.image.height) for scene in truth]
+    images = [render(scene, engine.picture_shape[0]) for scene in truth]
     spans = engine.generate([(image,) for image in images])
     captions = [s[0].strip() if len(s) == 1 and isinstance(s[0], str) else "" for s in spans]
     return [
@@ -100,7 +101,7 @@ def describe(engine: Engine, split: str, count: int) -> list[Answer]:
 
 def edit(engine: Engine, count: int, seed: int) -> list[Answer]:
     """Edits the pictures of the first held-out edits; shown are the picture before and the one after."""
-    edits, side = examples("held_out", Edit, count), engine.experiment.image.height
+    edits, side = examples("held_out", Edit, count), engine.picture_shape[0]
     before = [render(e.scene, side) for e in edits]
     requests = [(image, e.instruction) for image, e in zip(before, edits, strict=True)]
     after = [_first_image(spans) for spans in engine.generate(requests, seed)]

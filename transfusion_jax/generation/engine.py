@@ -22,7 +22,7 @@ from transfusion_jax.autoencoder.pretrained import Codec, load_codec
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import Document, Image, Text, sequence
-from transfusion_jax.data.images import read_image, read_pixels
+from transfusion_jax.data.images import read_image
 from transfusion_jax.data.packing import pack
 from transfusion_jax.data.pipeline import stack
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -65,9 +65,9 @@ class Engine:
             object.__setattr__(self, name, jax.jit(getattr(self, name), static_argnames=static))
 
     def generate(self, requests: Sequence[tuple[str | np.ndarray, ...]], seed: int = 0) -> list[list]:
-        """Continues every request, a sequence of texts and images [h, w, c] in [-1, 1], as one batch.
+        """Continues every request, a sequence of texts and pictures [H, W, C] in [-1, 1], as one batch.
 
-        Returns, for each, the new spans: texts and images. A request that reaches `max_tokens` ends there.
+        Returns, for each, the new spans: texts and pictures. A request that reaches `max_tokens` ends there.
         """
         batch, length_B = self._prompts(requests)
         span = self.experiment.image.span
@@ -85,23 +85,34 @@ class Engine:
             if IMAGE in (status_B := np.asarray(rows.status_B)):
                 rows, image_Bhwc = self._draw(self.parameters, rows)
                 for row in np.flatnonzero(status_B == IMAGE):
-                    spans[row].append(np.asarray(image_Bhwc[row]))
+                    spans[row].append(self.picture(np.asarray(image_Bhwc[row])))
         return spans
 
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
-        """An image of the model's as a picture in [-1, 1]."""
+        """An image of the model's as a picture [H, W, C] in [-1, 1]."""
         if self.codec is None:
             return image_hwc
         return np.asarray(self.codec.decode(image_hwc[None] / self.codec.scale + self.codec.shift))[0]
 
-    def read(self, path: Path) -> np.ndarray:
-        """A picture file as an image of the model's; raises ValueError if it cannot be read."""
+    def image(self, picture_HWC: np.ndarray) -> np.ndarray:
+        """A picture as an image of the model's [h, w, c]: itself, or the mean of its latent."""
         if self.codec is None:
-            return read_image(path, self.experiment.image)
-        pixels, factor = self.experiment.image, self.codec.config.downsampling
-        picture = read_pixels(path, pixels.height * factor, pixels.width * factor, self.codec.config.channels)
-        mean, _ = self.codec.encode(picture[None])
+            return picture_HWC
+        mean, _ = self.codec.encode(picture_HWC[None])
         return (np.asarray(mean[0]) - self.codec.shift) * self.codec.scale
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the pictures it takes and gives."""
+        image = self.experiment.image
+        if self.codec is None:
+            return image.shape
+        factor = self.codec.config.downsampling
+        return image.height * factor, image.width * factor, self.codec.config.channels
+
+    def read(self, path: Path) -> np.ndarray:
+        """A picture file, cropped and resized to `picture_shape`; raises ValueError if it cannot be read."""
+        return read_image(path, *self.picture_shape)
 
     def check(self, requests: Sequence[tuple[str | np.ndarray, ...]]) -> None:
         """Raises ValueError for a request that is longer than a row."""
@@ -112,7 +123,9 @@ class Engine:
         documents = []
         for request in requests:
             spans = [Text([self.tokenizer.bos])]
-            spans += [Text(self.tokenizer.encode(s)) if isinstance(s, str) else Image(s, 1) for s in request]
+            spans += [
+                Text(self.tokenizer.encode(s)) if isinstance(s, str) else Image(self.image(s), 1) for s in request
+            ]
             documents.append(sequence(Document(tuple(spans)), self.tokenizer, self.experiment.image.patches))
         lengths = [len(document.tokens) for document in documents]
         if max(lengths) > self.experiment.data.row_length:

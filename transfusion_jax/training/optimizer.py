@@ -14,15 +14,21 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, parameters: nnx.State) -> optax.GradientTransformation:
-    """The optimizer for nested dicts of arrays shaped like `parameters`, whose axis names say what decays."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, parameters: nnx.State, start: int = 0
+) -> optax.GradientTransformation:
+    """The optimizer for nested dicts of arrays shaped like `parameters`, whose axis names say what decays.
+
+    One that takes its first step at step `start` of the run has the rate of the others from then on.
+    """
+    rate = learning_rate(config, steps)
     axes = {path: p.get_metadata("out_sharding") for path, p in nnx.to_flat_state(parameters)}
     matrices = {path: len(names) > 1 and "norm" not in names for path, names in axes.items()}
     decayed = nnx.to_pure_dict(nnx.from_flat_state(matrices))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate(config, steps), config.b1, config.b2, config.epsilon,
+            lambda count: rate(count + start), config.b1, config.b2, config.epsilon,
             weight_decay=config.weight_decay, mask=decayed,
         ),
     )  # fmt: skip

