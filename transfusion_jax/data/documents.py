@@ -44,22 +44,21 @@ class Sequenced:
 
 
 def sequence(document: Document, tokenizer: Tokenizer, patches: int) -> Sequenced:
-    tokens, has_target, images = [], [], []
+    length = sum(len(span.ids) if isinstance(span, Text) else patches + 2 for span in document.spans)
+    tokens, has_target, images, at = np.zeros(length, np.int32), np.zeros(length, np.float32), [], 0
     for span in document.spans:
         if isinstance(span, Text):
-            tokens += span.ids
-            has_target += [True] * len(span.ids)
+            end = at + len(span.ids)
+            tokens[at:end], has_target[at:end] = span.ids, 1
         else:
-            images.append((len(tokens) + 1, span))
-            tokens += [tokenizer.boi, *[0] * patches, tokenizer.eoi]
-            has_target += [False] * (patches + 1) + [True]
-    has_target[-1] = False
-    return Sequenced(
-        np.asarray(tokens, np.int32),
-        np.asarray([*tokens[1:], 0], np.int32),
-        np.asarray(has_target, np.float32) * document.learn_text,
-        tuple(images),
-    )
+            images.append((at + 1, span))
+            end = at + patches + 2
+            tokens[at], tokens[end - 1], has_target[end - 1] = tokenizer.boi, tokenizer.eoi, 1
+        at = end
+    has_target[-1:] = 0
+    if not document.learn_text:
+        has_target[:] = 0
+    return Sequenced(tokens, np.append(tokens[1:], np.int32(0)), has_target, tuple(images))
 
 
 def pair_document(

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from transfusion_jax.config import ImageConfig
-
 MODES = {1: "L", 3: "RGB"}
 MAX_PIXELS = 89_478_485
 """Pictures that claim more pixels are taken for decompression bombs (a quarter of a GiB in RGB, as Pillow warns)."""
@@ -29,7 +27,8 @@ def decode(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError("decompression bomb")
-            picture = _flat(ImageOps.exif_transpose(file), MODES[channels])
+            ImageOps.exif_transpose(file, in_place=True)
+            picture = _flat(file, MODES[channels])
     except (Image.DecompressionBombError, MemoryError) as error:
         raise ValueError("decompression bomb") from error
     except UnidentifiedImageError as error:
@@ -52,22 +51,17 @@ def _flat(picture: Image.Image, mode: str) -> Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert(mode)
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
-def read_image(path: Path, config: ImageConfig) -> np.ndarray:
-    """A picture file as float32 [h, w, c] in [-1, 1]: black -1, white 1; cropped and resized as by `decode`.
+def read_image(path: Path, height: int, width: int, channels: int) -> np.ndarray:
+    """A picture file as float32 [height, width, channels] in [-1, 1], black -1, white 1; resized as by `decode`.
 
     Raises:
-      ValueError: the file cannot be read, or the model's images are not pixels.
+      ValueError: the file cannot be read, or pictures have another number of channels.
     """
-    if config.channels not in MODES:
-        raise ValueError(f"images of {config.channels} channels are no pixels; they need an autoencoder")
-    return read_pixels(path, config.height, config.width, config.channels)
-
-
-def read_pixels(path: Path, height: int, width: int, channels: int) -> np.ndarray:
-    """A picture file as float32 [height, width, channels] in [-1, 1]; raises ValueError if it cannot be read."""
+    if channels not in MODES:
+        raise ValueError(f"images of {channels} channels are no pixels; they need an autoencoder")
     try:
         return from_uint8(decode(path.read_bytes(), height, width, channels))
     except OSError as error:

@@ -13,8 +13,9 @@ from transfusion_jax.config import DataConfig
 class Mixture(grain.python.DatasetSelectionMap):
     """Maps row i to (source, row of that source), by weights that may change during the run.
 
-    Among any first rows of a phase each source has its share, to within one row. Of sources a, b with weights 2, 1,
-    rows come as b a a b a a ..., and every source goes on in a new phase where it was in the one before.
+    Among any first rows of a phase each source has its share: of two or three sources to within one row, of more to
+    within one and a half. Of sources a, b with weights 2, 1, rows come as a b a a b a ..., and every source goes on in
+    a new phase where it was in the one before.
     """
 
     def __init__(self, data: DataConfig, steps: int):
@@ -23,7 +24,7 @@ class Mixture(grain.python.DatasetSelectionMap):
         self._phases = [(start, _shares(w)) for start, w in zip(starts, weights, strict=True)]
         self._before = [np.zeros(len(data.sources), np.int64)]
         for (start, shares), (end, _) in zip(self._phases[:-1], self._phases[1:], strict=True):
-            self._before.append(self._before[-1] + _counts(end - start, shares))
+            self._before.append(self._before[-1] + self._counts(end - start, shares))
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -31,35 +32,37 @@ class Mixture(grain.python.DatasetSelectionMap):
     def __getitem__(self, row: int) -> tuple[int, int]:
         phase = self._phase(row)
         at = row - self._phases[phase][0]
-        for source, share in enumerate(self._phases[phase][1]):
-            taken = int(at * share)
-            if int((at + 1) * share) > taken:
+        for source, share in self._phases[phase][1]:
+            taken = _taken(at, share)
+            if _taken(at + 1, share) > taken:
                 return source, int(self._before[phase][source]) + taken
             at -= taken
-        raise AssertionError("the last source with weight takes what is left")
+        raise AssertionError("the last source takes what is left")
 
     def counts(self, rows: int) -> np.ndarray:
         """Rows of each source among the first `rows`."""
         phase = self._phase(max(rows - 1, 0))
         start, shares = self._phases[phase]
-        return self._before[phase] + _counts(rows - start, shares)
+        return self._before[phase] + self._counts(rows - start, shares)
 
     def _phase(self, row: int) -> int:
         return max(i for i, (start, _) in enumerate(self._phases) if start <= row)
 
-
-def _shares(weights: Sequence[float]) -> list[float]:
-    """Of every source, its share of what the sources before it leave: the last with weight takes all of it."""
-    left = [math.fsum(weights[i:]) for i in range(len(weights))]
-    last = max(i for i, weight in enumerate(weights) if weight > 0)
-    return [
-        1.0 if i == last else w / rest if rest else 0.0 for i, (w, rest) in enumerate(zip(weights, left, strict=True))
-    ]
+    def _counts(self, rows: int, shares: Sequence[tuple[int, float]]) -> np.ndarray:
+        counts = np.zeros_like(self._before[0])
+        for source, share in shares:
+            counts[source] = _taken(rows, share)
+            rows -= counts[source]
+        return counts
 
 
-def _counts(rows: int, shares: Sequence[float]) -> np.ndarray:
-    counts = []
-    for share in shares:
-        counts.append(int(rows * share))
-        rows -= counts[-1]
-    return np.asarray(counts, np.int64)
+def _shares(weights: Sequence[float]) -> list[tuple[int, float]]:
+    """Sources that have weight, the heaviest first, each with its share of what those before it leave."""
+    order = sorted((i for i, weight in enumerate(weights) if weight > 0), key=lambda i: -weights[i])
+    left = [math.fsum(weights[i] for i in order[at:]) for at in range(len(order))]
+    return [(i, weights[i] / rest) for i, rest in zip(order, left, strict=True)]
+
+
+def _taken(rows: int, share: float) -> int:
+    """Of so many rows, those of a source with this share: with a share of 1, all."""
+    return math.floor(rows * share + 0.5)

@@ -7,7 +7,6 @@ text longer than a row is cut.
 
 import contextlib
 import hashlib
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import ImageConfig
 from transfusion_jax.data.documents import Sequenced
+from transfusion_jax.data.whole import whole
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,13 @@ class Plan:
     def save(self, file: Path) -> None:
         """Writes the plan whole or not at all."""
         file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         arrays = {name: getattr(self, name) for name in ("row_start", "document", "begin", "end")}
-        with partial.open("wb") as out:
+        with whole(file) as partial, partial.open("wb") as out:
             np.savez(out, **arrays, **{f"rejected:{reason}": x for reason, x in self.rejected.items()})
-        os.replace(partial, file)
 
     @classmethod
     def load(cls, file: Path) -> "Plan":
-        with np.load(file) as arrays:
+        with file.open("rb") as opened, np.load(opened) as arrays:
             parts = {name: arrays[name] for name in arrays.files}
         rejected = {name.partition(":")[2]: parts.pop(name) for name in list(parts) if name.startswith("rejected:")}
         return cls(**parts, rejected=rejected)
@@ -95,7 +93,7 @@ def kept_plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray, fold
     inputs.update(np.ascontiguousarray(lengths, "<i8").tobytes())
     inputs.update(np.broadcast_to(cut, np.shape(lengths)).tobytes())
     file = folder / f"{inputs.hexdigest()[:16]}.npz"
-    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
+    with contextlib.suppress(OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):  # if damaged
         return Plan.load(file)
     made = plan(lengths, row_length, cut)
     with contextlib.suppress(OSError):

@@ -10,36 +10,40 @@ Items are numbered over all inputs, and shard k holds a fixed range of them. So 
 share the shards out, and what a killed process did not finish is made again, to the byte.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
+import itertools
 import json
-import os
+import shutil
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from transfusion_jax.config import require
+from transfusion_jax.data.accounts import gather, keep_rejected
 from transfusion_jax.data.images import MODES
 from transfusion_jax.data.readers import open_input
 from transfusion_jax.data.readers.files import Captions
 from transfusion_jax.data.readers.raw import Columns, Picture, Reader, Rejected
-from transfusion_jax.data.shards import Encode, Settings, write_shard, write_whole
+from transfusion_jax.data.shards import ENCODED, Encode, Settings, in_order, write_shard
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
+from transfusion_jax.data.whole import write_whole
 
 Report = Callable[[str], None]
 SAMPLED_ITEMS, SAMPLED_CHARACTERS = 100_000, 20_000_000  # that a tokenizer is trained on
+SAMPLED_RUN = 64
 FORMAT = 1
+LOCK = ".lock"
 
 
 class PreparationFailed(Exception):
@@ -65,7 +69,7 @@ class Preparation:
     """Entries of a tokenizer that is trained here, at most."""
     columns: Columns = Columns()
     held_out: float = 0.01
-    """Share of the documents that is kept from training, chosen by a hash of their names."""
+    """Share of the documents that is kept from training, chosen by a hash of what they hold."""
     max_caption: int = 10_000
     """Characters; a longer caption is rejected."""
     reject_limit: float = 0.01
@@ -95,51 +99,69 @@ def prepare(
       PreparationFailed: more items were rejected than may be, or `finish_only` and shards are missing.
     """
     require(bool(preparation.inputs), "name at least one input: a folder, .jsonl, .tar, .parquet, .txt or tfds:NAME")
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `images.decode` has a lower limit
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is counted
     _check_out(out)
     inputs = [reader for path in preparation.inputs for reader in open_input(path, preparation.columns)]
     items = sum(len(reader) for _, reader in inputs)
     require(items > 0, f"no pair found, nor any text, in {', '.join(preparation.inputs)}")
     _check_missing(inputs, items, preparation.reject_limit, report)
-    codec = _codec(preparation)
-    identity = {
-        "format": FORMAT,
-        "preparation": {k: v for k, v in dataclasses.asdict(preparation).items() if k != "reject_limit"},
-        "inputs": [{"input": name, "items": len(reader)} for name, reader in inputs],
-        "autoencoder": codec.digest if codec else None,
-    }
-    tokenizer = _given_tokenizer(preparation)
-    if (done := _claim(out, identity)) is not None:
-        report(f"{out} is prepared already")
-        return done
-    tokenizer = tokenizer or _trained_tokenizer(preparation, inputs, out, report)
-    write_whole(out / "tokenizer.model", tokenizer.model)
+    codec, tokenizer = _codec(preparation), _given_tokenizer(preparation)
+    identity = json.loads(
+        _json(
+            {
+                "format": FORMAT,
+                "preparation": {k: v for k, v in dataclasses.asdict(preparation).items() if k != "reject_limit"},
+                "inputs": {name: f"{len(reader)} items, {reader.digest()[:16]}" for name, reader in inputs},
+                "tokenizer": hashlib.sha256(tokenizer.model).hexdigest() if tokenizer else None,
+                "autoencoder": codec.digest if codec else None,
+            }
+        )
+    )
+    with _alone(out):
+        if (done := _finished(out, identity)) is not None:
+            report(f"{out} is prepared already")
+            return done
+        tokenizer = tokenizer or _trained_tokenizer(preparation, inputs, out, report)
+        _claim(out, identity, tokenizer)
 
     settings = Settings(
         tokenizer, preparation.height, preparation.width, preparation.channels, preparation.max_caption,
         preparation.held_out, _encoder(codec) if codec else None,
     )  # fmt: skip
     ranges = [range(at, min(at + preparation.shard_items, items)) for at in range(0, items, preparation.shard_items)]
-    missing = [k for k in range(len(ranges)) if not _account(out, k).exists()]
     i, n = part or (0, 1)
-    mine = [] if finish_only else [k for k in missing if k % n == i % n]
+    if not finish_only:
+        _write_shards(inputs, ranges, [k for k in _missing(out, ranges) if k % n == i % n], out, settings, workers)
+    with _alone(out):
+        if (done := _finished(out, identity)) is not None:  # by another part, just now
+            return done
+        if not (missing := _missing(out, ranges)):
+            done = _finish(preparation, identity, out, len(ranges), settings, codec)
+            _clean(out)
+            return done
+    some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    line = f"{len(missing)} of {len(ranges)} shards are not there yet: {some}"
+    if part is None or finish_only:
+        raise PreparationFailed(line)
+    report(f"part {i}/{n} is done; {line}: the last part, or --finish, makes the data set")
+    return None
+
+
+def _write_shards(
+    inputs: list[tuple[str, Reader]], ranges: list[range], mine: list[int], out: Path, settings: Settings, workers: int
+) -> None:
+    """Makes these shards, in turn; items of the next are loaded while one is finished."""
     left = sum(len(ranges[k]) for k in mine)
     with ThreadPoolExecutor(workers) as executor, tqdm(total=left, unit="item", desc="preparing") as bar:
+        chosen = itertools.chain.from_iterable(_chosen(inputs, ranges[k]) for k in mine)
+        loaded = in_order(chosen, settings, executor, ENCODED + 4 * workers)
         for k in mine:
-            chosen = _chosen(inputs, ranges[k])
-            write_shard(chosen, _shard(out, k), _account(out, k), settings, executor, 4 * workers, bar.update)
-    missing = [k for k in range(len(ranges)) if not _account(out, k).exists()]
-    if missing and not (out / "dataset.json").exists():  # another part may just have made it
-        line = f"{len(missing)} of {len(ranges)} shards are not there yet, the first is {missing[0]}"
-        if part is None:
-            raise PreparationFailed(line)
-        report(f"part {i}/{n} is done; {line}: the last part, or --finish, makes the data set")
-        return None
-    with (out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two parts may be done at the same time
-        if (done := _claim(out, identity)) is not None:
-            return done
-        return _finish(preparation, identity, out, len(ranges), settings, codec)
+            shard = itertools.islice(loaded, len(ranges[k]))
+            write_shard(shard, _shard(out, k), _account(out, k), settings, bar.update)
+
+
+def _missing(out: Path, ranges: list[range]) -> list[int]:
+    return [k for k in range(len(ranges)) if not _account(out, k).exists()]
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -158,29 +180,42 @@ def _check_out(out: Path) -> None:
     """Raises ValueError for a directory that is not one of ours."""
     require(not out.exists() or out.is_dir(), f"{out} is a file, not a directory")
     if out.exists() and not (out / "identity.json").exists() and not (out / "dataset.json").exists():
-        foreign = sorted(p.name for p in out.iterdir() if not p.name.endswith(".partial"))
+        foreign = sorted(p.name for p in out.iterdir() if p.name != LOCK and not p.name.endswith(".partial"))
         require(not foreign, f"{out} is left as it is: it holds {''.join(foreign[:1])} and no prepared data")
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Makes `out` the place of this preparation; returns its dataset.json if it is finished.
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """While no other part decides anything about `out`; a part that is killed lets go."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of dataset.json, if `out` is this preparation's and finished.
 
     Raises:
       ValueError: it holds another data set, or the inputs have changed.
     """
-    identity = json.loads(json.dumps(identity))
     whole = json.loads((out / "dataset.json").read_text()) if (out / "dataset.json").exists() else None
-    stored = whole["identity"] if whole else None
-    if stored is None and (out / "identity.json").exists():
+    stored = whole["identity"] if whole else identity
+    if whole is None and (out / "identity.json").exists():
         stored = json.loads((out / "identity.json").read_text())
-    if stored is not None and stored != identity:
-        changed = [f"{name}: {old} -> {new}" for name, old, new in _changes(stored, identity)]
+    if changed := [f"{name}: {old} -> {new}" for name, old, new in _changes(stored, identity)]:
         raise ValueError(f"{out} holds other data, which is left as it is; what differs: {'; '.join(changed[:5])}")
-    if stored is None:
-        for folder in ("shards", "parts"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        write_whole(out / "identity.json", _json(identity))
+    if whole:
+        _clean(out)
     return whole
+
+
+def _claim(out: Path, identity: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Makes `out` the place of this preparation."""
+    write_whole(out / "identity.json", _json(identity))
+    write_whole(out / "tokenizer.model", tokenizer.model)
+    for folder in ("shards", "parts"):
+        (out / folder).mkdir(exist_ok=True)
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -226,10 +261,11 @@ def _trained_tokenizer(
         return Tokenizer(path.read_bytes(), str(path))
     report("training a tokenizer")
     items = sum(len(reader) for _, reader in inputs)
-    numbers = np.random.default_rng(0).permutation(items)[:SAMPLED_ITEMS]
+    # Runs of neighbours, because archives are read faster in order.
+    starts = np.random.default_rng(0).permutation(np.arange(0, items, SAMPLED_RUN))[: SAMPLED_ITEMS // SAMPLED_RUN]
+    runs = (_chosen(inputs, range(at, min(at + SAMPLED_RUN, items))) for at in starts.tolist())
     texts, characters = [], 0
-    for number in numbers.tolist():
-        (_, reader, index), *_ = _chosen(inputs, range(number, number + 1))
+    for _, reader, index in itertools.chain.from_iterable(runs):
         try:
             raw = reader[index]
         except Rejected:
@@ -271,52 +307,51 @@ def _finish(
     preparation: Preparation, identity: dict, out: Path, shards: int, settings: Settings, codec
 ) -> dict[str, Any]:
     """Puts the accounts of all shards together; the data set is whole once dataset.json is there."""
-    accounts = [msgpack.unpackb(_account(out, k).read_bytes()) for k in range(shards)]
-    ledger = _ledger(accounts)
-    write_whole(out / "ledger.json", _json(ledger))
-    _keep_rejected(accounts, out)
-    total = ledger["total"]
+    accounts = gather(_account(out, k) for k in range(shards))
+    write_whole(out / "ledger.json", _json(accounts.ledger))
+    keep_rejected(accounts.rejections, out)
+    total = accounts.ledger["total"]
     if total["rejected"] > preparation.reject_limit * total["items"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in total["reasons"].items())
         raise PreparationFailed(
             f"{total['rejected']} of {total['items']} items were rejected ({reasons}), more than "
             f"reject_limit={preparation.reject_limit:g}; they are listed in {out / 'rejected.jsonl'}"
         )
-    text, images, held_out = np.asarray([row for a in accounts for row in a["index"]], np.int64).reshape(-1, 3).T
-    require(len(text) > 0, "no document is left")
-    np.save(out / "index.partial.npy", np.stack([text, images, held_out]).astype(np.int32))
-    os.replace(out / "index.partial.npy", out / "index.npy")
+    text, images, held_out = accounts.index.astype(np.int64)
+    if len(text) == 0:
+        raise PreparationFailed("no document is left")
+    index = io.BytesIO()
+    np.save(index, np.ascontiguousarray(accounts.index))
+    write_whole(out / "index.npy", index.getvalue())
     dataset = {
         "format": FORMAT,
         "documents": len(text),
         "held_out": int(held_out.sum()),
         "text_tokens": int(text.sum()),
         "images": int(images.sum()),
-        "image": _image(preparation, codec, sum(np.asarray(a["moments"]) for a in accounts)),
+        "image": _image(preparation, codec, accounts.moments),
         "tokenizer": {
             "entries": settings.tokenizer.size,
             "sha256": hashlib.sha256(settings.tokenizer.model).hexdigest(),
         },
-        "shards": [
-            {"name": _shard(out, k).name, "documents": len(a["index"]), "bytes": a["bytes"], "sha256": a["sha256"]}
-            for k, a in enumerate(accounts)
-        ],
-        "index_sha256": hashlib.sha256((out / "index.npy").read_bytes()).hexdigest(),
+        "shards": [{"name": _shard(out, k).name, **shard} for k, shard in enumerate(accounts.shards)],
+        "index_sha256": hashlib.sha256(index.getvalue()).hexdigest(),
         "ledger": total,
         "identity": identity,
     }
     if codec:
         from transfusion_jax.autoencoder.pretrained import save_codec
 
-        latents = dataset["image"]
-        save_codec(out / "autoencoder", codec.config, codec.parameters, latents["scale"], latents["shift"])
+        save_codec(out / "autoencoder", codec.config, codec.parameters, codec.scale, codec.shift)
     write_whole(out / "dataset.json", _json(dataset))
-    for k in range(shards):
-        _account(out, k).unlink()
-    (out / "parts").rmdir()
-    (out / "identity.json").unlink()
-    (out / ".lock").unlink()
-    return json.loads(json.dumps(dataset))
+    return json.loads(_json(dataset))
+
+
+def _clean(out: Path) -> None:
+    """Removes what a finished data set needs no more, and what killed processes left."""
+    shutil.rmtree(out / "parts", ignore_errors=True)
+    for left in (out / "identity.json", *out.glob("*.partial"), *out.glob("shards/*.partial")):
+        left.unlink(missing_ok=True)
 
 
 def _image(preparation: Preparation, codec, moments: np.ndarray) -> dict[str, Any]:
@@ -339,46 +374,6 @@ def _image(preparation: Preparation, codec, moments: np.ndarray) -> dict[str, An
         "shift": codec.shift if own else mean,
         "scale": codec.scale if own else 1 / std,
     }
-
-
-def _ledger(accounts: list[dict]) -> dict[str, Any]:
-    """Items and captions by input, and in all: read = written + rejected."""
-    by_input: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
-    for account in accounts:
-        for name in ("read", "written", "rejected", "captions", "captions_dropped"):
-            for source, reason, n in account[name]:
-                by_input[source][name][reason] += n
-
-    def entry(counts: dict[str, Counter]) -> dict[str, Any]:
-        return {
-            "items": counts["read"].total(),
-            "written": counts["written"].total(),
-            "rejected": counts["rejected"].total(),
-            "reasons": dict(sorted(counts["rejected"].items())),
-            "captions": counts["captions"].total(),
-            "captions_dropped": dict(sorted(counts["captions_dropped"].items())),
-        }
-
-    total: dict[str, Counter] = defaultdict(Counter)
-    for counts in by_input.values():
-        for name, counter in counts.items():
-            total[name] += counter
-    return {"inputs": {name: entry(counts) for name, counts in by_input.items()}, "total": entry(total)}
-
-
-def _keep_rejected(accounts: list[dict], out: Path) -> None:
-    """Lists every rejected item, and keeps the content of a few of each reason for a look."""
-    lines, kept = [], Counter()
-    for source, item, reason, content in (r for account in accounts for r in account["rejections"]):
-        line = {"input": source, "item": item, "reason": reason}
-        if content and kept[reason] < 5:
-            kept[reason] += 1
-            ending = Path(item).suffix if reason not in ("invalid UTF-8", "invalid JSON") else ".txt"
-            line["kept"] = f"rejected/{reason.replace(' ', '_')}_{kept[reason]}{ending[:8]}"
-            (out / "rejected").mkdir(exist_ok=True)
-            write_whole(out / line["kept"], content)
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_whole(out / "rejected.jsonl", "".join(lines).encode(errors="backslashreplace"))
 
 
 def _shard(out: Path, k: int) -> Path:

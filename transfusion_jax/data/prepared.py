@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,21 @@ class Dataset:
 
     def image(self, stored: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """A stored image as float32 [h, w, c] for the model: a latent sampled with `rng` or its mean, or pixels."""
+        return self.images([stored], rng)[0]
+
+    def images(self, stored: Sequence[np.ndarray], rng: np.random.Generator | None = None) -> np.ndarray:
+        """Stored images as float32 [n, h, w, c]; in few operations: threads wait for each other at each."""
         if not self.is_latent:
-            return from_uint8(stored)
-        latent = stored[0].astype(np.float32)
+            return from_uint8(np.stack(stored))
+        mean, std = np.stack(stored, axis=1).astype(np.float32)
+        latents = mean
         if rng is not None:
-            latent += stored[1] * rng.standard_normal(self.image_shape, np.float32)
-        latent -= np.float32(self.info["image"]["shift"])
-        latent *= np.float32(self.info["image"]["scale"])
-        return latent
+            latents = rng.standard_normal(mean.shape, np.float32)
+            latents *= std
+            latents += mean
+        latents -= np.float32(self.info["image"]["shift"])
+        latents *= np.float32(self.info["image"]["scale"])
+        return latents
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -147,18 +154,26 @@ class Prepared:
         return self.text + self.images * self.experiment.image.span + 2
 
     def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
-        record = self.dataset.record(int(self.numbers[index]))
+        return self.documents([index], tokenizer, rng)[0]
+
+    def documents(self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator) -> list[Document]:
+        """Several documents, their images all made at once."""
+        found = [self.dataset.record(number) for number in self.numbers[list(indices)].tolist()]
+        stored = [x for record in found for kind, x in record.spans if kind == records.IMAGE]
+        images = iter(self.dataset.images(stored, rng) if stored else ())
+        return [self._document(record, images, tokenizer, rng) for record in found]
+
+    def _document(
+        self, record: records.Record, images: Iterator[np.ndarray], tokenizer: Tokenizer, rng: np.random.Generator
+    ) -> Document:
         data, diffusion = self.experiment.data, self.experiment.diffusion
-        images = [self.dataset.image(x, rng) if kind == records.IMAGE else x for kind, x in record.spans]
+        spans = [next(images) if kind == records.IMAGE else x for kind, x in record.spans]
         if record.captions:
-            captions = [caption.tolist() for caption in record.captions]
-            return pair_document(captions, images[0], tokenizer, data, diffusion, rng)
-        last = len(images) - 1
-        spans = [
+            return pair_document(record.captions, spans[0], tokenizer, data, diffusion, rng)
+        last = len(spans) - 1
+        made = [
             # An image that something follows is context for it, and under the noise limit.
-            Image(x, diffusion.steps if at == last else diffusion.noise_limit)
-            if kind == records.IMAGE
-            else Text(x.tolist())
-            for at, (x, (kind, _)) in enumerate(zip(images, record.spans, strict=True))
+            Image(x, diffusion.steps if at == last else diffusion.noise_limit) if kind == records.IMAGE else Text(x)
+            for at, (x, (kind, _)) in enumerate(zip(spans, record.spans, strict=True))
         ]
-        return Document((Text([tokenizer.bos]), *spans, Text([tokenizer.eos])))
+        return Document((Text([tokenizer.bos]), *made, Text([tokenizer.eos])))

@@ -3,27 +3,28 @@
 A shard is a function of its items and the settings alone, so a shard that was not finished is simply made again.
 """
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from transfusion_jax.data import images, records
+from transfusion_jax.data.accounts import Account
 from transfusion_jax.data.readers.raw import Picture, Raw, Reader, Rejected
 from transfusion_jax.data.records import IMAGE, TEXT, Record
 from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.data.whole import whole
 
-KEPT = 3  # rejected items of each reason and shard whose content is kept
-KEPT_BYTES = 1 << 18
 ENCODED = 64  # pictures in one batch of the autoencoder
 
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -48,33 +49,11 @@ class Settings:
 class Ready:
     """A document whose text is clean and whose pictures are uint8 [H, W, C]."""
 
-    name: str
     captions: tuple[str, ...]
     spans: tuple[str | np.ndarray, ...]
     dropped: tuple[str, ...]
     """Why captions were left out, a reason each."""
-
-
-@dataclass
-class Account:
-    """What became of the items of a shard; counters are by (input, reason)."""
-
-    read: Counter = field(default_factory=Counter)
-    written: Counter = field(default_factory=Counter)
-    rejected: Counter = field(default_factory=Counter)
-    captions: Counter = field(default_factory=Counter)
-    captions_dropped: Counter = field(default_factory=Counter)
-    rejections: list = field(default_factory=list)
-    """[input, item, reason, content]; content only of the first few of a reason."""
-    index: list = field(default_factory=list)
-    """[text, images, held_out] of every record."""
-    moments: np.ndarray = field(default_factory=lambda: np.zeros(3))
-    """Count, sum and sum of squares of all latents, expected over the posterior."""
-
-    def reject(self, source: str, error: Rejected) -> None:
-        kept = self.rejected[source, error.reason] < KEPT
-        self.rejected[source, error.reason] += 1
-        self.rejections.append([source, error.name, error.reason, error.content[:KEPT_BYTES] if kept else b""])
+    held_out: bool
 
 
 def load(reader: Reader, index: int, settings: Settings) -> Ready | Rejected:
@@ -90,7 +69,7 @@ def load(reader: Reader, index: int, settings: Settings) -> Ready | Rejected:
                 spans.append(span)
         if not spans:
             raise Rejected("empty text", raw.name)
-        return Ready(raw.name, captions, tuple(spans), dropped)
+        return Ready(captions, tuple(spans), dropped, is_held_out(spans, settings.held_out))
     except Rejected as error:
         return error
 
@@ -128,42 +107,56 @@ def _encodable(text: str, name: str) -> str:
 
 
 def write_shard(
-    items: Iterable[tuple[str, Reader, int]],
+    loaded: Iterable[tuple[str, Ready | Rejected]],
     path: Path,
     account_path: Path,
     settings: Settings,
-    executor: Executor,
-    ahead: int,
     progress: Callable[[int], Any],
 ) -> None:
     """Writes the items of one shard, in order, and then the account of them; each file appears whole or not at all."""
     account, ids = Account(), records.id_type(settings.tokenizer.size)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    for stale in path.parent.glob(f"{path.name}.*.partial"):
+        stale.unlink(missing_ok=True)
+    with whole(path) as partial:
+        with _writer(partial) as writer:
+            for group in _groups(loaded, ENCODED):
+                documents = []
+                for source, item in group:
+                    account.read[source, ""] += 1
+                    if isinstance(item, Rejected):
+                        account.reject(source, item)
+                    else:
+                        documents.append((source, item))
+                for (source, ready), record in zip(documents, _records(documents, settings, account), strict=True):
+                    writer.write(records.encode(record, ids))
+                    account.written[source, ""] += 1
+                    account.captions[source, ""] += len(ready.captions) + len(ready.dropped)
+                    account.captions_dropped.update((source, reason) for reason in ready.dropped)
+                    account.index.append([*records.entry(record), ready.held_out])
+                progress(len(group))
+        with partial.open("rb") as file:
+            size, digest = partial.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    account.save(account_path, size, digest)
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
+    """A writer of ArrayRecord that is closed in the end; it says with a RuntimeError that the disk is full."""
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     try:
-        for group in _groups(_in_order(items, settings, executor, ahead), ENCODED):
-            documents = []
-            for source, loaded in group:
-                account.read[source, ""] += 1
-                if isinstance(loaded, Rejected):
-                    account.reject(source, loaded)
-                else:
-                    documents.append((source, loaded))
-            for (source, ready), record in zip(documents, _records(documents, settings, account), strict=True):
-                writer.write(records.encode(record, ids))
-                account.written[source, ""] += 1
-                account.captions[source, ""] += len(ready.captions) + len(ready.dropped)
-                account.captions_dropped.update((source, reason) for reason in ready.dropped)
-                account.index.append([*records.entry(record), is_held_out(ready.name, settings.held_out)])
-            progress(len(group))
-    finally:
+        yield writer
         writer.close()
-    _sync(partial)
-    os.replace(partial, path)
-    write_whole(account_path, msgpack.packb(_packed(account, path)))
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        number = next((n for n in known if os.strerror(n) in str(error)), None)
+        if number is None or not isinstance(error, RuntimeError):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _in_order(
+def in_order(
     items: Iterable[tuple[str, Reader, int]], settings: Settings, executor: Executor, ahead: int
 ) -> Iterator[tuple[str, Ready | Rejected]]:
     """Loads items on the executor, `ahead` of them at a time, and yields them in order."""
@@ -218,34 +211,13 @@ def _moments(posterior: np.ndarray) -> np.ndarray:
     return np.asarray([mean.size, mean.sum(), np.sum(mean**2 + std**2)])
 
 
-def is_held_out(name: str, share: float) -> bool:
-    """Whether a document is kept from training: by a hash of its name, so that order and number do not matter."""
-    digest = hashlib.sha256(name.encode(errors="backslashreplace")).digest()
-    return int.from_bytes(digest[:8]) < share * 2**64
+def is_held_out(spans: Sequence[str | np.ndarray], share: float) -> bool:
+    """Whether a document is kept from training, by a hash of its pictures, or of its text if it has none.
 
-
-def _packed(account: Account, path: Path) -> dict:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    counters = ("read", "written", "rejected", "captions", "captions_dropped")
-    return {
-        "sha256": digest,
-        "bytes": path.stat().st_size,
-        "index": account.index,
-        "rejections": account.rejections,
-        "moments": account.moments.tolist(),
-        **{name: [[*key, n] for key, n in sorted(getattr(account, name).items())] for name in counters},
-    }
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Puts a whole file in place at once, on the disk before it has its name."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    So neither names nor order nor number matter, and what is the same, or has the same picture, is on the same side.
+    """
+    digest = hashlib.sha256()
+    pictures = [np.ascontiguousarray(span[::8]) for span in spans if isinstance(span, np.ndarray)]  # rows enough
+    for content in pictures or [span.encode() for span in spans]:
+        digest.update(content)
+    return int.from_bytes(digest.digest()[:8]) < share * 2**64

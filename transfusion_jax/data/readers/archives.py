@@ -4,7 +4,7 @@ import functools
 import io
 import tarfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ from transfusion_jax.data.readers.raw import (
     Raw,
     Rejected,
     captions_of,
+    digest_of,
     json_of,
     string_of,
     text_of,
@@ -32,33 +33,41 @@ class WebDataset:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self._size = path, path.stat().st_size
         self._samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
         self._damaged: list[int] = []
-        size, found = path.stat().st_size, {}
-        for member in self._members(size):
-            stem, dot, ending = Path(member.name).name.partition(".")
-            found.setdefault(str(Path(member.name).parent / stem), {})[f".{ending}".lower()] = (
-                member.offset_data, member.size,
-            )  # fmt: skip
-        self._samples, self._size = list(found.items()), size
-        if not found:
+        latest: dict[str, dict[str, tuple[int, int]]] = {}
+        for member in self._members():
+            folder, _, file = member.name.rpartition("/")
+            stem, _, ending = file.partition(".")
+            key, ending = f"{folder}/{stem}" if folder else stem, f".{ending.lower()}"
+            if ending in latest.get(key, (ending,)):  # a new name, or one that is used again
+                latest[key] = {}
+                self._samples.append((key, latest[key]))
+            latest[key][ending] = (member.offset_data, member.size)
+        if not self._samples:
             raise ValueError(f"{path} is no tar file that can be read (a compressed one has to be unpacked)")
 
-    def _members(self, size: int) -> Iterator[tarfile.TarInfo]:
-        """Files of the tar; after a damaged header, those that can still be made out."""
+    def _members(self) -> Iterator[tarfile.TarInfo]:
+        """Files of the tar; where a header is damaged, the next that can be made out."""
         with self._path.open("rb") as file:
-            end = yield from _tar_members(file, 0)
-            file.seek(end)
-            rest = file.read(tarfile.BLOCKSIZE)
-            if end > size or rest == bytes(tarfile.BLOCKSIZE):
-                return  # at the end mark, or inside a member that was cut and will say so
-            self._damaged.append(end)
-            if rest:
-                yield from _tar_members(file, end + tarfile.BLOCKSIZE)
+            at = 0
+            for member, begin, end in _tar_members(file, self._size):
+                if begin > at:
+                    file.seek(at)
+                    header = file.read(tarfile.BLOCKSIZE)
+                    # Zeros are an end mark, and "g" is a header for all members.
+                    if header.strip(b"\0") and header[156:157] != tarfile.XGLTYPE:
+                        self._damaged.append(at)
+                if member is not None and member.isfile():
+                    yield member
+                at = end
 
     def __len__(self) -> int:
         return len(self._samples) + len(self._damaged)
+
+    def digest(self) -> str:
+        return digest_of(self._samples, self._damaged, self._size)
 
     def __getitem__(self, index: int) -> Raw:
         if index >= len(self._samples):
@@ -115,20 +124,31 @@ class Parquet:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Raw:
-        group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row, name = int(index - self._starts[group]), f"{self._path.name}:{index}"
-        if not self._pairs:
-            return Raw(name, (string_of(_column(self._file, group, self._columns.text)[row].as_py(), name),))
-        captions = captions_of({"caption": _column(self._file, group, self._columns.caption)[row].as_py()}, name)
-        return Raw(name, (Picture(functools.partial(self._image, group, row, name)),), captions)
+    def digest(self) -> str:
+        return digest_of(self._path.stat().st_size, str(self._file.schema_arrow), self._file.metadata.to_dict())
 
-    def _image(self, group: int, row: int, name: str) -> bytes:
-        value = _column(self._file, group, self._columns.image)[row].as_py()
+    def __getitem__(self, index: int) -> Raw:
+        name = f"{self._path.name}:{index}"
+        if not self._pairs:
+            return Raw(name, (string_of(self._value(self._columns.text, index, name), name),))
+        captions = captions_of({"caption": self._value(self._columns.caption, index, name)}, name)
+        return Raw(name, (Picture(functools.partial(self._image, index, name)),), captions)
+
+    def _image(self, index: int, name: str) -> bytes:
+        value = self._value(self._columns.image, index, name)
         value = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(value, bytes):
             raise Rejected("no image", name)
         return value
+
+    def _value(self, column: str, index: int, name: str) -> Any:
+        import pyarrow
+
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        try:
+            return _column(self._file, group, column)[int(index - self._starts[group])].as_py()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise Rejected("unreadable row group", name) from error
 
 
 class TensorflowDatasets:
@@ -143,7 +163,7 @@ class TensorflowDatasets:
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise ValueError(f"reading {name} needs the package tensorflow-datasets") from error
-        _, dataset, *split = name.split(":")
+        _, dataset, *split = name.split(":", 2)  # a split may be train[:100]
         try:
             self._source = tfds.data_source(dataset, split=split[0] if split else "train", download=False)
         except Exception as error:  # every kind of absence raises something else
@@ -159,12 +179,22 @@ class TensorflowDatasets:
     def __len__(self) -> int:
         return len(self._source)
 
+    def digest(self) -> str:
+        return digest_of(self._source.dataset_info.full_name, len(self))
+
     def __getitem__(self, index: int) -> Raw:
-        example, name = self._source[index], f"{self._name}:{index}"
+        name = f"{self._name}:{index}"
+        try:
+            example = self._source[index]
+        except Exception as error:  # what decodes it raises whatever it likes
+            raise Rejected("unreadable example", name) from error
         if not self._pairs:
             return Raw(name, (string_of(example[self._columns.text], name),))
         value = example[self._columns.caption]
-        captions = captions_of({"caption": self._labels[int(value)] if self._labels else value}, name)
+        if self._labels:
+            value = self._labels[value] if value >= 0 else None  # of examples without a label it is -1
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        captions = captions_of({"caption": value}, name)
         return Raw(name, (Picture(lambda: _png(example[self._columns.image])),), captions)
 
 
@@ -177,18 +207,21 @@ def _png(pixels: Any) -> bytes:
     return file.getvalue()
 
 
-def _tar_members(file: BinaryIO, start: int) -> Generator[tarfile.TarInfo, None, int]:
-    """Files of a tar from `start` on; returns where reading ended. Past its beginning, what is no header is skipped."""
-    file.seek(start)
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=start > 0)
-    except tarfile.TarError:
-        return start
-    try:
-        yield from (member for member in tar if member.isfile())
-    except tarfile.TarError:
-        pass
-    return tar.offset
+def _tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo | None, int, int]]:
+    """Members of a tar, each with its begin and end; what is no header is skipped. The last is None, at the end."""
+    at = 0
+    while at < size:
+        file.seek(at)
+        tar = None
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # which only grow
+                yield member, member.offset, tar.offset
+            break
+        except (tarfile.TarError, ValueError, OverflowError):
+            at = max(tar.offset if tar else 0, at) + tarfile.BLOCKSIZE
+    yield None, size, size
 
 
 _reading = threading.Lock()

@@ -1,13 +1,25 @@
 """Readers of JSON Lines, of folders of pictures, and of plain text."""
 
 import functools
+import hashlib
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from transfusion_jax.data.readers.raw import Picture, Raw, Rejected, document_of, file_of, json_of, text_of
+from transfusion_jax.data.readers.raw import (
+    Picture,
+    Raw,
+    Rejected,
+    digest_of,
+    digest_of_file,
+    document_of,
+    file_of,
+    json_of,
+    text_of,
+)
 
 TEXT_PIECE = 1 << 20  # bytes of a text file in one document
 
@@ -24,7 +36,7 @@ class JsonLines:
         self._path, self._folder = path, path.parent
         self._starts = line_starts(path)
         sizes = np.diff(self._starts)
-        blank = [line for line in np.flatnonzero(sizes <= 2) if not self._line(line).strip()]
+        blank = [line for line in np.flatnonzero(sizes <= 2) if _is_blank(self._line(line))]
         self._lines = np.delete(np.arange(len(sizes)), blank)
 
     def __len__(self) -> int:
@@ -35,48 +47,61 @@ class JsonLines:
         name = f"{self._path.name}:{line + 1}"
         return document_of(json_of(self._line(line), name), name, self._folder)
 
+    def digest(self) -> str:
+        return digest_of_file(self._path)
+
+    def every(self) -> Iterator[Raw | Rejected]:
+        """All items, in one pass."""
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                name = f"{self._path.name}:{number}"
+                if _is_blank(line):
+                    continue
+                try:
+                    yield document_of(json_of(line, name), name, self._folder)
+                except Rejected as error:
+                    yield error
+
     def _line(self, line: int) -> bytes:
         with self._path.open("rb") as file:
             file.seek(self._starts[line])
             return file.read(self._starts[line + 1] - self._starts[line])
 
 
+def _is_blank(line: bytes) -> bool:
+    return len(line) <= 2 and not line.strip()
+
+
 class Captions:
     """A folder of pictures with `captions.jsonl`; lines that name the same picture are captions of one document."""
 
     def __init__(self, path: Path):
-        self._folder = path.parent
-        self._items: list[Raw | Rejected] = []
-        documents: dict[str, int] = {}
-        self._files: set[str] = set()
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                raw = document_of(json_of(line, f"{path.name}:{number}"), f"{path.name}:{number}", self._folder)
-            except Rejected as error:
-                self._items.append(error)
-                continue
-            if raw.captions:
-                self._files.add(raw.name)
-            at = documents.setdefault(raw.name, len(self._items))
-            if at == len(self._items):
-                self._items.append(raw)
-            elif raw.captions:
-                first = self._items[at]
-                self._items[at] = Raw(first.name, first.spans, first.captions + raw.captions)
+        self._lines, self._missing = JsonLines(path), set()
+        keys = np.zeros(len(self._lines), np.uint64)
+        for line, raw in enumerate(self._lines.every()):
+            # A line that cannot be read is alone.
+            name = f"\0{line}" if isinstance(raw, Rejected) else raw.name
+            keys[line] = int.from_bytes(hashlib.sha256(name.encode(errors="backslashreplace")).digest()[:8])
+            if not isinstance(raw, Rejected) and raw.captions and not os.path.isfile(path.parent / name):
+                self._missing.add(name)
+        _, first, document = np.unique(keys, return_index=True, return_inverse=True)
+        document = np.argsort(np.argsort(first))[document]  # numbered by their first lines
+        self._order = np.argsort(document, kind="stable")
+        self._starts = np.searchsorted(document[self._order], np.arange(len(first) + 1))
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> Raw:
-        if isinstance(item := self._items[index], Rejected):
-            raise Rejected(item.reason, item.name, item.content)
-        return item
+        first, *others = (self._lines[line] for line in self._order[self._starts[index] : self._starts[index + 1]])
+        return Raw(first.name, first.spans, sum((raw.captions for raw in others), first.captions))
+
+    def digest(self) -> str:
+        return self._lines.digest()
 
     def missing(self) -> list[str]:
         """Files that captions name and that are not there."""
-        return sorted(name for name in self._files if not (self._folder / name).is_file())
+        return sorted(name.encode(errors="backslashreplace").decode() for name in self._missing)
 
 
 class SideBySide:
@@ -94,6 +119,9 @@ class SideBySide:
         if not caption.is_file():
             raise Rejected("no caption", name)
         return Raw(name, (Picture(functools.partial(file_of, path)),), (text_of(file_of(caption), name),))
+
+    def digest(self) -> str:
+        return digest_of(*((str(path.relative_to(self._folder)), path.stat().st_size) for path in self._pictures))
 
 
 class TextFiles:
@@ -117,6 +145,9 @@ class TextFiles:
         with file.open("rb") as opened:
             opened.seek(begin)
             return Raw(name, (text_of(opened.read(end - begin), name),))
+
+    def digest(self) -> str:
+        return digest_of(*((str(file.relative_to(self._folder)), *piece) for file, *piece in self._pieces))
 
 
 def line_starts(path: Path) -> np.ndarray:

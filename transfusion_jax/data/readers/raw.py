@@ -1,11 +1,14 @@
 """Raw documents, and how they are made out of bytes and JSON."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -15,6 +18,7 @@ class Rejected(Exception):
 
     def __init__(self, reason: str, name: str, content: bytes = b""):
         super().__init__(f"{reason}: {name}")
+        name = name.encode(errors="backslashreplace").decode()  # JSON and file systems have names that are no text
         self.reason, self.name, self.content = reason, name, content
 
 
@@ -52,6 +56,23 @@ class Reader(Protocol):
         """Raises Rejected."""
         ...
 
+    def digest(self) -> str:
+        """Of what it holds, as far as that can be told without reading all of it: changed inputs have another."""
+        ...
+
+
+def digest_of(*parts: Any) -> str:
+    """SHA-256 of the reprs of some plain values, or of bytes and arrays themselves."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes | np.ndarray) else repr(part).encode(errors="backslashreplace"))
+    return digest.hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 def document_of(value: Any, name: str, folder: Path) -> Raw:
     """The document of one JSON object (see `JsonLines`); raises Rejected."""
@@ -81,7 +102,7 @@ def captions_of(value: Any, name: str) -> tuple[str, ...]:
     """The captions of an object with `caption`, `captions` or `text`: a string or a list of strings."""
     value = value if isinstance(value, dict) else {}
     found = next((value[key] for key in ("caption", "captions", "text") if value.get(key) is not None), None)
-    if found is None:
+    if found is None or found == []:
         raise Rejected("no caption", name)
     return tuple(string_of(caption, name) for caption in (found if isinstance(found, list) else [found]))
 
@@ -112,7 +133,7 @@ def json_of(content: bytes, name: str) -> Any:
 def file_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:  # a ValueError: no file can have such a name
         raise Rejected("missing file", path.name) from error
     except OSError as error:
         raise Rejected("unreadable file", path.name) from error
