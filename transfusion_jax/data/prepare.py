@@ -35,7 +35,7 @@ from transfusion_jax.data.images import MODES
 from transfusion_jax.data.readers import open_input
 from transfusion_jax.data.readers.files import Captions
 from transfusion_jax.data.readers.raw import Columns, Picture, Reader, Rejected
-from transfusion_jax.data.shards import ENCODED, Encode, Settings, in_order, write_shard
+from transfusion_jax.data.shards import ENCODED, Encode, Settings, finish_shard, in_order, write_shard
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.data.whole import write_whole
 
@@ -150,14 +150,17 @@ def prepare(
 def _write_shards(
     inputs: list[tuple[str, Reader]], ranges: list[range], mine: list[int], out: Path, settings: Settings, workers: int
 ) -> None:
-    """Makes these shards, in turn; items of the next are loaded while one is finished."""
-    left = sum(len(ranges[k]) for k in mine)
-    with ThreadPoolExecutor(workers) as executor, tqdm(total=left, unit="item", desc="preparing") as bar:
+    """Makes these shards, in turn; while one is finished, the next is begun."""
+    pool, left = ThreadPoolExecutor, sum(len(ranges[k]) for k in mine)
+    with pool(workers) as executor, pool(1) as finisher, tqdm(total=left, unit="item", desc="preparing") as bar:
         chosen = itertools.chain.from_iterable(_chosen(inputs, ranges[k]) for k in mine)
         loaded = in_order(chosen, settings, executor, ENCODED + 4 * workers)
+        finished = finisher.submit(int)
         for k in mine:
-            shard = itertools.islice(loaded, len(ranges[k]))
-            write_shard(shard, _shard(out, k), _account(out, k), settings, bar.update)
+            account = write_shard(itertools.islice(loaded, len(ranges[k])), _shard(out, k), settings, bar.update)
+            finished.result()
+            finished = finisher.submit(finish_shard, account, _shard(out, k), _account(out, k))
+        finished.result()
 
 
 def _missing(out: Path, ranges: list[range]) -> list[int]:

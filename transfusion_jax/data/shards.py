@@ -23,7 +23,7 @@ from transfusion_jax.data.accounts import Account
 from transfusion_jax.data.readers.raw import Picture, Raw, Reader, Rejected
 from transfusion_jax.data.records import IMAGE, TEXT, Record
 from transfusion_jax.data.tokenizer import Tokenizer
-from transfusion_jax.data.whole import whole
+from transfusion_jax.data.whole import partial_of, whole
 
 ENCODED = 64  # pictures in one batch of the autoencoder
 
@@ -107,35 +107,35 @@ def _encodable(text: str, name: str) -> str:
 
 
 def write_shard(
-    loaded: Iterable[tuple[str, Ready | Rejected]],
-    path: Path,
-    account_path: Path,
-    settings: Settings,
-    progress: Callable[[int], Any],
-) -> None:
-    """Writes the items of one shard, in order, and then the account of them; each file appears whole or not at all."""
+    loaded: Iterable[tuple[str, Ready | Rejected]], path: Path, settings: Settings, progress: Callable[[int], Any]
+) -> Account:
+    """Writes the items of one shard, in order; the file has its name after `finish_shard` only."""
     account, ids = Account(), records.id_type(settings.tokenizer.size)
     for stale in path.parent.glob(f"{path.name}.*.partial"):
         stale.unlink(missing_ok=True)
-    with whole(path) as partial:
-        with _writer(partial) as writer:
-            for group in _groups(loaded, ENCODED):
-                documents = []
-                for source, item in group:
-                    account.read[source, ""] += 1
-                    if isinstance(item, Rejected):
-                        account.reject(source, item)
-                    else:
-                        documents.append((source, item))
-                for (source, ready), record in zip(documents, _records(documents, settings, account), strict=True):
-                    writer.write(records.encode(record, ids))
-                    account.written[source, ""] += 1
-                    account.captions[source, ""] += len(ready.captions) + len(ready.dropped)
-                    account.captions_dropped.update((source, reason) for reason in ready.dropped)
-                    account.index.append([*records.entry(record), ready.held_out])
-                progress(len(group))
-        with partial.open("rb") as file:
-            size, digest = partial.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    with _writer(partial_of(path)) as writer:
+        for group in _groups(loaded, ENCODED):
+            documents = []
+            for source, item in group:
+                account.read[source, ""] += 1
+                if isinstance(item, Rejected):
+                    account.reject(source, item)
+                else:
+                    documents.append((source, item))
+            for (source, ready), record in zip(documents, _records(documents, settings, account), strict=True):
+                writer.write(records.encode(record, ids))
+                account.written[source, ""] += 1
+                account.captions[source, ""] += len(ready.captions) + len(ready.dropped)
+                account.captions_dropped.update((source, reason) for reason in ready.dropped)
+                account.index.append([*records.entry(record), ready.held_out])
+            progress(len(group))
+    return account
+
+
+def finish_shard(account: Account, path: Path, account_path: Path) -> None:
+    """Puts a shard that is written in its place, and then its account, which says that it is there."""
+    with whole(path) as partial, partial.open("rb") as file:
+        size, digest = partial.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
     account.save(account_path, size, digest)
 
 
@@ -149,6 +149,7 @@ def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
     except BaseException as error:
         with contextlib.suppress(RuntimeError):
             writer.close()
+        path.unlink(missing_ok=True)
         known = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         number = next((n for n in known if os.strerror(n) in str(error)), None)
         if number is None or not isinstance(error, RuntimeError):
