@@ -46,7 +46,9 @@ def folder(tmp_path_factory) -> Path:
     lines = []
     for number in range(60):
         name, colour = list(COLOURS.items())[number % 3]
-        Image.new("RGB", (20 + number, 30), colour).save(folder / f"{number}.png")
+        picture = Image.new("RGB", (32, 32), colour)
+        picture.putpixel((number % 32, 8 * (number // 32)), (255, 255, 255))
+        picture.save(folder / f"{number}.png")
         lines.append({"file": f"{number}.png", "caption": f"a {name} picture"})
     lines.append({"file": "gone.png", "caption": "not there"})
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -93,6 +95,11 @@ def test_from_a_folder_to_a_sample(kind, folder, codec, tmp_path, monkeypatch, c
     assert np.isfinite(summary["text_perplexity"]) and 0 <= summary["drawn_share"] <= 1
     logged = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["epochs/data/mine"] == pytest.approx(2 * logged[1]["epochs/data/mine"], abs=1e-3)
+
+    if kind == "latents":  # what a run decodes with is what its data were scaled with
+        stored = json.loads(Path("data/mine/dataset.json").read_text())["image"]
+        kept = json.loads(Path("runs/mine/autoencoder/config.json").read_text())
+        assert (kept["scale"], kept["shift"]) == (stored["scale"], stored["shift"]) != (1.0, 0.0)
 
     # The run directory is enough: the data and the autoencoder may be gone.
     shutil.move("data", "elsewhere")

@@ -469,7 +469,8 @@ def test_latents_are_stored_as_mean_and_deviation_and_scaled_to_unit_variance(se
     run(replace(settings, autoencoder=str(autoencoder)), out)
     dataset = open_dataset(out)
     info, codec = dataset.info["image"], load_codec(autoencoder)
-    assert info["autoencoder"] == codec.digest == load_codec(out / "autoencoder").digest
+    kept = load_codec(out / "autoencoder")
+    assert info["autoencoder"] == codec.digest and (kept.scale, kept.shift) == (info["scale"], info["shift"])
     assert (info["stored"], dataset.image_shape) == ("latents", (4, 4, 4))
     all_records = [dataset.record(n) for n in range(dataset.info["documents"])]
     stored = np.stack([x for record in all_records for kind, x in record.spans if kind == records.IMAGE])

@@ -178,7 +178,9 @@ def prepare(arguments: argparse.Namespace) -> int:
         if arguments.out is None:
             raise ValueError("name the directory to make: --out DIR")
         part = parse_part(arguments.part) if arguments.part else None
-        workers = arguments.workers or len(os.sched_getaffinity(0))
+        workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+        if workers < 1:
+            raise ValueError(f"--workers {workers} must be at least 1")
         info = prepare_data(preparation, arguments.out, part, arguments.finish, workers, say)
     if info is None:
         return 0
@@ -328,9 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _fail(f"the disk is full: {error}", 1)
+        return _fail(f"the disk is full: {error}" if error.errno == errno.ENOSPC else str(error), 1)
     except Exception as error:
         # Failures of the work itself, which say all there is to say. By name: importing their modules costs seconds.
         if type(error).__name__ not in ("TrainingFailed", "CheckpointError", "PreparationFailed"):

@@ -28,11 +28,12 @@ from transfusion_jax.autoencoder.reconstruction import compare, write_grid
 from transfusion_jax.autoencoder.step import Blueprint, Judges, State, blueprint, compiled_step
 from transfusion_jax.config import require
 from transfusion_jax.data.pipeline import read
+from transfusion_jax.data.whole import write_whole
 from transfusion_jax.parallel.mesh import host_block, make_mesh
 from transfusion_jax.parallel.rules import batch_sharding, replicated
 from transfusion_jax.training.checkpoint import Checkpoints, Report
 from transfusion_jax.training.loop import Monitor, Work, on_devices, take_steps
-from transfusion_jax.training.run import check_directory, write_file
+from transfusion_jax.training.run import check_directory
 from transfusion_jax.training.watchdog import StopSignal, TrainingFailed
 
 PREFETCH = 8  # batches read ahead of the step
@@ -113,7 +114,7 @@ def open_run(experiment: AutoencoderExperiment, directory: Path, report: Report)
     plan = blueprint(experiment, mesh)
     if not (directory / "config.json").exists() and jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        write_file(directory / "config.json", config_lib.dumps(experiment).encode())
+        write_whole(directory / "config.json", config_lib.dumps(experiment).encode())
     checkpoints = Checkpoints(directory / "checkpoints", experiment.train.keep_checkpoints, report)
     state, seconds = None, 0.0
     if restored := checkpoints.restore(plan.abstract):
@@ -229,7 +230,7 @@ def _finish(run: Run, state: State, seconds: float) -> dict[str, Any]:
     if jax.process_index() == 0:
         _show(run, reconstruct, state, "reconstructions")
         save_codec(run.directory / "autoencoder", run.experiment.model, parameters, 1.0 / deviation, 0.0)
-        write_file(run.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_whole(run.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
 

@@ -16,7 +16,8 @@ def decode(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
 
     The largest centred box of the wanted shape is resized with Pillow's bicubic filter, its support widened by the
     reduction (so it averages, not skips); one more than six times too large is first averaged over whole pixels
-    (`reducing_gap`). The camera's orientation is applied, what is transparent becomes white.
+    (`reducing_gap`), and a JPEG while it is decoded. The camera's orientation is applied, and what is transparent
+    becomes white.
 
     Raises:
       ValueError: one short reason, such as "truncated image".
@@ -27,6 +28,7 @@ def decode(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError("decompression bomb")
+            file.draft(None, (6 * max(height, width),) * 2)
             ImageOps.exif_transpose(file, in_place=True)
             picture = _flat(file, MODES[channels])
     except (Image.DecompressionBombError, MemoryError) as error:

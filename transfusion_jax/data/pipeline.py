@@ -9,6 +9,7 @@ starting to read at batch s.
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -91,12 +92,15 @@ class Data:
             yield stack(batch + [empty] * (batch_rows - len(batch)))
 
     def row(self, source: PlannedSource, r: int, rng: np.random.Generator) -> Batch:
-        patches = self.experiment.image.patches
-        documents = (
-            (source.source.document(number, self.tokenizer, rng), begin, end)
-            for number, begin, end in source.plan.row(r)
-        )
-        pieces = [(sequence(document, self.tokenizer, patches), begin, end) for document, begin, end in documents]
+        patches, numbers = self.experiment.image.patches, [number for number, _, _ in source.plan.row(r)]
+        if isinstance(source.source, Prepared):  # makes the images of a row at once
+            documents = source.source.documents(numbers, self.tokenizer, rng)
+        else:
+            documents = [source.source.document(number, self.tokenizer, rng) for number in numbers]
+        pieces = [
+            (sequence(document, self.tokenizer, patches), begin, end)
+            for document, (_, begin, end) in zip(documents, source.plan.row(r), strict=True)
+        ]
         return pack(pieces, self.experiment.data.row_length, self.experiment.image)
 
     def ledger(self) -> dict[str, dict]:
@@ -132,6 +136,7 @@ def stack(rows: list[Batch]) -> Batch:
 
 
 def read(batches: grain.MapDataset, start: int, prefetch: int) -> Iterator[Batch]:
-    """Batches from `start` on, read ahead by threads."""
-    options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
+    """Batches from `start` on, read ahead by threads; more of them than cores would only wait for each other."""
+    threads = min(prefetch, 4, len(os.sched_getaffinity(0)))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(batches[start:].to_iter_dataset(options))

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import shutil
@@ -30,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from transfusion_jax.config import require
-from transfusion_jax.data.accounts import gather, keep_rejected
+from transfusion_jax.data.assembly import FORMAT, PreparationFailed, as_json, assemble
 from transfusion_jax.data.images import MODES
 from transfusion_jax.data.readers import open_input
 from transfusion_jax.data.readers.files import Captions
@@ -38,16 +37,12 @@ from transfusion_jax.data.readers.raw import Columns, Picture, Reader, Rejected
 from transfusion_jax.data.shards import ENCODED, Encode, Settings, finish_shard, in_order, write_shard
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.data.whole import write_whole
+from transfusion_jax.data.workers import Job, chosen, make_shards
 
 Report = Callable[[str], None]
 SAMPLED_ITEMS, SAMPLED_CHARACTERS = 100_000, 20_000_000  # that a tokenizer is trained on
 SAMPLED_RUN = 64
-FORMAT = 1
 LOCK = ".lock"
-
-
-class PreparationFailed(Exception):
-    """The work ran, and its outcome is no data set."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Preparation:
     """Characters; a longer caption is rejected."""
     reject_limit: float = 0.01
     """Share of the items that may be rejected; with more, there is no data set."""
-    shard_items: int = 2048
+    shard_items: int = 512
     """Items of one shard, which is also what a killed process has to do again."""
 
     def __post_init__(self):
@@ -107,7 +102,7 @@ def prepare(
     _check_missing(inputs, items, preparation.reject_limit, report)
     codec, tokenizer = _codec(preparation), _given_tokenizer(preparation)
     identity = json.loads(
-        _json(
+        as_json(
             {
                 "format": FORMAT,
                 "preparation": {k: v for k, v in dataclasses.asdict(preparation).items() if k != "reject_limit"},
@@ -129,14 +124,15 @@ def prepare(
         preparation.held_out, _encoder(codec) if codec else None,
     )  # fmt: skip
     ranges = [range(at, min(at + preparation.shard_items, items)) for at in range(0, items, preparation.shard_items)]
+    job = Job(preparation.inputs, preparation.columns, out, preparation.shard_items, settings)
     i, n = part or (0, 1)
     if not finish_only:
-        _write_shards(inputs, ranges, [k for k in _missing(out, ranges) if k % n == i % n], out, settings, workers)
+        _write_shards(inputs, ranges, [k for k in _missing(job, ranges) if k % n == i % n], job, workers)
     with _alone(out):
         if (done := _finished(out, identity)) is not None:  # by another part, just now
             return done
-        if not (missing := _missing(out, ranges)):
-            done = _finish(preparation, identity, out, len(ranges), settings, codec)
+        if not (missing := _missing(job, ranges)):
+            done = assemble(job, len(ranges), preparation.reject_limit, identity, codec)
             _clean(out)
             return done
     some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
@@ -148,23 +144,24 @@ def prepare(
 
 
 def _write_shards(
-    inputs: list[tuple[str, Reader]], ranges: list[range], mine: list[int], out: Path, settings: Settings, workers: int
+    inputs: list[tuple[str, Reader]], ranges: list[range], mine: list[int], job: Job, workers: int
 ) -> None:
-    """Makes these shards, in turn; while one is finished, the next is begun."""
-    pool, left = ThreadPoolExecutor, sum(len(ranges[k]) for k in mine)
-    with pool(workers) as executor, pool(1) as finisher, tqdm(total=left, unit="item", desc="preparing") as bar:
-        chosen = itertools.chain.from_iterable(_chosen(inputs, ranges[k]) for k in mine)
-        loaded = in_order(chosen, settings, executor, ENCODED + 4 * workers)
-        finished = finisher.submit(int)
-        for k in mine:
-            account = write_shard(itertools.islice(loaded, len(ranges[k])), _shard(out, k), settings, bar.update)
-            finished.result()
-            finished = finisher.submit(finish_shard, account, _shard(out, k), _account(out, k))
-        finished.result()
+    """Makes these shards: on processes, or with an autoencoder on threads of this one, which has the devices."""
+    with tqdm(total=sum(len(ranges[k]) for k in mine), unit="item", desc="preparing") as bar:
+        if job.settings.encode is None and min(workers, len(mine)) > 1:
+            for items in make_shards(job, mine, workers):
+                bar.update(items)
+            return
+        with ThreadPoolExecutor(workers) as executor:
+            items = itertools.chain.from_iterable(chosen(inputs, ranges[k]) for k in mine)
+            loaded = in_order(items, job.settings, executor, ENCODED + 4 * workers)
+            for k in mine:
+                account = write_shard(itertools.islice(loaded, len(ranges[k])), job.shard(k), job.settings, bar.update)
+                finish_shard(account, job.shard(k), job.account(k))
 
 
-def _missing(out: Path, ranges: list[range]) -> list[int]:
-    return [k for k in range(len(ranges)) if not _account(out, k).exists()]
+def _missing(job: Job, ranges: list[range]) -> list[int]:
+    return [k for k in range(len(ranges)) if not job.account(k).exists()]
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -215,7 +212,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def _claim(out: Path, identity: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Makes `out` the place of this preparation."""
-    write_whole(out / "identity.json", _json(identity))
+    write_whole(out / "identity.json", as_json(identity))
     write_whole(out / "tokenizer.model", tokenizer.model)
     for folder in ("shards", "parts"):
         (out / folder).mkdir(exist_ok=True)
@@ -239,14 +236,6 @@ def _check_missing(inputs: list[tuple[str, Reader]], items: int, limit: float, r
             report(line)
 
 
-def _chosen(inputs: list[tuple[str, Reader]], numbers: range) -> Iterator[tuple[str, Reader, int]]:
-    """(input, reader, index) of the items with these numbers."""
-    starts = np.cumsum([0, *(len(reader) for _, reader in inputs)])
-    for number in numbers:
-        at = int(np.searchsorted(starts, number, side="right")) - 1
-        yield *inputs[at], number - int(starts[at])
-
-
 def _given_tokenizer(preparation: Preparation) -> Tokenizer | None:
     if not preparation.tokenizer:
         return None
@@ -266,7 +255,7 @@ def _trained_tokenizer(
     items = sum(len(reader) for _, reader in inputs)
     # Runs of neighbours, because archives are read faster in order.
     starts = np.random.default_rng(0).permutation(np.arange(0, items, SAMPLED_RUN))[: SAMPLED_ITEMS // SAMPLED_RUN]
-    runs = (_chosen(inputs, range(at, min(at + SAMPLED_RUN, items))) for at in starts.tolist())
+    runs = (chosen(inputs, range(at, min(at + SAMPLED_RUN, items))) for at in starts.tolist())
     texts, characters = [], 0
     for _, reader, index in itertools.chain.from_iterable(runs):
         try:
@@ -306,86 +295,8 @@ def _encoder(codec) -> Encode:
     return encode
 
 
-def _finish(
-    preparation: Preparation, identity: dict, out: Path, shards: int, settings: Settings, codec
-) -> dict[str, Any]:
-    """Puts the accounts of all shards together; the data set is whole once dataset.json is there."""
-    accounts = gather(_account(out, k) for k in range(shards))
-    write_whole(out / "ledger.json", _json(accounts.ledger))
-    keep_rejected(accounts.rejections, out)
-    total = accounts.ledger["total"]
-    if total["rejected"] > preparation.reject_limit * total["items"]:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in total["reasons"].items())
-        raise PreparationFailed(
-            f"{total['rejected']} of {total['items']} items were rejected ({reasons}), more than "
-            f"reject_limit={preparation.reject_limit:g}; they are listed in {out / 'rejected.jsonl'}"
-        )
-    text, images, held_out = accounts.index.astype(np.int64)
-    if len(text) == 0:
-        raise PreparationFailed("no document is left")
-    index = io.BytesIO()
-    np.save(index, np.ascontiguousarray(accounts.index))
-    write_whole(out / "index.npy", index.getvalue())
-    dataset = {
-        "format": FORMAT,
-        "documents": len(text),
-        "held_out": int(held_out.sum()),
-        "text_tokens": int(text.sum()),
-        "images": int(images.sum()),
-        "image": _image(preparation, codec, accounts.moments),
-        "tokenizer": {
-            "entries": settings.tokenizer.size,
-            "sha256": hashlib.sha256(settings.tokenizer.model).hexdigest(),
-        },
-        "shards": [{"name": _shard(out, k).name, **shard} for k, shard in enumerate(accounts.shards)],
-        "index_sha256": hashlib.sha256(index.getvalue()).hexdigest(),
-        "ledger": total,
-        "identity": identity,
-    }
-    if codec:
-        from transfusion_jax.autoencoder.pretrained import save_codec
-
-        save_codec(out / "autoencoder", codec.config, codec.parameters, codec.scale, codec.shift)
-    write_whole(out / "dataset.json", _json(dataset))
-    return json.loads(_json(dataset))
-
-
 def _clean(out: Path) -> None:
     """Removes what a finished data set needs no more, and what killed processes left."""
     shutil.rmtree(out / "parts", ignore_errors=True)
     for left in (out / "identity.json", *out.glob("*.partial"), *out.glob("shards/*.partial")):
         left.unlink(missing_ok=True)
-
-
-def _image(preparation: Preparation, codec, moments: np.ndarray) -> dict[str, Any]:
-    """How images are stored, and for latents what a model is fed: (latent - shift) * scale."""
-    pixels = [preparation.height, preparation.width, preparation.channels]
-    if codec is None:
-        return {"stored": "pixels", "pixels": pixels, "shape": pixels}
-    count, total, squares = moments
-    mean = total / max(count, 1)
-    std = float(np.sqrt(max(squares / max(count, 1) - mean**2, 1e-12)))
-    # An autoencoder that brings its own scale is taken at its word, so that data sets made with it can be mixed.
-    own = (codec.scale, codec.shift) != (1.0, 0.0)
-    return {
-        "stored": "latents",
-        "pixels": pixels,
-        "shape": list(codec.latent_shape(preparation.height, preparation.width)),
-        "autoencoder": codec.digest,
-        "measured_mean": mean,
-        "measured_std": std,
-        "shift": codec.shift if own else mean,
-        "scale": codec.scale if own else 1 / std,
-    }
-
-
-def _shard(out: Path, k: int) -> Path:
-    return out / "shards" / f"{k:06}.arrayrecord"
-
-
-def _account(out: Path, k: int) -> Path:
-    return out / "parts" / f"{k:06}.msgpack"
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

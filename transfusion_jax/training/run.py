@@ -24,6 +24,7 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.prepared import Dataset, Prepared
 from transfusion_jax.data.sources import load_sources
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
+from transfusion_jax.data.whole import write_whole
 from transfusion_jax.parallel.mesh import host_block, make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.training.checkpoint import Checkpoints, Report
@@ -97,12 +98,12 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     _latent_sources(data)
     if not (directory / "config.json").exists() and jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        write_file(directory / "tokenizer.model", tokenizer.model)
-        write_file(directory / "ledger.json", (json.dumps(data.ledger(), indent=2) + "\n").encode())
+        write_whole(directory / "tokenizer.model", tokenizer.model)
+        write_whole(directory / "ledger.json", (json.dumps(data.ledger(), indent=2) + "\n").encode())
         if latent := _latent_sources(data):
             _copy(latent[0].path / "autoencoder", directory / "autoencoder")
         # Last: a directory with a config has all the rest.
-        write_file(directory / "config.json", config_lib.dumps(experiment).encode())
+        write_whole(directory / "config.json", config_lib.dumps(experiment).encode())
 
     checkpoints = Checkpoints(directory / "checkpoints", experiment.train.keep_checkpoints, report)
     state, train_seconds = None, 0.0
@@ -183,10 +184,3 @@ def tokenizer_of(experiment: Experiment, directory: Path) -> Tokenizer:
         return Tokenizer(path.read_bytes(), str(path))
     except OSError as error:
         raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Puts a whole file in place at once."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
