@@ -7,8 +7,6 @@ Two integers per position describe packing, causality and the bidirectional atte
 from transfusion_jax.model.attention.chunked import chunked_attention
 from transfusion_jax.model.attention.dense import dense_attention
 from transfusion_jax.model.attention.intervals import Intervals
-from transfusion_jax.model.attention.pallas import pallas_attention
-from transfusion_jax.model.attention.platforms import PLATFORMS, checked
 from transfusion_jax.shapes import BLNH, BSKH
 
 
@@ -27,16 +25,13 @@ def attention(
     empty gets zeros. Softmax is in float32, the result in q's dtype.
 
     Raises:
-      ValueError: the implementation is unknown, or, when lowered, it does not run on that platform.
+      ValueError: the implementation is unknown.
     """
     if implementation == "dense":
         return dense_attention(q_BLNH, k_BSKH, v_BSKH, intervals)
     if implementation == "chunked":
         return chunked_attention(q_BLNH, k_BSKH, v_BSKH, intervals, block=block)
-    if implementation == "pallas":
-        intervals = Intervals(checked(intervals.k_start_BL, "pallas"), intervals.k_end_BL)
-        return pallas_attention(q_BLNH, k_BSKH, v_BSKH, intervals, block_q=block, block_k=block)
-    raise ValueError(f"{implementation=} is not one of {', '.join(map(repr, PLATFORMS))}")
+    raise ValueError(f"{implementation=} is not one of 'chunked', 'dense'")
 
 
 __all__ = ["Intervals", "attention"]
