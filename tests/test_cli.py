@@ -29,6 +29,10 @@ def fails(capsys, *arguments: str) -> str:
         ("--model.width wide", "--model.width"),
         ("--model.compute-dtype int8", "--model.compute-dtype"),
         ("--model.width", "--model.width"),
+        (
+            "--model.attention pallas --model.attention-block 128",
+            "model.attention='pallas' runs on tpu; on cpu: chunked",
+        ),
         ("--model.heads 3", "model.heads=3 must divide model.width=128"),
         ("--data.row-length 10", "data.row_length=10 is shorter than one image"),
         ("--mesh.data 3", "mesh.data=3"),

@@ -82,8 +82,10 @@ class ModelConfig:
     remat: Literal["none", "minimal", "full"] = "full"
     """What the backward pass recomputes: nothing; all but the products with parameters; or every layer from its
     input."""
-    attention: Literal["chunked", "dense"] = "chunked"
+    attention: Literal["chunked", "dense", "pallas"] = "chunked"
+    """`pallas` runs on TPU, the others anywhere; `dense` builds all the scores."""
     attention_block: int = 128
+    """Positions of a block, but for `dense`; a multiple of 128 for `pallas`."""
 
     def __post_init__(self):
         require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")
@@ -95,6 +97,10 @@ class ModelConfig:
         )
         require(self.mlp_width >= 0, f"model.mlp_width={self.mlp_width} must not be negative")
         require(self.attention_block > 0, f"model.attention_block={self.attention_block} must be positive")
+        require(
+            self.attention != "pallas" or self.attention_block % 128 == 0,
+            f"model.attention_block={self.attention_block} must be a multiple of 128 for model.attention='pallas'",
+        )
 
     @property
     def head_dim(self) -> int:

@@ -30,6 +30,7 @@ from transfusion_jax.diffusion.process import process
 from transfusion_jax.diffusion.sampler import sampler
 from transfusion_jax.model.attention import Intervals
 from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.attention.platforms import require_platform
 from transfusion_jax.model.transformer import KVCache
 from transfusion_jax.model.transfusion import Transfusion, abstract_model
 from transfusion_jax.training.checkpoint import Report, load_average
@@ -256,10 +257,16 @@ def load_engine(directory: Path, report: Report) -> tuple[Engine, int]:
       CheckpointError: none of its checkpoints can be read.
     """
     experiment, tokenizer = stored(directory)
+    device = jax.local_devices()[0]
+    try:
+        require_platform(experiment.model.attention, device.platform)
+    except ValueError as error:
+        report(f"{error}; using chunked")
+        experiment = replace(experiment, model=replace(experiment.model, attention="chunked"))
     graph, parameters = abstract_model(experiment)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    one = jax.sharding.SingleDeviceSharding(device)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(parameters)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), nnx.to_pure_dict(parameters)
     )
     step, average = load_average(directory / "checkpoints", abstract, report)
     codec = load_codec(directory / "autoencoder") if (directory / "autoencoder").is_dir() else None

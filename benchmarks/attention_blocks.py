@@ -1,0 +1,111 @@
+"""Blocks that the TPU attention kernel visits over the least number needed, and its memory against the dense reference.
+
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/attention_blocks.py
+
+Rows come from the `synthetic` source (web-like lengths, 256-patch images) through the same pipeline as in training.
+Needed is a pair of blocks, one of queries and one of keys, in which any query may see any key, found from the whole
+mask. The kernel computes some of the pairs that it visits; the others only have zeros to write. The last column is the
+share of computed scores that are not masked. Memory is what the compiler says for forward and backward on one chip of
+a TPU topology that need not be there, beside arguments and results; that part needs libtpu.
+"""
+
+import argparse
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from transfusion_jax.config import DataConfig, Experiment, MeshConfig
+from transfusion_jax.data.pipeline import Data, read
+from transfusion_jax.data.tokenizer import train_tokenizer
+from transfusion_jax.model.attention import Intervals, attention
+from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.attention.visits import VISIBLE, visible_blocks, visits
+from transfusion_jax.parallel.mesh import make_mesh
+from transfusion_jax.parallel.rules import batch_sharding
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--head-dim", type=int, default=128)
+    args = parser.parse_args()
+    if any(args.length % block for block in args.blocks):
+        parser.error(f"--blocks {args.blocks} must divide --length {args.length}")
+    return args
+
+
+def packed(length: int, rows: int) -> Intervals:
+    """Intervals of the first rows of an epoch."""
+    experiment = Experiment(name="benchmark", data=DataConfig(row_length=length, batch_rows=rows, prefetch=1))
+    batches = read(Data(experiment, train_tokenizer(["synthetic text"], 300)).batches(), 0, 1)
+    return row_intervals(jax.tree.map(jnp.asarray, next(batches)), experiment.image.patches)
+
+
+def needed(intervals: Intervals, block: int) -> int:
+    """Pairs of blocks in which any query may see any key, by looking at every position."""
+    count, key = 0, np.arange(intervals.k_start_BL.shape[1])
+    for start, end in zip(np.asarray(intervals.k_start_BL), np.asarray(intervals.k_end_BL), strict=True):
+        seen = (key >= start[:, None]) & (key < end[:, None])
+        count += seen.reshape(len(key) // block, block, len(key) // block, block).any((1, 3)).sum()
+    return int(count)
+
+
+def print_blocks(intervals: Intervals, block: int) -> None:
+    rows, length = intervals.k_start_BL.shape
+    table = visible_blocks(intervals.k_start_BL, intervals.k_end_BL, block, block, length // block)
+    least, pairs = needed(intervals, block), float((intervals.k_end_BL - intervals.k_start_BL).sum())
+    for by in ("query", "key"):
+        (_, _, _, flags), count = visits(*table, by=by)
+        computed = int((flags[:count] & VISIBLE != 0).sum())
+        print(
+            f"{block:5}  {by:5}  {least / rows:8.1f}  {computed / least:8.3f}  {int(count) / least:8.3f}"
+            f"  {computed / table[0].size:7.1%}  {pairs / (computed * block * block):7.1%}"
+        )
+
+
+def temporaries(args: argparse.Namespace, implementation: str, block: int) -> float:
+    """MiB beside arguments and results, of the gradients of one row on one chip."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    mesh = make_mesh(MeshConfig(), list(devices))
+
+    def loss(q, k, v, intervals):
+        out = attention(q, k, v, intervals, implementation=implementation, block=block)
+        return out.astype(jnp.float32).sum()
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((len(devices), args.length, *sizes), dtype, sharding=batch_sharding(mesh))
+
+    q, k, bound = shape(args.heads, args.head_dim), shape(args.kv_heads, args.head_dim), shape(dtype=jnp.int32)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, Intervals(bound, bound)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def main() -> None:
+    args = arguments()
+    intervals = packed(args.length, args.rows)
+    print(f"{args.rows} rows of {args.length} positions; needed are pairs of blocks in a row")
+    print("block  by      needed  computed   visited   of all     seen")
+    for block in args.blocks:
+        print_blocks(intervals, block)
+    if importlib.util.find_spec("libtpu") is None:
+        print("memory: not measured, compiling for TPU needs libtpu (pip install libtpu)")
+        return
+    print(
+        f"temporaries of forward and backward, one row on a chip of {args.topology}, {args.heads} heads of "
+        f"{args.head_dim} (keys: {args.kv_heads}), bfloat16"
+    )
+    for implementation in ("pallas", "chunked", "dense"):
+        print(f"{implementation:8} {temporaries(args, implementation, args.blocks[-1]):10.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+import functools
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packings
+import pytest
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from transfusion_jax.config import MeshConfig, ModelConfig
+from transfusion_jax.model import transformer
+from transfusion_jax.model.attention import Intervals, attention
+from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.attention.pallas import pallas_attention
+from transfusion_jax.model.attention.visits import FIRST, FULL, LAST, VISIBLE, visible_blocks, visits
+from transfusion_jax.parallel.mesh import make_mesh
+
+ROWS, LENGTH = 16, packings.LENGTH
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes most of the time of these tests
+
+
+def random_packings() -> list[str]:
+    """Rows of text, images and ends of documents that fit, the first one nothing but padding."""
+    rng, rows = np.random.default_rng(0), [""]
+    while len(rows) < ROWS:
+        row = "".join(rng.choice(list("tttttI|"), rng.integers(1, LENGTH)))
+        images = row.count("I")
+        if len(row) + (packings.P - 1) * images <= LENGTH and images <= packings.SLOTS:
+            rows.append(row)
+    return rows
+
+
+def packed(rows: list[str]) -> Intervals:
+    return row_intervals(jax.tree.map(jnp.asarray, packings.batch(rows)), packings.P)
+
+
+def any_intervals(shape: tuple[int, int], keys: int) -> Intervals:
+    """Intervals that no packing would give, a third of them empty."""
+    rng = np.random.default_rng(1)
+    start = rng.integers(0, keys, shape).astype(np.int32)
+    end = (start + rng.integers(-keys // 4, keys // 2, shape)).clip(0, keys).astype(np.int32)
+    return Intervals(jnp.asarray(start), jnp.asarray(end))
+
+
+def inputs(B=ROWS, L=LENGTH, N=4, K=2, H=8, S=None, dtype=jnp.float32):
+    """Random q, k, v and weights of the output."""
+    rng = np.random.default_rng(0)
+    shapes = (B, L, N, H), (B, S or L, K, H), (B, S or L, K, H), (B, L, N, H)
+    return [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes]
+
+
+@functools.cache
+def program(*blocks: int):
+    """The output and the gradients of its weighted sum: the kernels' with these blocks, or else the reference's."""
+
+    def loss(q, k, v, weight, k_start_BL, k_end_BL):
+        intervals = Intervals(k_start_BL, k_end_BL)
+        if blocks:
+            out = pallas_attention(q, k, v, intervals, block_q=blocks[0], block_k=blocks[1], interpret=True)
+        else:
+            out = attention(q, k, v, intervals, implementation="dense")
+        return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+
+
+def values(arrays, intervals, *blocks):
+    (_, out), gradients = program(*blocks)(*arrays, intervals.k_start_BL, intervals.k_end_BL)
+    return out, *gradients
+
+
+def assert_close(results, expected, atol=5e-6, rtol=0.0):
+    for result, reference in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(result.astype(jnp.float32), reference, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("N, K, blocks", [(4, 2, (16, 8)), (2, 2, (8, 16)), (3, 1, (5, 7))], ids=["GQA", "MHA", "MQA"])
+def test_equals_dense_forward_and_backward_over_random_packings(N, K, blocks):
+    arrays, intervals = inputs(N=N, K=K), packed(random_packings())
+    assert_close(values(arrays, intervals, *blocks), values(arrays, intervals))
+
+
+@pytest.mark.parametrize("H", [64, 128])
+def test_blocks_and_heads_as_on_a_tpu(H):
+    """Blocks of 128, a row that is no multiple of them, a document that spans several, an image, padding."""
+    index = np.arange(300)
+    start, end = np.where(index < 270, 0, 270), index + 1
+    end[20:60] = 60
+    start[290:] = end[290:] = 0
+    intervals = Intervals(*(jnp.asarray(x, jnp.int32)[None] for x in (start, end)))
+    arrays = inputs(1, 300, 2, 1, H)
+    assert_close(values(arrays, intervals, 128, 128), values(arrays, intervals))
+
+
+def test_any_intervals_over_a_longer_cache():
+    arrays, intervals = inputs(3, 7, S=50), any_intervals((3, 7), 50)
+    assert_close(values(arrays, intervals, 4, 16), values(arrays, intervals))
+
+
+def test_bfloat16_accumulates_in_float32():
+    arrays, intervals = inputs(dtype=jnp.bfloat16), packed(random_packings())
+    results = values(arrays, intervals, 16, 8)
+    assert {x.dtype for x in results} == {jnp.dtype(jnp.bfloat16)}
+    exact = values([x.astype(jnp.float32) for x in arrays], intervals)
+    assert_close(results, exact, atol=0.03, rtol=0.03)
+
+
+def test_padding_gets_zeros_and_documents_do_not_leak():
+    """The gradients of one document's output touch neither another document nor padding, and padding has none."""
+    *arrays, weight = inputs()
+    document = np.zeros((ROWS, LENGTH), bool)
+    document[0, 8:16] = True
+    weight = jnp.where(document[:, :, None, None], weight, 0.0)
+    intervals = packed(["tttIt|Itttt|ttttt"] + [""] * (ROWS - 1))
+    out, *gradients = (np.asarray(x) for x in values([*arrays, weight], intervals, 16, 8))
+    np.testing.assert_array_equal(out[0, 21:], 0)
+    np.testing.assert_array_equal(out[1:], 0)
+    for gradient in gradients:
+        assert (gradient[document] != 0).any((1, 2)).all()
+        np.testing.assert_array_equal(gradient[~document], 0)
+
+
+def test_blocks_outside_every_interval_are_not_computed():
+    """What is not a number there would spoil the result."""
+    start = jnp.full((ROWS, LENGTH), 8, jnp.int32)
+    intervals, index = Intervals(start, start + 8), np.arange(LENGTH)
+    q, k, v, weight = inputs()
+    outside = jnp.asarray((index < 8) | (index >= 16))[None, :, None, None]
+    spoilt = q, jnp.where(outside, jnp.nan, k), jnp.where(outside, jnp.nan, v), weight
+    assert_close(values(spoilt, intervals, 16, 8), values((q, k, v, weight), intervals, 16, 8), atol=0)
+
+
+@pytest.mark.parametrize("by", ["query", "key"])
+@pytest.mark.parametrize("intervals", [packed(random_packings()), any_intervals((5, 36), 36)], ids=["packings", "any"])
+def test_visits_are_the_visible_blocks_sorted(by, intervals):
+    block_q, block_k = 4, 6
+    start, end, key = np.asarray(intervals.k_start_BL), np.asarray(intervals.k_end_BL), np.arange(36)
+    inside = (key >= start[..., None]) & (key < end[..., None])
+    inside = inside.reshape(len(start), 9, block_q, 6, block_k)
+    listed = jax.jit(lambda *bounds: visits(*visible_blocks(*bounds, block_q, block_k, 6), by=by))
+    table, count = listed(intervals.k_start_BL, intervals.k_end_BL)
+    row, query, key, flags = (np.asarray(x)[:count] for x in table)
+    pairs = list(zip(row, query, key, strict=True))
+    visible, full = flags & VISIBLE != 0, flags & FULL != 0
+    assert [p for p, yes in zip(pairs, visible, strict=True) if yes] == sorted(
+        zip(*np.nonzero(inside.any((2, 4))), strict=True), key=lambda p: p if by == "query" else (p[0], p[2], p[1])
+    )
+    assert {p for p, yes in zip(pairs, full, strict=True) if yes} == set(
+        zip(*np.nonzero(inside.all((2, 4))), strict=True)
+    )
+
+    outer, inner = (query, key) if by == "query" else (key, query)
+    sums, size = row * 9 + outer, 9 if by == "query" else 6
+    assert set(zip(row, outer, strict=True)) == set(np.ndindex(len(start), size))
+    new = np.diff(sums, prepend=-1) != 0
+    np.testing.assert_array_equal(flags & FIRST != 0, new)
+    np.testing.assert_array_equal(flags & LAST != 0, np.append(new[1:], True))
+    # A visit that computes nothing fetches nothing either, unless it opens the row.
+    idle = np.flatnonzero(~visible & (np.diff(row, prepend=-1) == 0))
+    np.testing.assert_array_equal(inner[idle], inner[idle - 1])
+
+
+def test_sharded_equals_dense():
+    """Over rows and heads of eight devices, which exchange nothing."""
+    arrays, intervals = inputs(), packed(random_packings())
+    expected = values(arrays, intervals)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")))
+        assert_close(values(arrays, intervals, 16, 8), expected)
+        text = program(16, 8).lower(*arrays, intervals.k_start_BL, intervals.k_end_BL).compile().as_text()
+    assert not any(collective in text for collective in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_rows_that_the_mesh_does_not_divide():
+    arrays, intervals = inputs(), packed(random_packings())
+    expected, *_ = values(arrays, intervals)
+    few = Intervals(intervals.k_start_BL[:3], intervals.k_end_BL[:3])
+    function = functools.partial(attention, implementation="pallas", block=16, interpret=True)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        out = jax.jit(function, compiler_options=QUICK)(*(x[:3] for x in arrays[:3]), few)
+    assert_close(out, expected[:3])
+
+
+def test_in_the_transformer_under_a_mesh(monkeypatch):
+    """Scanned and rematerialised layers give the loss and gradients that they give with the reference."""
+    config = ModelConfig(
+        layers=2, width=32, heads=4, kv_heads=2, mlp_width=32, compute_dtype="float32", attention="pallas"
+    )
+    graph, parameters = nnx.split(transformer.Transformer(config, rngs=nnx.Rngs(0)))
+    intervals = packed(random_packings()[:4])
+    position_BL = jnp.broadcast_to(jnp.arange(LENGTH), intervals.k_start_BL.shape)
+    x_BLD = jnp.asarray(np.random.default_rng(0).standard_normal((4, LENGTH, 32), np.float32))
+
+    def run(**changes):
+        def patched(*arrays, **options):
+            return attention(*arrays, **{**options, **changes})
+
+        def loss(parameters):
+            return jnp.sum(nnx.merge(graph, parameters)(x_BLD, position_BL, intervals) ** 3)
+
+        monkeypatch.setattr(transformer, "attention", patched)
+        return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(parameters)
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        assert_close(run(interpret=True), run(implementation="dense"), rtol=1e-4, atol=2e-4)
+
+
+def abstract(B, L, N, K, H, dtype, sharding=None):
+    """Arguments of `loss` as shapes."""
+    q, k = (jax.ShapeDtypeStruct((B, L, heads, H), dtype, sharding=sharding) for heads in (N, K))
+    bound = jax.ShapeDtypeStruct((B, L), jnp.int32)
+    return q, k, k, bound, bound
+
+
+def gradients_of(implementation="pallas", block=128):
+    def loss(q, k, v, k_start_BL, k_end_BL):
+        out = attention(q, k, v, Intervals(k_start_BL, k_end_BL), implementation=implementation, block=block)
+        return out.astype(jnp.float32).sum()
+
+    return jax.jit(jax.grad(loss, (0, 1, 2)))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_a_platform_that_cannot_run_it_is_refused(platform):
+    traced = gradients_of().trace(*abstract(1, 256, 2, 1, 64, jnp.float32))
+    traced.lower(lowering_platforms=("tpu",))
+    message = f"model.attention='pallas' runs on tpu; on {platform}: chunked, dense"
+    with pytest.raises(ValueError, match=message):
+        traced.lower(lowering_platforms=(platform,))
+
+
+def test_it_is_refused_outside_jit_too():
+    q, k, v, _ = inputs(1, 8, 1, 1)
+    bound = jnp.zeros((1, 8), jnp.int32)
+    with pytest.raises(ValueError, match="runs on tpu; on cpu: chunked, dense"):
+        attention(q, k, v, Intervals(bound, bound), implementation="pallas")
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="model.attention_block=64 must be a multiple of 128"):
+        ModelConfig(attention="pallas", attention_block=64)
+    with pytest.raises(ValueError, match="block_q=64 and block_k=64 must be multiples of 128"):
+        gradients_of(block=64).trace(*abstract(1, 256, 2, 1, 64, jnp.float32))
+    with pytest.raises(
+        ValueError, match="65536 visits, and there is room for 64000: take a model.attention_block above 128"
+    ):
+        gradients_of().trace(*abstract(64, 4096, 2, 1, 64, jnp.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def tpu_mesh():
+    """A mesh of the devices of a TPU topology that is not there."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("compiling for TPU needs libtpu (pip install libtpu)")
+
+    def mesh(topology):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return make_mesh(MeshConfig(data=1, fsdp=2, tensor=-1), list(devices))
+
+    return mesh
+
+
+def compiled(mesh, *shape, dtype=jnp.bfloat16, implementation="pallas", block=512):
+    """Lowered and compiled gradients."""
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+        lowered = gradients_of(implementation, block).lower(*abstract(*shape, dtype, sharding))
+        return lowered, lowered.compile()
+
+
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_mosaic_compiles_forward_and_backward(tpu_mesh, topology):
+    """Under shard_map, grouped heads, a length that is no multiple of the block."""
+    text = compiled(tpu_mesh(topology), 4, 1100, 4, 2, 64)[0].as_text()
+    assert text.count("tpu_custom_call") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("H, block", [(64, 128), (128, 512), (128, 1024)])
+def test_mosaic_compiles_at_full_length(tpu_mesh, topology, dtype, H, block):
+    compiled(tpu_mesh(topology), 8, 4096, 8, 4, H, dtype=dtype, block=block)
+
+
+@pytest.mark.slow
+def test_memory_is_linear_in_the_row(tpu_mesh):
+    """It keeps no more than the output, lse, delta and the list of visits; the reference keeps all the scores."""
+
+    def temporaries(implementation, length):
+        _, program = compiled(tpu_mesh("v5e:2x2"), 4, length, 8, 8, 128, implementation=implementation)
+        return program.memory_analysis().temp_size_in_bytes
+
+    for length in (4096, 8192):
+        assert temporaries("pallas", length) < 1.2 * (4 // 2 * length * 8 // 2 * 128 * 2)
+    assert temporaries("dense", 4096) > 50 * temporaries("pallas", 4096)

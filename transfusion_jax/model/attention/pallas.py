@@ -1,0 +1,180 @@
+"""Interval attention on TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) as three Pallas kernels.
+
+With scores s_ij = q_i . k_j / sqrt(H) over the keys j of query i's interval,
+
+    lse_i = log sum_j exp(s_ij)      p_ij = exp(s_ij - lse_i)       o_i = sum_j p_ij v_j
+
+are found in one pass over blocks of keys by an online softmax. The backward pass computes p again from lse:
+
+    delta_i = do_i . o_i             ds_ij = p_ij (do_i . v_j - delta_i)
+    dq_i = sum_j ds_ij k_j / sqrt(H)        dk_j = sum_i ds_ij q_i / sqrt(H)        dv_j = sum_i p_ij do_i
+
+A kernel walks a list of pairs of blocks (`visits.py`), which is prefetched as scalars: the grid is as long as the list,
+so blocks outside every interval cost nothing. Sums are kept in float32 in VMEM from the first visit of a block to its
+last (`block_sums.py`). dk and dv of a key head sum over the query heads that share it in the same way.
+
+Inside these files positions come last, [B, N, H, L] and [B, K, H, S], and scores are [keys, queries]. So a head of 64
+fills the lanes of a register as well as one of 128 does, and whatever belongs to a query (its interval, maximum, lse,
+delta) is a row of them that broadcasts over keys as it is.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from transfusion_jax.model.attention.block_sums import LANES, MASKED, Blocks, block_sums
+from transfusion_jax.model.attention.intervals import Intervals
+from transfusion_jax.parallel.rules import RULES, partition_spec
+
+# Logical axes of what goes in and out.
+HEADS, KEYS = ("batch", "heads", None, None), ("batch", "kv_heads", None, None)
+BOUNDS = ("batch", None)
+
+
+def pallas_attention(
+    q_BLNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    intervals: Intervals,
+    *,
+    block_q: int,
+    block_k: int,
+    interpret: bool = False,
+) -> Array:
+    """Same contract as `attention`; under a mesh every device works on its own rows and heads.
+
+    Args:
+      block_q, block_k: queries and keys in one block, multiples of 128.
+      interpret: run the kernels' Python as plain XLA, on any platform and with any block. Slow; for tests.
+
+    Raises:
+      ValueError: a block is no multiple of 128, or, when lowered without `interpret`, the platform is not a TPU.
+    """
+    if not interpret and (block_q % LANES or block_k % LANES):
+        raise ValueError(f"{block_q=} and {block_k=} must be multiples of {LANES}")
+    L, S = q_BLNH.shape[1], k_BSKH.shape[1]
+    # A block need not be longer than what there is.
+    block_q, block_k = (min(block, -(-size // LANES) * LANES) for block, size in ((block_q, L), (block_k, S)))
+
+    def positions_last(x: Array, block: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).transpose(0, 2, 3, 1)
+
+    def padded(bound_BL: Array) -> Array:
+        # Padding queries get an empty interval, and no interval reaches into padding keys.
+        return jnp.pad(jnp.clip(bound_BL, 0, S), ((0, 0), (0, -L % block_q)))
+
+    k, v = positions_last(k_BSKH, block_k), positions_last(v_BSKH, block_k)
+    k_start, k_end = padded(intervals.k_start_BL), padded(intervals.k_end_BL)
+    out = _attention(k_start, k_end, positions_last(q_BLNH, block_q), k, v, Blocks(block_q, block_k, interpret))
+    return out.transpose(0, 3, 1, 2)[:, :L]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(k_start, k_end, q, k, v, blocks):
+    return _forward(k_start, k_end, q, k, v, blocks)[0]
+
+
+def _forward(k_start, k_end, q, k, v, blocks):
+    arrays = k_start, k_end, q, k, v
+    axes = BOUNDS, BOUNDS, HEADS, KEYS, KEYS
+    out, lse = _on_shards(functools.partial(_output, blocks=blocks), axes, (HEADS, HEADS), arrays)
+    return out, (arrays, out, lse)
+
+
+def _backward(blocks, residuals, d_out):
+    arrays, out, lse = residuals
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(2, keepdims=True)
+    arrays, axes = (*arrays, d_out, lse, delta), (BOUNDS, BOUNDS, HEADS, KEYS, KEYS, HEADS, HEADS, HEADS)
+    return None, None, *_on_shards(functools.partial(_gradients, blocks=blocks), axes, (HEADS, KEYS, KEYS), arrays)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _on_shards(function, arguments, results, arrays):
+    """Runs `function` on every device's own part, as the logical axes of arguments and results say."""
+    mesh, rows = jax.sharding.get_abstract_mesh(), arrays[0].shape[0]
+    if mesh.empty:
+        return function(*arrays)
+    # A few rows that the mesh does not divide, as in generation, are worked on by every device.
+    whole = rows % math.prod(mesh.shape[axis] for axis in RULES["batch"]) != 0
+
+    def specs(arrays_axes):
+        return tuple(partition_spec((None, *axes[1:]) if whole else axes) for axes in arrays_axes)
+
+    return jax.shard_map(function, in_specs=specs(arguments), out_specs=specs(results), check_vma=False)(*arrays)
+
+
+def _output(k_start, k_end, q, k, v, *, blocks):
+    """o and lse, [B, N, H, L] and [B, N, 1, L]."""
+    B, N, H, L = q.shape
+    results = ("query", q), ("query", jax.ShapeDtypeStruct((B, N, 1, L), jnp.float32))
+    # At least MASKED / 2, so that masked scores vanish even in a query without a visible key so far.
+    sums = (1, MASKED / 2), (1, 0.0), (H, 0.0)
+
+    def visit(masked, q, k, v, peak, total, acc):
+        s = masked(_scores(q, k))
+        new_peak = jnp.maximum(peak[...], s.max(0, keepdims=True))
+        p, decay = jnp.exp(s - new_peak), jnp.exp(peak[...] - new_peak)
+        peak[...] = new_peak
+        total[...] = total[...] * decay + p.sum(0, keepdims=True)
+        acc[...] = acc[...] * decay + _dot(v[...], p.astype(v.dtype), 1, 0)
+
+    def finish(out, lse, peak, total, acc):
+        seen = jnp.where(total[...] > 0, total[...], 1.0)
+        out[...] = (acc[...] / seen).astype(out.dtype)
+        lse[...] = peak[...] + jnp.log(seen)
+
+    operands = ("query", q), ("key", k), ("key", v)
+    bounds = k_start, k_end
+    return block_sums("interval_attention", "query", bounds, operands, results, sums, visit, finish, blocks)
+
+
+def _gradients(k_start, k_end, q, k, v, d_out, lse, delta, *, blocks):
+    """dq, dk and dv, shaped like q, k and v."""
+    H = q.shape[2]
+    operands = ("query", q), ("key", k), ("key", v), ("query", d_out), ("query", lse), ("query", delta)
+
+    def p_ds(masked, q, k, v, d_out, lse, delta):
+        p = jnp.exp(masked(_scores(q, k)) - lse[...])
+        ds = p * (_dot(v[...], d_out[...], 0, 0) - delta[...])
+        return p.astype(v.dtype), ds.astype(q.dtype)
+
+    def visit_q(masked, q, k, v, d_out, lse, delta, acc):
+        _, ds = p_ds(masked, q, k, v, d_out, lse, delta)
+        acc[...] += _dot(k[...], ds, 1, 0)
+
+    def finish_q(dq, acc):
+        dq[...] = (acc[...] * H**-0.5).astype(dq.dtype)
+
+    def visit_kv(masked, q, k, v, d_out, lse, delta, acc_k, acc_v):
+        p, ds = p_ds(masked, q, k, v, d_out, lse, delta)
+        acc_k[...] += _dot(q[...], ds, 1, 1)
+        acc_v[...] += _dot(d_out[...], p, 1, 1)
+
+    def finish_kv(dk, dv, acc_k, acc_v):
+        finish_q(dk, acc_k)
+        dv[...] = acc_v[...].astype(dv.dtype)
+
+    run = functools.partial(block_sums, bounds=(k_start, k_end), operands=operands, blocks=blocks)
+    (dq,) = run(
+        "interval_attention_dq", "query",
+        results=[("query", q)], sums=[(H, 0.0)], visit=visit_q, finish=finish_q,
+    )  # fmt: skip
+    dk, dv = run(
+        "interval_attention_dkv", "key",
+        results=[("key", k), ("key", v)], sums=[(H, 0.0), (H, 0.0)], visit=visit_kv, finish=finish_kv,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _dot(a, b, axis_a: int, axis_b: int):
+    return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _scores(q, k):
+    """[keys, queries]"""
+    return _dot(k[...], q[...], 0, 0) * q.shape[0] ** -0.5

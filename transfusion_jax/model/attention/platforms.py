@@ -1,0 +1,48 @@
+"""Where each implementation of attention runs, checked for the platform that a computation is lowered for.
+
+That platform is known only when the computation is lowered: a process on a CPU can compile for a TPU that it does not
+have (`jax.experimental.topologies`), so the default backend says nothing. A primitive that returns its operand as it
+is carries the check there.
+"""
+
+import jax
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+PLATFORMS: dict[str, tuple[str, ...] | None] = {"chunked": None, "dense": None, "pallas": ("tpu",)}
+"""None: all of them."""
+
+
+def require_platform(implementation: str, platform: str) -> None:
+    """Raises ValueError, with the implementations that do, unless this one runs on the platform."""
+
+    def runs(name: str) -> bool:
+        return PLATFORMS[name] is None or platform in PLATFORMS[name]
+
+    if not runs(implementation):
+        others = ", ".join(filter(runs, PLATFORMS))
+        where = ", ".join(PLATFORMS[implementation])
+        raise ValueError(f"model.attention={implementation!r} runs on {where}; on {platform}: {others}")
+
+
+def checked(x: Array, implementation: str) -> Array:
+    """x as it is; an integer array, so that nothing is differentiated.
+
+    Raises:
+      ValueError: when lowered for a platform on which the implementation does not run.
+    """
+    return _checked.bind(x, implementation=implementation)
+
+
+def _lowering(context, x, *, implementation: str):
+    for platform in context.platforms or context.module_context.platforms:
+        require_platform(implementation, platform)
+    return [x]
+
+
+_checked = Primitive("checked_attention_platform")
+_checked.def_impl(lambda x, **parameters: jax.jit(lambda x: _checked.bind(x, **parameters))(x))
+_checked.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(_checked, _lowering)
+batching.primitive_batchers[_checked] = lambda xs, axes, **parameters: (_checked.bind(*xs, **parameters), axes[0])
