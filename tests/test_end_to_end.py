@@ -119,6 +119,7 @@ def test_sigterm_saves_and_exits_cleanly(workplace):
     assert not (run_dir / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(workplace):
     path, _ = workplace
     before = (path / "whole" / "metrics.jsonl").read_text()

@@ -59,7 +59,15 @@ def test_training_learns_and_advances_everything(single, experiment):
     assert all(0 < d < 1 for d in jax.tree.leaves(apart))
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(data=8), MeshConfig(1, 8, 1), MeshConfig(1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh_config",
+    [
+        pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(1, 8, 1), marks=pytest.mark.slow),
+        MeshConfig(1, 4, 2),
+    ],
+    ids=str,
+)
 def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config):
     losses, state = run(experiment, tokenizer, mesh_config, 20)
     np.testing.assert_allclose(losses, single[0], rtol=1e-4)
