@@ -49,7 +49,7 @@ def config() -> Experiment:
             max_epochs=100.0,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=200),
-        train=TrainConfig(steps=4000, ema_decay=0.998, checkpoint_every=500),
+        train=TrainConfig(steps=2000, ema_decay=0.998, checkpoint_every=500),
         sampler=SamplerConfig("ddim", steps=50, clip=1.0, context_timestep=20, max_tokens=image.span + 64),
         evaluation=("likelihood", "pairs"),
     )
