@@ -10,8 +10,6 @@ Hardware: two CPU cores.
 Expected: see docs/data.md.
 """
 
-from dataclasses import replace
-
 from transfusion_jax.config import (
     DataConfig,
     Experiment,
@@ -28,20 +26,20 @@ PICTURES, TEXT = "data/emoji", "data/speeches"
 
 def config() -> Experiment:
     image = image_config(PICTURES, patch=4)
-    model = ModelConfig(
-        layers=6,
-        width=256,
-        heads=4,
-        mlp_width=768,
-        vocab_size=vocab_size(PICTURES),
-        compute_dtype="float32",
-        timestep="after",
-        patch_position="learned",
-    )
     return Experiment(
         name="emoji",
         image=image,
-        model=replace(model, rope_theta=1000.0),
+        model=ModelConfig(
+            layers=4,
+            width=192,
+            heads=4,
+            mlp_width=512,
+            vocab_size=vocab_size(PICTURES),
+            compute_dtype="float32",
+            timestep="after",
+            patch_position="learned",
+            rope_theta=1000.0,
+        ),
         data=DataConfig(
             sources=(SourceConfig(PICTURES, 4.0), SourceConfig(TEXT, 1.0)),
             row_length=4 * image.span + 88,
@@ -49,7 +47,7 @@ def config() -> Experiment:
             max_epochs=100.0,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=200),
-        train=TrainConfig(steps=2000, ema_decay=0.998, checkpoint_every=500),
+        train=TrainConfig(steps=1500, ema_decay=0.998, checkpoint_every=250),
         sampler=SamplerConfig("ddim", steps=50, clip=1.0, context_timestep=20, max_tokens=image.span + 64),
         evaluation=("likelihood", "pairs"),
     )

@@ -27,10 +27,10 @@ def config() -> Experiment:
         name="own_data",
         image=image,
         model=ModelConfig(
-            layers=6,
-            width=256,
+            layers=4,
+            width=192,
             heads=4,
-            mlp_width=768,
+            mlp_width=512,
             vocab_size=vocab_size(DATA),
             compute_dtype="float32",
             timestep="after",
