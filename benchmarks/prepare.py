@@ -1,4 +1,4 @@
-"""Speed of `prepare` against Pillow alone, on the same pictures, cores and number of threads.
+"""Speed of `prepare` against Pillow alone, on the same pictures, cores and number of workers.
 
     python benchmarks/prepare.py --pictures 400
 
@@ -70,26 +70,23 @@ def main() -> None:
         settings = Preparation((str(photos),), height=args.size, width=args.size, tokenizer=str(model))
         rounds = []
         for number in range(args.rounds):
-            clocks = [(time.perf_counter(), time.process_time())]
+            clocks = [time.perf_counter()]
             with ThreadPoolExecutor(args.workers) as executor:
                 list(executor.map(lambda path: with_pillow(path, args.size), paths))
-            clocks.append((time.perf_counter(), time.process_time()))
+            clocks.append(time.perf_counter())
             prepare(settings, Path(name) / f"out{number}", None, False, args.workers, lambda line: None)
-            clocks.append((time.perf_counter(), time.process_time()))
-            rounds.append(np.diff(clocks, axis=0) / len(paths))
+            clocks.append(time.perf_counter())
+            rounds.append(np.diff(clocks) / len(paths))
         size = np.mean([path.stat().st_size for path in paths])
-    rounds = np.asarray(rounds)  # [round, what, clock], seconds of a picture
+    rounds = np.asarray(rounds)  # [round, what], seconds of a picture
     print(
         f"{len(paths):,} JPEGs of {args.width}x{3 * args.width // 4}, {size / 1e3:.0f} kB each, to {args.size} pixels"
     )
-    for what, seconds in enumerate(np.median(rounds, axis=0)):
-        print(
-            f"{('Pillow alone', 'prepare')[what]:14}{1 / seconds[0]:6,.0f} pictures/s on {args.workers} threads, "
-            f"{seconds[1] * 1e3:.2f} ms of processor for each"
-        )
-    for clock, name in enumerate(("rates", "processor")):
-        ratios = rounds[:, 0, clock] / rounds[:, 1, clock]
-        print(f"ratio by {name:9} {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    alone, prepared = 1 / np.median(rounds, axis=0)
+    print(f"Pillow alone  {alone:6,.0f} pictures/s on {args.workers} threads")
+    print(f"prepare       {prepared:6,.0f} pictures/s on {args.workers} processes")
+    ratios = rounds[:, 0] / rounds[:, 1]
+    print(f"ratio         {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":
