@@ -3,7 +3,7 @@
     transfusion-jax prepare my/folder --out data/mine --height 32 --width 32
     transfusion-jax train experiments/own_data.py
 
-Hardware: two CPU cores, about a quarter of an hour; `--mesh.data`, `--model.width` and `--train.steps` are for more.
+Hardware: two CPU cores; not timed itself, `emoji.py`, a model of this size, took 0.8 s a step.
 Expected: a model of 3.5 M parameters that draws the colours of what captions say, and little of its form.
 """
 

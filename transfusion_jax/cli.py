@@ -17,6 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from transfusion_jax.config import Experiment
+from transfusion_jax.data.whole import write_whole
 from transfusion_jax.host import keep_freed_memory
 
 
@@ -246,9 +247,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _table(summary: dict) -> str:
@@ -333,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"the disk is full: {error}" if error.errno == errno.ENOSPC else str(error), 1)
     except Exception as error:
         # Failures of the work itself, which say all there is to say. By name: importing their modules costs seconds.
-        if type(error).__name__ not in ("TrainingFailed", "CheckpointError", "PreparationFailed"):
+        if type(error).__name__ not in ("TrainingFailed", "CheckpointError", "PreparationFailed", "BrokenProcessPool"):
             raise
         return _fail(str(error), 1)
 

@@ -26,6 +26,9 @@ class Tokenizer:
             raise ValueError(f"{name} has no BOS or EOS entry (ids {self.bos}, {self.eos})")
         self.boi, self.eoi, self.size = entries, entries + 1, entries + 2
 
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self.model,)
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS."""
         return self._processor.encode(text)

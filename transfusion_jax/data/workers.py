@@ -6,7 +6,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from transfusion_jax.data.readers import open_input
 from transfusion_jax.data.readers.raw import Columns, Reader
 from transfusion_jax.data.shards import Settings, finish_shard, load, write_shard
-from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.host import keep_freed_memory
 
 PARENT_DEATH = 1  # prctl's PR_SET_PDEATHSIG
@@ -38,13 +37,6 @@ class Job:
     def account(self, k: int) -> Path:
         """What became of the items of shard k; once it is there, so is the shard."""
         return self.out / "parts" / f"{k:06}.msgpack"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "settings": replace(self.settings, tokenizer=self.settings.tokenizer.model)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        settings = state["settings"]
-        self.__dict__.update(state, settings=replace(settings, tokenizer=Tokenizer(settings.tokenizer)))
 
 
 def chosen(inputs: Sequence[tuple[str, Reader]], numbers: range) -> Iterator[tuple[str, Reader, int]]:

@@ -97,12 +97,12 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     check_directory(experiment, directory)
     tokenizer = tokenizer_of(experiment, directory)
     data = Data(experiment, tokenizer)
-    _latent_sources(data)
+    latent = _latent_sources(data)
     if not (directory / "config.json").exists() and jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / "tokenizer.model", tokenizer.model)
         write_whole(directory / "ledger.json", (json.dumps(data.ledger(), indent=2) + "\n").encode())
-        if latent := _latent_sources(data):
+        if latent:
             _copy(latent[0].path / "autoencoder", directory / "autoencoder")
         # Last: a directory with a config has all the rest.
         write_whole(directory / "config.json", config_lib.dumps(experiment).encode())
