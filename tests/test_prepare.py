@@ -23,6 +23,7 @@ from transfusion_jax.autoencoder.pretrained import load_codec, save_codec
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
 from transfusion_jax.cli import main
 from transfusion_jax.config import DataConfig, SourceConfig
+from transfusion_jax.data import prepare as prepare_lib
 from transfusion_jax.data import records, shards
 from transfusion_jax.data.accounts import Account, gather
 from transfusion_jax.data.packing import kept_plan, plan
@@ -30,6 +31,7 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.prepare import Preparation, PreparationFailed, parse_part, prepare
 from transfusion_jax.data.prepared import image_config, open_dataset
 from transfusion_jax.data.readers.raw import Rejected
+from transfusion_jax.data.shards import ENCODED
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 PICTURES = 60
@@ -485,6 +487,13 @@ def test_latents_are_stored_as_mean_and_deviation_and_scaled_to_unit_variance(se
     np.testing.assert_allclose(expected, (mean[0] - info["shift"]) * info["scale"], atol=1e-3)
     np.testing.assert_allclose(one.mean(0), expected, atol=0.1 * info["scale"] * deviation[0].max())
     np.testing.assert_allclose(one.std(0), deviation[0] * info["scale"], rtol=0.06)
+
+
+def test_a_batch_is_encoded_by_all_devices_as_by_one(autoencoder):
+    codec = load_codec(autoencoder)
+    pictures = np.random.default_rng(0).uniform(-1, 1, (ENCODED, 16, 16, 3)).astype(np.float32)
+    expected = np.stack([np.asarray(x) for x in codec.encode(pictures)], axis=1)
+    np.testing.assert_allclose(prepare_lib._encoder(codec)(pictures), expected, atol=2e-3)
 
 
 def test_an_autoencoder_that_does_not_fit_is_refused(settings, autoencoder, tmp_path):

@@ -13,9 +13,11 @@ share the shards out, and what a killed process did not finish is made again, to
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -288,8 +290,16 @@ def _codec(preparation: Preparation):
 
 
 def _encoder(codec) -> Encode:
+    """Encodes batches cut over all devices of this process, each of which has the autoencoder."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices = jax.local_devices()[: math.gcd(ENCODED, jax.local_device_count())]
+    place = functools.partial(NamedSharding, Mesh(devices, ("images",)))
+    codec = dataclasses.replace(codec, parameters=jax.device_put(codec.parameters, place(PartitionSpec())))
+
     def encode(pictures: np.ndarray) -> np.ndarray:
-        mean, std = codec.encode(pictures)
+        mean, std = codec.encode(jax.device_put(pictures, place(PartitionSpec("images"))))
         return np.stack([np.asarray(mean), np.asarray(std)], axis=1).astype(np.float16)
 
     return encode
