@@ -5,7 +5,6 @@ import contextlib
 import errno
 import io
 import json
-import os
 import re
 import runpy
 import sys
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.whole import write_whole
-from transfusion_jax.host import keep_freed_memory
+from transfusion_jax.host import cores, keep_freed_memory
 
 
 class BadInput(Exception):
@@ -179,7 +178,7 @@ def prepare(arguments: argparse.Namespace) -> int:
         if arguments.out is None:
             raise ValueError("name the directory to make: --out DIR")
         part = parse_part(arguments.part) if arguments.part else None
-        workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+        workers = cores() if arguments.workers is None else arguments.workers
         if workers < 1:
             raise ValueError(f"--workers {workers} must be at least 1")
         info = prepare_data(preparation, arguments.out, part, arguments.finish, workers, say)

@@ -98,6 +98,14 @@ class Codec:
         """Images [B, H, W, C], clipped to [-1, 1], of latents that are neither scaled nor shifted."""
         return self._decode(self.parameters, jnp.asarray(latents_Bhwc, jnp.float32))
 
+    def image(self, picture_HWC: np.ndarray) -> np.ndarray:
+        """The latent [h, w, c], its mean, of a picture in [-1, 1] as a model is fed it."""
+        return (np.asarray(self.encode(picture_HWC[None])[0][0]) - self.shift) * self.scale
+
+    def picture(self, image_hwc: np.ndarray) -> np.ndarray:
+        """The picture [H, W, C] in [-1, 1] of a latent as a model is fed it."""
+        return np.asarray(self.decode(image_hwc[None] / self.scale + self.shift))[0]
+
     @functools.cached_property
     def _encode(self):
         def encode(parameters, images):

@@ -6,7 +6,7 @@ import numpy as np
 
 from transfusion_jax.data import records
 from transfusion_jax.data.figures import ToPicture, contact_sheet
-from transfusion_jax.data.prepared import ROUNDED, Dataset
+from transfusion_jax.data.prepared import Dataset
 
 PICTURES, DOCUMENTS = 40, 30
 
@@ -17,8 +17,7 @@ def to_picture(dataset: Dataset) -> ToPicture:
         return lambda image: image
     from transfusion_jax.autoencoder.pretrained import load_codec
 
-    codec, info = load_codec(dataset.path / "autoencoder"), dataset.info["image"]
-    return lambda image: np.asarray(codec.decode(image[None] / info["scale"] + info["shift"]))[0]
+    return load_codec(dataset.path / "autoencoder").picture  # it carries the scale of the data
 
 
 def leave_samples(dataset: Dataset) -> None:
@@ -53,7 +52,6 @@ def description(dataset: Dataset) -> str:
     info, ledger, (h, w, c) = dataset.info, dataset.info["ledger"], dataset.image_shape
     reasons = ", ".join(f"{n} {reason}" for reason, n in ledger["reasons"].items())
     dropped = ", ".join(f"{n} {reason}" for reason, n in ledger["captions_dropped"].items())
-    rows = -(-info["tokenizer"]["entries"] // ROUNDED) * ROUNDED
     folder: Path = dataset.path
     images = f", {info['images']:,} images of {h}x{w}x{c} {info['image']['stored']}" if info["images"] else ""
     shape = f" --image.height {h} --image.width {w} --image.channels {c}" if info["images"] else ""
@@ -66,5 +64,5 @@ def description(dataset: Dataset) -> str:
         *([f"  captions  {dropped}, left out of documents that have others"] if dropped else []),
         f"  tokenizer {info['tokenizer']['entries']:,} ids",
         f"  look at   {sheet}{folder / 'sample.txt'}",
-        f"  train     --data.sources.0.name {folder}{shape} --model.vocab-size {rows}",
+        f"  train     --data.sources.0.name {folder}{shape} --model.vocab-size {dataset.embedding_rows}",
     ])  # fmt: skip

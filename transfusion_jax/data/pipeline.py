@@ -9,7 +9,6 @@ starting to read at batch s.
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from transfusion_jax.data.packing import Plan, kept_plan, pack, plan
 from transfusion_jax.data.prepared import Prepared
 from transfusion_jax.data.sources import Source, load_sources
 from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.host import cores
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,6 @@ def stack(rows: list[Batch]) -> Batch:
 
 def read(batches: grain.MapDataset, start: int, prefetch: int) -> Iterator[Batch]:
     """Batches from `start` on, read ahead by threads; more of them than cores would only wait for each other."""
-    threads = min(prefetch, 4, len(os.sched_getaffinity(0)))
+    threads = min(prefetch, 4, cores())
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(batches[start:].to_iter_dataset(options))

@@ -37,6 +37,11 @@ class Dataset:
     def is_latent(self) -> bool:
         return self.info["image"]["stored"] == "latents"
 
+    @property
+    def embedding_rows(self) -> int:
+        """The tokenizer's ids, rounded up so that a mesh divides them."""
+        return -(-self.info["tokenizer"]["entries"] // ROUNDED) * ROUNDED
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer((self.path / "tokenizer.model").read_bytes(), str(self.path / "tokenizer.model"))
@@ -110,8 +115,8 @@ def image_config(path: str | Path, patch: int = 2) -> ImageConfig:
 
 
 def vocab_size(path: str | Path) -> int:
-    """Embedding rows for a prepared data set: its tokenizer's ids, rounded up so that a mesh divides them."""
-    return -(-open_dataset(Path(path)).info["tokenizer"]["entries"] // ROUNDED) * ROUNDED
+    """Embedding rows for a prepared data set (`Dataset.embedding_rows`)."""
+    return open_dataset(Path(path)).embedding_rows
 
 
 class Prepared:

@@ -91,16 +91,11 @@ class Engine:
 
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
         """An image of the model's as a picture [H, W, C] in [-1, 1]."""
-        if self.codec is None:
-            return image_hwc
-        return np.asarray(self.codec.decode(image_hwc[None] / self.codec.scale + self.codec.shift))[0]
+        return image_hwc if self.codec is None else self.codec.picture(image_hwc)
 
     def image(self, picture_HWC: np.ndarray) -> np.ndarray:
         """A picture as an image of the model's [h, w, c]: itself, or the mean of its latent."""
-        if self.codec is None:
-            return picture_HWC
-        mean, _ = self.codec.encode(picture_HWC[None])
-        return (np.asarray(mean[0]) - self.codec.shift) * self.codec.scale
+        return picture_HWC if self.codec is None else self.codec.image(picture_HWC)
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
