@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx, traverse_util
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from transfusion_jax.autoencoder import quantizer as q
 from transfusion_jax.autoencoder.config import AutoencoderConfig, tiny
 from transfusion_jax.autoencoder.pretrained import load_codec, save_codec
 from transfusion_jax.autoencoder.vae import LAST_KERNEL, Gaussian, abstract_autoencoder, build
+from transfusion_jax.config import MeshConfig
+from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding, parameter_shardings
 
 SMALL = AutoencoderConfig(size=16, latent_channels=4, width=8, multipliers=(1, 2), groups=4, blocks=1, codes=32)
@@ -107,7 +109,7 @@ def test_last_kernel_is_where_its_path_says():
 
 
 def test_batch_cut_by_a_mesh_gives_the_same():
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     graph, abstract = abstract_autoencoder(VQ)
     quantise = lambda model, x: model.quantizer(model.features(x))  # noqa: E731
     p, x = parameters(VQ), images(4, 16, 16, 3)

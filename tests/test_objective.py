@@ -31,13 +31,13 @@ def test_total_is_lambda_weighted_and_ignores_what_has_no_weight():
     text, image = jnp.full((2, 36), 1e9), jnp.full((2, 6), 1e9)
     text = jnp.where(batch.text_weight_BL > 0, 2.0, text)
     image = image.at[0, 0].set(3.0)
-    losses = total(text, image, batch, 5.0)
+    losses = total(text, image, batch, batch, 5.0)
     assert (float(losses.text), float(losses.image), float(losses.total)) == (2.0, 3.0, 17.0)
 
 
 def test_no_images_and_no_text_are_loss_zero():
     batch = jax.tree.map(jnp.asarray, packings.batch([""]))
-    losses = total(jnp.ones((1, 36)), jnp.ones((1, 6)), batch, 5.0)
+    losses = total(jnp.ones((1, 36)), jnp.ones((1, 6)), batch, batch, 5.0)
     assert float(losses.total) == 0.0
 
 

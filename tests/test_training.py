@@ -63,8 +63,10 @@ def test_training_learns_and_advances_everything(single, experiment):
     "mesh_config",
     [
         pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(1, 8, 1), marks=pytest.mark.slow),
-        MeshConfig(1, 4, 2),
+        pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=2, fsdp=2, sequence=2), marks=pytest.mark.slow),
+        MeshConfig(data=1, fsdp=4, tensor=2),
+        MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
     ],
     ids=str,
 )
@@ -77,7 +79,21 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
     for tree in (state.parameters, state.ema, state.optimizer):
         total = sum(x.nbytes for x in jax.tree.leaves(tree))
         here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-        assert here < 1.1 * total / 8 if mesh_config.tensor == 1 else here < 1.25 * total / 8
+        share = total * mesh_config.data / 8
+        assert here < (1.1 if mesh_config.tensor == 1 else 1.25) * share
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(single, experiment, tokenizer, parts):
+    """Rows differ in how much text and how many images they have, so a mean of the parts' means would not do."""
+    batch = Data(experiment, tokenizer).batches()[0]
+    images = [batch.image_weight_BM[part::parts].sum() for part in range(parts)]
+    assert min(images) < max(images)
+    parted = replace(experiment, train=replace(experiment.train, accumulation=parts))
+    losses, state = run(parted, tokenizer, ONE, 20)
+    np.testing.assert_allclose(losses, single[0], rtol=1e-4)
+    mesh_losses, _ = run(parted, tokenizer, MeshConfig(data=1, fsdp=2, tensor=2, sequence=2), 5)
+    np.testing.assert_allclose(mesh_losses, single[0][:5], rtol=1e-4)
 
 
 def test_the_state_is_donated(experiment, tokenizer):
@@ -118,17 +134,17 @@ def checkpoints(path, said=None, keep=3):
 
 def test_a_checkpoint_restores_on_another_mesh_and_trains_on(single, experiment, tokenizer, tmp_path):
     losses, _ = single
-    _, state = run(experiment, tokenizer, MeshConfig(1, 4, 2), 10)
+    _, state = run(experiment, tokenizer, MeshConfig(data=1, fsdp=4, tensor=2), 10)
     saved = checkpoints(tmp_path)
     saved.save(state, {"train_seconds": 1.5, "data": "x"})
     assert saved.wait()
-    _, plan = build(experiment, MeshConfig(2, 2, 2))
+    _, plan = build(experiment, MeshConfig(data=2, fsdp=2, tensor=2))
     restored, progress = saved.restore(plan.abstract)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(restored))
     wanted = jax.tree.leaves(plan.abstract)
     assert all(x.sharding == w.sharding for x, w in zip(jax.tree.leaves(restored), wanted, strict=True))
     assert float(progress["train_seconds"]) == 1.5 and progress["data"] == "x"
-    more, _ = run(experiment, tokenizer, MeshConfig(2, 2, 2), 10, restored)
+    more, _ = run(experiment, tokenizer, MeshConfig(data=2, fsdp=2, tensor=2), 10, restored)
     np.testing.assert_allclose(more, losses[10:], rtol=1e-4)
     saved.close()
 
@@ -235,13 +251,13 @@ def test_metrics_are_cut_back_to_the_step_of_a_resumed_run(tmp_path):
 
 def test_mesh_errors_name_what_does_not_fit(experiment):
     with pytest.raises(ValueError, match=r"mesh\.fsdp=3.* do not fit the 8 devices"):
-        make_mesh(MeshConfig(1, 3, 1))
-    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+        make_mesh(MeshConfig(data=1, fsdp=3))
+    assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
     with pytest.raises(ValueError, match=r"batch_rows=12 is not divisible by the 8 shards"):
         host_block(batch_sharding(make_mesh(MeshConfig(8))), 12)
     assert host_block(batch_sharding(make_mesh(MeshConfig(8))), 16) == (0, 1)
     with pytest.raises(ValueError, match="does not divide"):
-        blueprint(replace(experiment, model=replace(experiment.model, mlp_width=97)), make_mesh(MeshConfig(1, 4, 2)))
+        blueprint(replace(experiment, model=replace(experiment.model, mlp_width=97)), make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
 
 
 def test_axes_without_a_rule_and_collisions_raise():

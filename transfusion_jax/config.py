@@ -79,13 +79,15 @@ class ModelConfig:
     patch_position: Literal["rope", "learned"] = "rope"
     """How a patch knows its place in the image: by RoPE alone, as text does, or by a learned vector as well (our
     choice; the paper is silent). The vector makes small models learn to read images sooner (docs/design.md, log)."""
-    remat: Literal["none", "minimal", "full"] = "full"
-    """What the backward pass recomputes: nothing; all but the products with parameters; or every layer from its
-    input."""
-    attention: Literal["chunked", "dense", "pallas"] = "chunked"
-    """`pallas` runs on TPU, the others anywhere; `dense` builds all the scores."""
-    attention_block: int = 128
-    """Positions of a block, but for `dense`; a multiple of 128 for `pallas`."""
+    remat: Literal["none", "minimal", "attention", "full", "offload"] = "full"
+    """What the backward pass recomputes: nothing; all but the products with parameters; all but attention; or every
+    layer from its input, which `offload` keeps in the host's memory until then (accelerators only)."""
+    attention: Literal["auto", "chunked", "dense", "pallas"] = "auto"
+    """`pallas` runs on TPU, the others anywhere; `dense` builds all the scores. `auto` is `pallas` on TPU and
+    `chunked` elsewhere."""
+    attention_block: int = 0
+    """Positions of a block, but for `dense`; a multiple of 128 for `pallas`. 0 means 512 for `pallas`, 128 for
+    `chunked`."""
 
     def __post_init__(self):
         require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")
@@ -96,7 +98,7 @@ class ModelConfig:
             f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}",
         )
         require(self.mlp_width >= 0, f"model.mlp_width={self.mlp_width} must not be negative")
-        require(self.attention_block > 0, f"model.attention_block={self.attention_block} must be positive")
+        require(self.attention_block >= 0, f"model.attention_block={self.attention_block} must not be negative")
         require(
             self.attention != "pallas" or self.attention_block % 128 == 0,
             f"model.attention_block={self.attention_block} must be a multiple of 128 for model.attention='pallas'",
@@ -257,14 +259,25 @@ class MeshConfig:
     """Devices along each axis; -1 for at most one axis means all that are left."""
 
     data: int = -1
+    """Rows; the only axis that crosses the network between slices."""
     fsdp: int = 1
+    """Rows, parameters and optimizer."""
+    sequence: int = 1
+    """Positions of a row, for rows longer than a device can hold; parameters and optimizer too."""
     tensor: int = 1
+    """Heads, feed-forward and vocabulary."""
+    topology: str = ""
+    """The TPU slice that this mesh is made for, as in v5p:4x4x4. `plan` compiles for it, training takes what is there."""
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {name: size for name, size in dataclasses.asdict(self).items() if name != "topology"}
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
+        sizes = list(self.axes.values())
         require(
             all(n == -1 or n > 0 for n in sizes) and sizes.count(-1) <= 1,
-            f"mesh axes must be positive, and at most one -1: {self}",
+            f"mesh axes must be positive, and at most one -1: {self.axes}",
         )
 
 
@@ -274,6 +287,8 @@ class TrainConfig:
     seed: int = 0
     image_loss_weight: float = 5.0
     """Lambda of L = L_LM + lambda * L_DDPM."""
+    accumulation: int = 1
+    """Parts of a batch that take their turns: less memory, the gradient of the whole batch."""
     vocab_chunk: int = 512
     """Positions of a row whose logits exist at one time."""
     ema_decay: float = 0.9999
@@ -285,7 +300,7 @@ class TrainConfig:
     """Training stops after so many steps in a row whose gradients are not finite."""
 
     def __post_init__(self):
-        for name in ("steps", "vocab_chunk", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
+        for name in ("steps", "accumulation", "vocab_chunk", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1)")
 
@@ -322,6 +337,10 @@ class Experiment:
             0 <= self.sampler.context_timestep < self.diffusion.steps,
             f"sampler.context_timestep={self.sampler.context_timestep} must be in 0..{self.diffusion.steps - 1}",
         )
+        require(
+            self.data.batch_rows % self.train.accumulation == 0,
+            f"train.accumulation={self.train.accumulation} must divide data.batch_rows={self.data.batch_rows}",
+        )
 
     @property
     def image_slots(self) -> int:
@@ -345,8 +364,8 @@ def paper(size: str) -> Experiment:
 
 # Fields that do not change what is trained, so a run may be resumed with others.
 RESUMABLE = (
-    "mesh.", "data.prefetch", "data.max_epochs", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.sample_every",
+    "mesh.", "model.remat", "model.attention", "data.prefetch", "data.max_epochs", "train.accumulation",
+    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every",
 )  # fmt: skip
 
 

@@ -17,11 +17,12 @@ def text_loss(hidden_BLD: BLD, target_BL: BL, logits: Callable[[Array], Array], 
     """Next-token cross-entropy of every position, in nats.
 
     `logits` projects hidden states to the vocabulary; it is applied to `chunk` positions of each row at a
-    time and again in the backward pass, so the [B, L, V] logits never exist.
+    time and again in the backward pass, so the [B, L, V] logits never exist. Of C chunks, chunk c is
+    the positions c, c + C, c + 2C, ...: so devices that each hold a part of a row (mesh axis `sequence`) share every chunk.
     """
     B, L, D = hidden_BLD.shape
     chunk = min(chunk, L)
-    pad = -L % chunk
+    chunks, pad = -(-L // chunk), -L % chunk
 
     @jax.checkpoint
     def loss(_, piece):
@@ -30,10 +31,10 @@ def text_loss(hidden_BLD: BLD, target_BL: BL, logits: Callable[[Array], Array], 
         at_target_BC = jnp.take_along_axis(logits_BCV, target_BC[:, :, None], axis=-1)[:, :, 0]
         return None, jax.nn.logsumexp(logits_BCV, axis=-1) - at_target_BC
 
-    hidden = jnp.pad(hidden_BLD, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, chunk, D).swapaxes(0, 1)
-    target = jnp.pad(target_BL, ((0, 0), (0, pad))).reshape(B, -1, chunk).swapaxes(0, 1)
-    _, loss_CBc = jax.lax.scan(loss, None, (hidden, target))
-    return loss_CBc.swapaxes(0, 1).reshape(B, L + pad)[:, :L]
+    hidden = jnp.pad(hidden_BLD, ((0, 0), (0, pad), (0, 0))).reshape(B, chunk, chunks, D)
+    target = jnp.pad(target_BL, ((0, 0), (0, pad))).reshape(B, chunk, chunks)
+    _, loss = jax.lax.scan(loss, None, (jnp.moveaxis(hidden, 2, 0), jnp.moveaxis(target, 2, 0)))
+    return jnp.moveaxis(loss, 0, 2).reshape(B, L + pad)[:, :L]
 
 
 def image_loss(predicted_BMhwc: BMhwc, target_BMhwc: BMhwc) -> FloatBM:
@@ -51,13 +52,17 @@ class Losses:
     image: Scalar
 
 
-def total(text_BL: FloatBL, image_BM: FloatBM, batch: Batch, image_weight: float) -> Losses:
-    """Weighted means over the global batch; a batch without text targets, or images, has that loss 0."""
+def total(text_BL: FloatBL, image_BM: FloatBM, part: Batch, whole: Batch, image_weight: float) -> Losses:
+    """Sums of the losses of `part` over the weights of `whole`, the global batch that it is all or some rows of.
 
-    def mean(loss, weight):
-        return jnp.sum(loss * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+    So the losses of a batch are the sum of those of its parts. Without text targets, or images, that loss is 0.
+    """
 
-    text, image = mean(text_BL, batch.text_weight_BL), mean(image_BM, batch.image_weight_BM)
+    def mean(loss, weight, all_weights):
+        return jnp.sum(loss * weight) / jnp.maximum(jnp.sum(all_weights), 1.0)
+
+    text = mean(text_BL, part.text_weight_BL, whole.text_weight_BL)
+    image = mean(image_BM, part.image_weight_BM, whole.image_weight_BM)
     return Losses(text + image_weight * image, text, image)
 
 

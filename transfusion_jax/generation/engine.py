@@ -30,7 +30,7 @@ from transfusion_jax.diffusion.process import process
 from transfusion_jax.diffusion.sampler import sampler
 from transfusion_jax.model.attention import Intervals
 from transfusion_jax.model.attention.intervals import row_intervals
-from transfusion_jax.model.attention.platforms import require_platform
+from transfusion_jax.model.attention.platforms import for_platform
 from transfusion_jax.model.transformer import KVCache
 from transfusion_jax.model.transfusion import Transfusion, abstract_model
 from transfusion_jax.training.checkpoint import Report, load_average
@@ -253,11 +253,14 @@ def load_engine(directory: Path, report: Report) -> tuple[Engine, int]:
     """
     experiment, tokenizer = stored(directory)
     device = jax.local_devices()[0]
+    # Layers are not rematerialised here, and a model may be used on another platform than it was trained on.
+    model = replace(experiment.model, remat="none")
     try:
-        require_platform(experiment.model.attention, device.platform)
+        model = for_platform(model, device.platform)
     except ValueError as error:
-        report(f"{error}; using chunked")
-        experiment = replace(experiment, model=replace(experiment.model, attention="chunked"))
+        report(f"{error}; using auto")
+        model = for_platform(replace(model, attention="auto"), device.platform)
+    experiment = replace(experiment, model=model)
     graph, parameters = abstract_model(experiment)
     one = jax.sharding.SingleDeviceSharding(device)
     abstract = jax.tree.map(

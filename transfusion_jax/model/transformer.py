@@ -6,13 +6,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from transfusion_jax.config import ModelConfig
 from transfusion_jax.model.attention import Intervals, attention
+from transfusion_jax.model.attention.remat import KEPT
 from transfusion_jax.model.layers import RMSNorm, SwiGLU, parameter, project
 from transfusion_jax.model.rope import rotate, rotation
 from transfusion_jax.parallel.rules import constrain
 from transfusion_jax.shapes import BL, BLD
+
+
+LAYER_INPUT = "layer_input"
+# What a layer keeps for its backward pass (`model.remat`); all else is computed again.
+POLICIES = {
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
@@ -104,13 +119,12 @@ class Transformer(nnx.Module):
         cos_sin = rotation(position_BL, self.config.head_dim, self.config.rope_theta)
 
         def layer(x_BLD, parameters):
+            x_BLD = checkpoint_name(x_BLD, LAYER_INPUT)
             x_BLD, _ = nnx.merge(graph, parameters)(x_BLD, cos_sin, intervals)
-            return constrain(x_BLD, "batch", None, None), None
+            return constrain(x_BLD, "batch", "sequence", None), None
 
         if self.config.remat != "none":
-            policies = jax.checkpoint_policies
-            keep = {"full": policies.nothing_saveable, "minimal": policies.dots_with_no_batch_dims_saveable}
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=keep[self.config.remat])
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.config.remat])
         x_BLD, _ = jax.lax.scan(layer, x_BLD, parameters)
         return self.norm(x_BLD)
 

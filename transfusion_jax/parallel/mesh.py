@@ -1,6 +1,5 @@
 """The device mesh, and which rows of a batch this process feeds."""
 
-import dataclasses
 import math
 
 import jax
@@ -11,20 +10,31 @@ from transfusion_jax.config import MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over all devices.
+    """A mesh with the axes data, fsdp, sequence, tensor over all devices.
+
+    Where the devices are several slices of TPUs, joined by a network that is slower than the links inside them, `data`
+    alone crosses from one to the next.
 
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: the axes do not multiply to the number of devices, or `data` to that of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.asdict(config)
+    sizes, asked = config.axes, ", ".join(f"mesh.{axis}={n}" for axis, n in config.axes.items())
     fixed = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and len(devices) % fixed == 0:
         sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
-        asked = ", ".join(f"mesh.{axis}={n}" for axis, n in dataclasses.asdict(config).items())
         raise ValueError(f"{asked} do not fit the {len(devices)} devices at hand ({devices[0].platform})")
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise ValueError(f"{asked}: data={sizes['data']} is not divisible by the {slices} slices")
+    inside = {**sizes, "data": sizes["data"] // slices}
+    shape, split = tuple(inside.values()), {"allow_split_physical_axes": devices[0].platform == "tpu"}
+    if slices > 1:
+        between = (slices,) + (1,) * (len(shape) - 1)
+        grid = mesh_utils.create_hybrid_device_mesh(shape, between, devices, **split)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, **split)
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 

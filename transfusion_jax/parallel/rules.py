@@ -5,12 +5,14 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Mesh axes: `data` replicates the model, `fsdp` cuts parameters and batch, `tensor` cuts heads, feed-forward
-# and vocabulary (Megatron). A logical axis that is absent here is a mistake; None means never cut.
+# Mesh axes: `data` replicates the model; `fsdp` cuts parameters and batch; `sequence` cuts parameters and the positions
+# of a row (context parallelism); `tensor` cuts heads, feed-forward and vocabulary (Megatron). A logical axis that is
+# absent here is a mistake; None means never cut.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "sequence": "sequence",
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "norm": None,
     "heads": "tensor",
     "kv_heads": "tensor",

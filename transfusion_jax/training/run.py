@@ -25,7 +25,6 @@ from transfusion_jax.data.prepared import Dataset, Prepared
 from transfusion_jax.data.sources import load_sources
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.data.whole import write_whole
-from transfusion_jax.model.attention.platforms import require_platform
 from transfusion_jax.parallel.mesh import host_block, make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.training.checkpoint import Checkpoints, Report
@@ -91,7 +90,6 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
       CheckpointError: the run has checkpoints, and none can be read.
     """
     mesh = make_mesh(experiment.mesh)
-    require_platform(experiment.model.attention, mesh.devices.flat[0].platform)
     host_block(batch_sharding(mesh), experiment.data.batch_rows)
     plan = blueprint(experiment, mesh)
     check_directory(experiment, directory)

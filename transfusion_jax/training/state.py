@@ -1,7 +1,7 @@
 """All that training changes, as one frozen pytree, and where each part of it lives."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from transfusion_jax.config import Experiment
+from transfusion_jax.model.attention.platforms import for_platform
 from transfusion_jax.model.transfusion import abstract_model, build
 from transfusion_jax.parallel.rules import parameter_shardings, replicated
 from transfusion_jax.training.optimizer import make_optimizer
@@ -53,8 +54,10 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     """Plans the state of an experiment on a mesh, without making any array.
 
     Raises:
-      ValueError: the mesh does not divide a parameter.
+      ValueError: the mesh does not divide a parameter, or the model asks for what its devices cannot run.
     """
+    model = for_platform(experiment.model, mesh.devices.flat[0].platform)
+    experiment = replace(experiment, model=model)
     graph, parameters = abstract_model(experiment)
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps, parameters)
     shardings = parameter_shardings(parameters, mesh)

@@ -1,5 +1,6 @@
 """One optimisation step as a pure function: `step(state, batch) -> (state, metrics)`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from jax import Array
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.diffusion.process import draw_training_noise, process
-from transfusion_jax.objective import example_losses, total
+from transfusion_jax.objective import Losses, example_losses, total
+from transfusion_jax.parallel.rules import constrain
 from transfusion_jax.training.optimizer import learning_rate
 from transfusion_jax.training.state import Blueprint, State
 
@@ -28,16 +30,19 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
     diffusion = process(experiment.diffusion)
     rate = learning_rate(experiment.optimizer, experiment.train.steps)
 
-    def loss(parameters, batch, t_BM, noise_BMhwc):
+    def loss(parameters, whole, part, t_BM, noise_BMhwc):
         model = nnx.merge(blueprint.graph, parameters)
-        text_BL, image_BM = example_losses(model, diffusion, batch, t_BM, noise_BMhwc, experiment.train.vocab_chunk)
-        losses = total(text_BL, image_BM, batch, experiment.train.image_loss_weight)
+        text_BL, image_BM = example_losses(model, diffusion, part, t_BM, noise_BMhwc, experiment.train.vocab_chunk)
+        losses = total(text_BL, image_BM, part, whole, experiment.train.image_loss_weight)
         return losses.total, losses
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
         t_BM, noise_BMhwc = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
-        gradients, losses = jax.grad(loss, has_aux=True)(state.parameters, batch, t_BM, noise_BMhwc)
+        differentiate = functools.partial(jax.grad(loss, has_aux=True), state.parameters, batch)
+        nothing = jax.tree.map(jnp.zeros_like, state.parameters), Losses(*jnp.zeros(3))
+        arrays = batch, t_BM, noise_BMhwc
+        gradients, losses = accumulated(differentiate, arrays, experiment.train.accumulation, nothing)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(losses.total)
 
@@ -68,6 +73,24 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
         }
 
     return step
+
+
+def accumulated(function: Callable[..., Any], arrays: Any, parts: int, nothing: Any) -> Any:
+    """The sum of `function(*part)` over equal parts of the rows of `arrays`, one after another, from `nothing` on.
+
+    Part p takes the rows p, p + parts, p + 2 parts, ...: some of every device's, so none has to move.
+    """
+    if parts == 1:
+        return function(*arrays)
+
+    def part(x):
+        x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    def add(total, arrays):
+        return jax.tree.map(jnp.add, total, function(*arrays)), None
+
+    return jax.lax.scan(add, nothing, jax.tree.map(part, arrays))[0]
 
 
 def average(ema: Any, parameters: Any, taken: Array, decay: float) -> Any:

@@ -4,11 +4,14 @@ Two integers per position describe packing, causality and the bidirectional atte
 (`intervals.py`), so no implementation but the dense reference builds an L x L array.
 """
 
+import functools
+
 from transfusion_jax.model.attention.chunked import chunked_attention
 from transfusion_jax.model.attention.dense import dense_attention
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.pallas import pallas_attention
-from transfusion_jax.model.attention.platforms import PLATFORMS, checked
+from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK, PLATFORMS, checked
+from transfusion_jax.model.attention.sharded import on_shards
 from transfusion_jax.shapes import BLNH, BSKH
 
 
@@ -19,27 +22,30 @@ def attention(
     intervals: Intervals,
     *,
     implementation: str,
-    block: int = 128,
+    block: int = 0,
     interpret: bool = False,
 ) -> BLNH:
     """Softmax attention of every query over its interval of keys, scaled by 1 / sqrt(H).
 
     Query heads are grouped: heads [k * G, (k + 1) * G) share key head k, G = N / K. A query whose interval is
-    empty gets zeros. Softmax is in float32, the result in q's dtype. `interpret` lets "pallas" run anywhere, slowly,
-    for tests.
+    empty gets zeros. Softmax is in float32, the result in q's dtype. Under a mesh every device works on its own rows,
+    positions and heads. Blocks are of `block` positions, 0 being the implementation's own choice. `interpret` lets
+    "pallas" run anywhere, slowly, for tests.
 
     Raises:
       ValueError: the implementation is unknown, or, when lowered, it does not run on that platform.
     """
-    if implementation == "dense":
-        return dense_attention(q_BLNH, k_BSKH, v_BSKH, intervals)
-    if implementation == "chunked":
-        return chunked_attention(q_BLNH, k_BSKH, v_BSKH, intervals, block=block)
-    if implementation == "pallas":
-        if not interpret:
-            intervals = Intervals(checked(intervals.k_start_BL, implementation), intervals.k_end_BL)
-        return pallas_attention(q_BLNH, k_BSKH, v_BSKH, intervals, block_q=block, block_k=block, interpret=interpret)
-    raise ValueError(f"{implementation=} is not one of {', '.join(map(repr, PLATFORMS))}")
+    if implementation not in PLATFORMS:
+        raise ValueError(f"{implementation=} is not one of {', '.join(map(repr, PLATFORMS))}")
+    if PLATFORMS[implementation] is not None and not interpret:
+        intervals = Intervals(checked(intervals.k_start_BL, implementation), intervals.k_end_BL)
+    block = block or DEFAULT_BLOCK.get(implementation, 0)
+    attend = {
+        "dense": dense_attention,
+        "chunked": functools.partial(chunked_attention, block=block),
+        "pallas": functools.partial(pallas_attention, block_q=block, block_k=block, interpret=interpret),
+    }[implementation]
+    return on_shards(attend, q_BLNH, k_BSKH, v_BSKH, intervals)
 
 
 __all__ = ["Intervals", "attention"]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from transfusion_jax.model.attention.intervals import Intervals
+from transfusion_jax.model.attention.remat import kept
 
 MASKED = -1e30  # a finite stand-in: -inf minus -inf is NaN
 
@@ -88,7 +89,7 @@ def _forward(q, k, v, k_start, k_end, block_k):
         total = jnp.where(total > 0, total, 1.0)
         return (acc / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
-    out, logsumexp = lax.map(query_block, (q, k_start, k_end))
+    out, logsumexp = kept(*lax.map(query_block, (q, k_start, k_end)))
     return out, (q, k, v, k_start, k_end, out, logsumexp)
 
 

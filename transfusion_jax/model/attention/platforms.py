@@ -5,13 +5,36 @@ have (`jax.experimental.topologies`), so the default backend says nothing. A pri
 is carries the check there.
 """
 
+from dataclasses import replace
+
 import jax
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from transfusion_jax.config import ModelConfig
+
 PLATFORMS: dict[str, tuple[str, ...] | None] = {"chunked": None, "dense": None, "pallas": ("tpu",)}
 """None: all of them."""
+BEST = {"tpu": "pallas"}
+"""The implementation that `model.attention = "auto"` stands for; elsewhere it is "chunked"."""
+DEFAULT_BLOCK = {"chunked": 128, "pallas": 512}
+
+
+def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
+    """The model with the implementation that it has on a platform.
+
+    Raises:
+      ValueError: its implementation, or its remat policy, does not run there.
+    """
+    if model.remat == "offload" and platform == "cpu":
+        raise ValueError("model.remat='offload' moves arrays from an accelerator to its host; on cpu: full")
+    if model.attention != "auto":
+        require_platform(model.attention, platform)
+        return model
+    chosen = BEST.get(platform, "chunked")
+    fits = chosen != "pallas" or model.attention_block % 128 == 0
+    return replace(model, attention=chosen, attention_block=model.attention_block if fits else 0)
 
 
 def require_platform(implementation: str, platform: str) -> None:
