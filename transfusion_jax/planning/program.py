@@ -1,0 +1,50 @@
+"""What one run of a compiled program does on one device: arithmetic, memory traffic, collectives and kernels.
+
+XLA's own `cost_analysis()` counts the body of a loop once; here it counts as often as it runs.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from transfusion_jax.planning.collectives import Collective, read_collective
+from transfusion_jax.planning.executions import executions
+from transfusion_jax.planning.flops import flops
+from transfusion_jax.planning.hlo import Instruction, parse
+from transfusion_jax.planning.traffic import traffic
+
+
+@dataclass(frozen=True)
+class Program:
+    flops: float  # two for each multiply-add of dots and convolutions; what kernels do inside is not known
+    hbm_bytes: float  # read from and written to main memory
+    collectives: tuple[Collective, ...]
+    kernels: dict[str, float]  # executions of Pallas kernels by name
+
+
+def read_program(text: str, unknown_trips: float = 1.0) -> Program:
+    """From `jax.stages.Compiled.as_text()`.
+
+    Each branch of a conditional counts once; a loop whose length depends on data runs `unknown_trips` times.
+    """
+    program = parse(text)
+    total_flops, hbm_bytes, collectives, kernels = 0.0, 0.0, [], Counter()
+    for name, times in executions(program, unknown_trips).items():
+        if not times:
+            continue
+        computation = program[name]
+        for instruction in computation.instructions.values():
+            total_flops += times * flops(instruction, computation)
+            if not computation.fused:
+                hbm_bytes += times * traffic(instruction, computation, program)
+            if collective := read_collective(instruction, computation, times):
+                collectives.append(collective)
+            if instruction.attribute("custom_call_target") == "tpu_custom_call":
+                kernels[kernel_name(instruction)] += times
+    return Program(total_flops, hbm_bytes, tuple(collectives), dict(kernels))
+
+
+def kernel_name(call: Instruction) -> str:
+    """What stands before `pallas_call` on the path of its operation."""
+    found = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call', call.attributes)
+    return found[1] if found else call.name
