@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import json
 import re
@@ -192,6 +193,52 @@ def prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    import transfusion_jax.planning  # isort: split  (sets what jax reads when it is imported)
+    import jax
+
+    from transfusion_jax.planning.describe import page, ranked, size, table
+    from transfusion_jax.planning.plan import make_plan
+    from transfusion_jax.planning.rows import sample_rows
+    from transfusion_jax.planning.search import remedies, search
+    from transfusion_jax.planning.topology import find_topology
+
+    jax.config.update("jax_platforms", "cpu")  # compiles for TPU, and computes nothing to speak of
+    with user_input():
+        experiment = load_experiment(arguments.experiment, arguments.overrides)
+        name = arguments.topology or experiment.mesh.topology
+        if not name:
+            raise ValueError("name a topology: --topology v5p:4x4x4, or mesh.topology in the experiment")
+        if arguments.json and not arguments.json.parent.is_dir():
+            raise ValueError(f"there is no directory {arguments.json.parent} for --json {arguments.json}")
+        topology = find_topology(name, arguments.slices)
+        intervals, images, rows = sample_rows(experiment)
+        planner = functools.partial(make_plan, intervals=intervals, images=images)
+        say(f"compiling the training step of {experiment.name} for {name}, about a minute")
+        planned = planner(experiment, topology)
+    say(page(planned, rows))
+    answer = planned.json()
+    if arguments.search:
+        plans = [planned]
+        for found in search(planner, experiment, topology):
+            plans.append(found)
+            say(table([found]).splitlines()[-1])
+        say("\nbest first\n" + table(plans))
+        planned = ranked(plans)[0]
+        answer["search"] = [found.json() for found in ranked(plans)]
+    elif not planned.fits:
+        say("trying what would fit")
+        answer["remedies"] = []
+        for change, found in remedies(planner, planned):
+            say(f"  {change}: fits in {size(found.memory.peak)}, {found.step_seconds:.4g} s a step at best")
+            answer["remedies"].append({"change": change, **found.json()})
+        if not answer["remedies"]:
+            say("  nothing found")
+    if arguments.json:
+        _write_json(arguments.json, answer)
+    return 0 if planned.fits else 1
+
+
 def generate(arguments: argparse.Namespace) -> int:
     from transfusion_jax.data.images import write_image
     from transfusion_jax.generation.engine import load_engine
@@ -297,6 +344,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("experiment", metavar="EXPERIMENT", help="a file, with :name for a point of its sweep")
     sub.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<name of the experiment>")
 
+    sub = command(plan, "compile the training step for TPUs that are not there: memory, FLOPs, collectives, time at best")
+    sub.add_argument("experiment", metavar="EXPERIMENT", help="as for train; --a.b VALUE overrides a field")
+    sub.add_argument("--topology", metavar="NAME", help="as in v5p:4x4x4; default: mesh.topology of the experiment")
+    sub.add_argument("--slices", type=int, default=1, metavar="n", help="joined by the network (1)")
+    sub.add_argument("--json", type=Path, metavar="FILE")
+    sub.add_argument("--search", action="store_true", help="try meshes, remat policies and parts of the batch")
+
     sub = command(generate, "continue a prompt with text and images")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--prompt", metavar="TEXT")
@@ -319,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         arguments, rest = _parser().parse_known_args(argv)
-        if rest and arguments.function not in (train, prepare, inspect, autoencoder):
+        if rest and arguments.function not in (train, prepare, inspect, autoencoder, plan):
             raise BadInput(f"unknown arguments: {' '.join(rest)}")
         arguments.overrides = rest
         return arguments.function(arguments)

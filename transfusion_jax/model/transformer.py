@@ -121,7 +121,7 @@ class Transformer(nnx.Module):
         def layer(x_BLD, parameters):
             x_BLD = checkpoint_name(x_BLD, LAYER_INPUT)
             x_BLD, _ = nnx.merge(graph, parameters)(x_BLD, cos_sin, intervals)
-            return constrain(x_BLD, "batch", "sequence", None), None
+            return constrain(x_BLD, "batch", "residual", None), None
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.config.remat])

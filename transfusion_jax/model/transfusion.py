@@ -45,7 +45,7 @@ class Transfusion(nnx.Module):
         x_BLD = jax.vmap(lambda x, at, new: x.at[at].set(new, mode="drop"))(
             self.embed(batch.tokens_BL), at_BQ, vectors_BQD
         )
-        return constrain(x_BLD, "batch", "sequence", None)
+        return constrain(x_BLD, "batch", "residual", None)
 
     def _patch_positions(self, batch: Batch) -> Array:
         """Positions [B, M * P] of all patches of a row; those of empty slots lie past its end."""

@@ -38,15 +38,21 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def check_rows(mesh: Mesh, rows: int, name: str = "data.batch_rows", parts: int = 1) -> None:
+    """Raises ValueError unless `rows`, in `parts` equal parts, can be cut over the batch axes of the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (shards * parts):
+        turns = f" times train.accumulation={parts}" if parts > 1 else ""
+        raise ValueError(f"{name}={rows} is not divisible by the {shards} shards of mesh axes data * fsdp{turns}")
+
+
 def host_block(sharding: NamedSharding, rows: int, name: str = "data.batch_rows") -> tuple[int, int]:
     """(block, blocks): the global batch of `rows` is cut into equal blocks, and this process feeds one.
 
     Raises:
       ValueError: the batch axes of the mesh do not divide `rows`.
     """
-    shards = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
-    if rows % shards:
-        raise ValueError(f"{name}={rows} is not divisible by the {shards} shards of mesh axes data * fsdp")
+    check_rows(sharding.mesh, rows, name)
     slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values()]
     start = min(s.start or 0 for s in slices)
     stop = max(rows if s.stop is None else s.stop for s in slices)

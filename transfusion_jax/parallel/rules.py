@@ -6,11 +6,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Mesh axes: `data` replicates the model; `fsdp` cuts parameters and batch; `sequence` cuts parameters and the positions
-# of a row (context parallelism); `tensor` cuts heads, feed-forward and vocabulary (Megatron). A logical axis that is
-# absent here is a mistake; None means never cut.
+# of a row (context parallelism); `tensor` cuts heads, feed-forward and vocabulary (Megatron), and between layers the
+# positions once more (Korthikanti et al. 2022, arXiv 2205.05198). A logical axis that is absent here is a mistake; None
+# means never cut.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "sequence": "sequence",
+    "residual": ("sequence", "tensor"),
     "layers": None,
     "embed": ("fsdp", "sequence"),
     "norm": None,

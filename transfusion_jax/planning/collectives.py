@@ -25,6 +25,7 @@ class Collective:
     bytes_sent: float  # by one device, in one execution, at the least
     times: float  # executions in one run of the program
     group: tuple[int, ...]  # devices, as their places in the mesh: the first group, or the first (source, target)
+    between_slices: bool = False  # over the network, each device with those of its place in other slices
 
 
 def continues(instruction: Instruction, computation: Computation) -> bool:
@@ -43,6 +44,8 @@ def continues(instruction: Instruction, computation: Computation) -> bool:
 def read_collective(instruction: Instruction, computation: Computation, times: float) -> Collective | None:
     """Or None, if it is none or was started elsewhere."""
     kind = instruction.operation
+    if kind == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
+        return read_transfer(instruction, computation, times)
     if kind not in SENT or instruction.phase not in ("", "-start") or continues(instruction, computation):
         return None
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):  # what XLA calls such a fusion
@@ -50,6 +53,16 @@ def read_collective(instruction: Instruction, computation: Computation, times: f
     group = first_group(instruction)
     operands = (array for name in instruction.operands for array in computation.instructions[name].result)
     return Collective(kind, SENT[kind](len(group)) * sum(array.bytes for array in operands), times, group)
+
+
+def read_transfer(send: Instruction, computation: Computation, times: float) -> Collective:
+    """A collective between slices: TPUs hand its operand to their host, and a `recv` brings what comes of it."""
+    kind = send.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
+    slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', send.attributes)[1]
+    ends = [integers(part) for part in slices.split(",")]  # each a slice, or first:last
+    count = sum(part[-1] - part[0] + 1 for part in ends)
+    size = sum(array.bytes for array in computation.instructions[send.operands[0]].result)
+    return Collective(kind, SENT[kind](count) * size, times, (), between_slices=True)
 
 
 def first_group(instruction: Instruction) -> tuple[int, ...]:

@@ -1,0 +1,71 @@
+"""Plans in words: one plan as a page, several as a ranked table."""
+
+from transfusion_jax.parallel.rules import RULES
+from transfusion_jax.planning.plan import Plan
+
+
+def page(plan: Plan, rows: str) -> str:
+    """All that a plan says; `rows` says which rows the attention was counted on."""
+    memory, costs, experiment = plan.memory, plan.costs, plan.experiment
+    parts = experiment.train.accumulation
+    cut = {axis: [m for m in ((to,) if isinstance(to, str) else to) if plan.mesh[m] > 1] for axis, to in RULES.items() if to}
+    axes = "; ".join(f"{axis} over {' and '.join(over)}" for axis, over in cut.items() if over)
+    whole = ", ".join(f"{name} ({size(taken)})" for name, taken in plan.unsharded.items())
+    lines = {
+        "verdict": "fits" if plan.fits else "does not fit",
+        "memory": f"{size(memory.peak)} of {size(memory.memory)} a chip: arguments {size(memory.arguments)}, "
+        f"temporaries {size(memory.temporaries)}" + (f"; host {size(memory.host)}" if memory.host else ""),
+        "chips": f"{plan.topology.chips} in {plan.topology.slices} slice{'s' * (plan.topology.slices > 1)} of "
+        f"{plan.topology.name}",
+        "mesh": _mesh(plan),
+        "axes": axes or "none is cut",
+        "uncut": whole or "nothing",
+        "parameters": f"{plan.parameters:,}",
+        "step": f"{experiment.data.batch_rows} rows of {experiment.data.row_length} positions"
+        + (f" in {parts} parts" if parts > 1 else "")
+        + f"; remat {experiment.model.remat}, attention {experiment.model.attention}",
+        "model": f"{plan.model_flops:.3e} FLOPs a step; attention as {rows} have it",
+    }
+    if costs:
+        kinds = ", ".join(f"{kind} {size(sent)}" for kind, sent in sorted(costs.collective_bytes.items()))
+        seconds = ", ".join(f"{what} {time:.4g}" for what, time in costs.seconds.items())
+        tokens = experiment.data.batch_rows * experiment.data.row_length / plan.step_seconds
+        lines |= {
+            "hardware": f"{costs.hardware_flops:.3e} FLOPs a step ({costs.hardware_flops / plan.model_flops:.2f} of model)",
+            "collectives": f"sent by a chip in a step: {kinds or 'nothing'}",
+            "roofline": f"{plan.step_seconds:.4g} s a step at best ({seconds}): {plan.mfu:.1%} of peak, "
+            f"{tokens:,.0f} tokens/s",
+        }
+    lines["compiled"] = f"in {plan.compile_seconds:.0f} s"
+    return "\n".join([f"{experiment.name} on {plan.topology.name}", *(f"  {k:12}{v}" for k, v in lines.items())])
+
+
+def table(plans: list[Plan]) -> str:
+    """The plans, best first: those that fit by their time, then the others by their memory."""
+    lines = [f"{'mesh':44}{'remat':11}{'parts':>5}{'a chip':>12}{'s a step':>10}{'of peak':>9}  bound by"]
+    for plan in ranked(plans):
+        row = f"{_mesh(plan):44}{plan.experiment.model.remat:11}{plan.experiment.train.accumulation:5}"
+        row += f"{size(plan.memory.peak):>12}"
+        if plan.fits:
+            bound = max(plan.costs.seconds, key=plan.costs.seconds.get)
+            lines.append(row + f"{plan.step_seconds:10.4g}{plan.mfu:9.1%}  {bound}")
+        else:
+            lines.append(row + "  does not fit")
+    return "\n".join(lines)
+
+
+def ranked(plans: list[Plan]) -> list[Plan]:
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds if plan.fits else plan.memory.peak))
+
+
+def _mesh(plan: Plan) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+
+
+def size(count: float) -> str:
+    """Bytes, in the unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

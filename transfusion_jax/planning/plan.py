@@ -1,0 +1,242 @@
+"""Plans: the training step, compiled for TPUs that are not there, and what it will ask of them.
+
+The step is the one that training runs (`training/step.py`), on the shapes of its state and batch. What the compiler says
+of its memory decides whether it fits. Its time is a roofline: the longest of computing, of moving data to and from memory
+and of moving them between chips, each at the published rate, as if all three overlapped. So it is a bound, not a forecast.
+"""
+
+import dataclasses
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.data.packing import pack
+from transfusion_jax.model.attention.intervals import Intervals
+from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
+from transfusion_jax.parallel.mesh import make_mesh
+from transfusion_jax.parallel.rules import RULES, batch_sharding
+from transfusion_jax.planning.program import Program, read_program
+from transfusion_jax.planning.rows import RowWork, model_flops, row_work
+from transfusion_jax.planning.topology import Topology
+from transfusion_jax.training.state import Blueprint, blueprint
+from transfusion_jax.training.step import compiled_step
+
+# FLOPs of a kernel for each pair of a query and a key and each value of a head: two for every product it takes.
+KERNEL_FLOPS = {"interval_attention": 4, "interval_attention_dq": 6, "interval_attention_dkv": 8}
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip."""
+
+    arguments: int
+    """The state and a batch."""
+    temporaries: int
+    peak: int
+    """Arguments, temporaries, what results need beside the arguments that they replace, and the program itself."""
+    memory: int
+    """What there is."""
+    host: int = 0
+    """In the memory of the host, for each chip (remat offload)."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one step takes, where it fits."""
+
+    hardware_flops: float
+    """All chips together, work that is done again included."""
+    collective_bytes: dict[str, float]
+    """Sent by one chip, by kind of collective."""
+    seconds: dict[str, float]
+    """At published rates: compute, memory, interconnect, and network between slices."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    experiment: Experiment
+    topology: Topology
+    mesh: dict[str, int]
+    parameters: int
+    memory: Memory
+    model_flops: float
+    costs: Costs | None
+    compile_seconds: float
+    unsharded: dict[str, int]
+    """The largest arrays of which every device has a whole copy, in bytes."""
+
+    @property
+    def fits(self) -> bool:
+        return self.costs is not None and self.memory.peak <= self.memory.memory
+
+    @property
+    def step_seconds(self) -> float | None:
+        return None if self.costs is None else max(self.costs.seconds.values())
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over what all chips could do in that time."""
+        if self.costs is None:
+            return None
+        return self.model_flops / (self.topology.chips * self.topology.chip.flops * self.step_seconds)
+
+    def json(self) -> dict[str, Any]:
+        costs = self.costs
+        return {
+            "experiment": self.experiment.name,
+            "fits": self.fits,
+            "topology": self.topology.name,
+            "slices": self.topology.slices,
+            "chips": self.topology.chips,
+            "parameters": self.parameters,
+            "mesh": self.mesh,
+            "rules": {axis: cut for axis, cut in RULES.items() if cut},
+            "unsharded_bytes": self.unsharded,
+            "remat": self.experiment.model.remat,
+            "attention": self.experiment.model.attention,
+            "accumulation": self.experiment.train.accumulation,
+            "batch_rows": self.experiment.data.batch_rows,
+            "row_length": self.experiment.data.row_length,
+            "bytes_per_chip": dataclasses.asdict(self.memory),
+            "model_flops_per_step": self.model_flops,
+            "hardware_flops_per_step": costs and costs.hardware_flops,
+            "collective_bytes": costs and costs.collective_bytes,
+            "roofline_seconds": costs and costs.seconds,
+            "roofline_step_seconds": self.step_seconds,
+            "roofline_mfu": self.mfu,
+            "compile_seconds": round(self.compile_seconds, 2),
+        }
+
+
+def make_plan(experiment: Experiment, topology: Topology, intervals: Intervals, images: float) -> Plan:
+    """Compiles the training step of `experiment` for `topology`.
+
+    Args:
+      intervals, images: of some rows, and images in each (`rows.sample_rows`).
+
+    Raises:
+      ValueError: the experiment's mesh does not fit the topology or does not divide what it cuts.
+    """
+    begin = time.perf_counter()
+    mesh = make_mesh(experiment.mesh, list(topology.devices))
+    whole = blueprint(experiment, mesh)
+    experiment = whole.experiment  # with the attention of this platform
+    batch = abstract_batch(experiment, mesh)
+    memory, compiled = compile_step(whole, batch, topology)
+    model = experiment.model
+    work = row_work(intervals, images, model.attention_block or DEFAULT_BLOCK.get(model.attention, 0))
+    costs = None
+    if compiled is not None:
+        program = read_program(compiled.as_text(), unknown_trips=work.visited_blocks)
+        costs = costs_of(program, experiment, topology, work, list(mesh.devices.flat))
+    parameters = whole.abstract.parameters
+    return Plan(
+        experiment=experiment,
+        topology=topology,
+        mesh=dict(mesh.shape),
+        parameters=sum(x.size for x in jax.tree.leaves(parameters)),
+        memory=memory,
+        model_flops=model_flops(parameters, experiment, work),
+        costs=costs,
+        compile_seconds=time.perf_counter() - begin,
+        unsharded=unsharded(parameters),
+    )
+
+
+def abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Any:
+    """The shapes of a batch, and where its rows go."""
+    rows, sharding = experiment.data.batch_rows, batch_sharding(mesh)
+    row = pack([], experiment.data.row_length, experiment.image)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding), row)
+
+
+def compile_step(whole: Blueprint, batch: Any, topology: Topology) -> tuple[Memory, jax.stages.Compiled | None]:
+    """The compiled step and its memory; None instead of the step if the compiler finds no room for it."""
+    here = topology.devices_per_chip
+    with jax.set_mesh(jax.tree.leaves(whole.abstract)[0].sharding.mesh):
+        lowered = compiled_step(whole).lower(whole.abstract, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            arguments = sum(map(bytes_here, jax.tree.leaves((whole.abstract, batch))))
+            peak = _bytes_asked_for(str(error), arguments)
+            return Memory(here * arguments, here * (peak - arguments), here * peak, topology.chip.memory), None
+    said = compiled.memory_analysis()
+    results = said.output_size_in_bytes - said.alias_size_in_bytes
+    peak = said.argument_size_in_bytes + said.temp_size_in_bytes + results + said.generated_code_size_in_bytes
+    return Memory(
+        arguments=here * said.argument_size_in_bytes,
+        temporaries=here * said.temp_size_in_bytes,
+        peak=here * peak,
+        memory=topology.chip.memory,
+        host=here * said.host_temp_size_in_bytes,
+    ), compiled
+
+
+def bytes_here(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on one device."""
+    size = x.dtype.itemsize
+    for n in x.sharding.shard_shape(x.shape):
+        size *= n
+    return size
+
+
+def _bytes_asked_for(message: str, arguments: int) -> int:
+    """The memory that a program which was refused would take, as the compiler's message has it."""
+    number = r"([\d.]+)([KMGT])"
+    if used := re.search(rf"Used {number} of", message):
+        return int(float(used[1]) * UNITS[used[2]])
+    if temporaries := re.search(rf"temporaries \({number}\)", message):
+        return arguments + int(float(temporaries[1]) * UNITS[temporaries[2]])
+    raise ValueError(f"the compiler finds no room, and does not say how much it needs: {message}")
+
+
+def costs_of(
+    program: Program, experiment: Experiment, topology: Topology, work: RowWork, order: list[jax.Device]
+) -> Costs:
+    """What a compiled step takes, at the topology's rates.
+
+    Args:
+      order: the devices as the program numbers them.
+    """
+    model, chip, here = experiment.model, topology.chip, topology.devices_per_chip
+    # Each run of a kernel takes one layer of all rows that have their turn together.
+    pairs = work.visited_pairs * experiment.data.batch_rows / experiment.train.accumulation
+    kernels = sum(KERNEL_FLOPS[name] * times * model.width * pairs for name, times in program.kernels.items())
+    flops = program.flops * len(order) + kernels
+
+    sent, links, network = defaultdict(float), 0.0, 0.0
+    for collective in program.collectives:
+        amount = collective.bytes_sent * collective.times
+        if collective.between_slices:
+            sent[f"{collective.kind} between slices"] += here * amount
+            network += here * amount / chip.network
+        else:
+            sent[collective.kind] += here * amount
+            links += amount / topology.link_bandwidth(collective.group, order)
+    seconds = {
+        "compute": flops / topology.chips / chip.flops,
+        "memory": here * program.hbm_bytes / chip.bandwidth,
+        "interconnect": links,
+        **({"network": network} if topology.slices > 1 else {}),
+    }
+    return Costs(flops, dict(sent), seconds)
+
+
+def unsharded(parameters: Any, most: int = 3) -> dict[str, int]:
+    """The largest parameters that no axis of the mesh cuts, and their bytes."""
+    paths, _ = jax.tree.flatten_with_path(parameters)
+    sizes = {
+        ".".join(str(key.key) for key in path): bytes_here(x)
+        for path, x in paths
+        if x.sharding.shard_shape(x.shape) == x.shape
+    }
+    return dict(sorted(sizes.items(), key=lambda item: -item[1])[:most])
