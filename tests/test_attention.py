@@ -5,8 +5,10 @@ import packings
 import pytest
 
 from transfusion_jax.batch import Batch
+from transfusion_jax.config import MeshConfig
 from transfusion_jax.model.attention import Intervals, attention
 from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.parallel.mesh import make_mesh
 
 
 def qkv(shape_q, shape_k, dtype=jnp.float32):
@@ -64,6 +66,35 @@ def test_chunked_equals_dense_forward_and_backward(block, kv_heads):
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     (gradients, out), (expected_gradients, expected) = run("chunked"), run("dense")
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, reference, atol=5e-6)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "chunked"])
+@pytest.mark.parametrize("axes", [dict(sequence=4), dict(fsdp=2, sequence=2, tensor=2)], ids=str)
+def test_rows_cut_over_devices_equal_whole_ones(implementation, axes):
+    """Context parallelism, forward and backward: every device holds some positions and gathers the keys of all."""
+    batch, seen = all_packings()
+    intervals = row_intervals(batch, packings.P)
+    rows = 8  # of the nine
+    q, k, v = qkv((rows, packings.LENGTH, 4, 8), (rows, packings.LENGTH, 2, 8))
+    intervals = jax.tree.map(lambda x: x[:rows], intervals)
+
+    def run(implementation):
+        def loss(q, k, v):
+            out = attention(q, k, v, intervals, implementation=implementation, block=16)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+    (_, expected), expected_gradients = run("dense")(q, k, v)
+    mesh = make_mesh(MeshConfig(**axes))
+    with jax.set_mesh(mesh):
+        spec = jax.sharding.PartitionSpec(("data", "fsdp"), "sequence", "tensor")
+        placed = jax.device_put((q, k, v), jax.sharding.NamedSharding(mesh, spec))
+        (_, out), gradients = run(implementation)(*placed)
+    assert out.sharding.shard_shape(out.shape)[1] == packings.LENGTH // axes["sequence"]
     np.testing.assert_allclose(out, expected, atol=2e-6)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, reference, atol=5e-6)

@@ -73,5 +73,5 @@ def example_losses(
     noisy_BMhwc = process.corrupt(batch.latents_BMhwc, noise_BMhwc, t_BM)
     hidden_BLD, predicted_BMhwc = model(batch, noisy_BMhwc, t_BM)
     target_BMhwc = process.target(batch.latents_BMhwc, noise_BMhwc, t_BM)
-    text_BL = text_loss(hidden_BLD, batch.text_target_BL, model.logits, vocab_chunk)
+    text_BL = text_loss(hidden_BLD, batch.text_target_BL, model.head(), vocab_chunk)
     return text_BL, image_loss(predicted_BMhwc, target_BMhwc)

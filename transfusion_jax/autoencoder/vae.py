@@ -65,7 +65,7 @@ class Linear(nnx.Module):
         self.bias = zeros(outputs)
 
     def __call__(self, x_BLD: Array) -> Array:
-        return project(x_BLD, self.kernel[...]) + self.bias[...][None, None]
+        return project(x_BLD, self.kernel) + self.bias[...][None, None]
 
 
 class GroupNorm(nnx.Module):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from transfusion_jax.parallel.rules import gathered
+
 
 def parameter(key: Array, shape: Sequence[int], axes: Sequence[str | None], scale: float) -> nnx.Param:
     """A float32 normal parameter whose dimensions carry logical axis names (`parallel/rules.py` places them).
@@ -23,15 +25,20 @@ def ones(shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
     return nnx.Param(jnp.ones(tuple(shape), jnp.float32), out_sharding=tuple(axes), eager_sharding=False)
 
 
-def project(x: Array, kernel: Array, contracted: int = 1) -> Array:
-    """Contracts the last `contracted` dimensions of x with the first ones of a kernel, in x's dtype.
+def project(x: Array, kernel: nnx.Param, contracted: int = 1) -> Array:
+    """Contracts the last `contracted` dimensions of x with the first ones of a kernel, in x's dtype."""
+    return product(x, gathered(kernel, x.dtype), contracted)
 
-    [B, L, D] with [D, N, H] gives [B, L, N, H]. It is done as one product of two matrices: XLA's CPU backend
-    takes twice as long over the gradient of the same product with its dimensions kept apart.
+
+def product(x: Array, kernel: Array, contracted: int = 1) -> Array:
+    """[B, L, D] with [D, N, H] gives [B, L, N, H].
+
+    It is done as one product of two matrices: XLA's CPU backend takes twice as long over the gradient of the same
+    product with its dimensions kept apart.
     """
     lead, tail = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     inner = math.prod(kernel.shape[:contracted])
-    return (x.reshape(-1, inner) @ kernel.astype(x.dtype).reshape(inner, -1)).reshape(*lead, *tail)
+    return (x.reshape(-1, inner) @ kernel.reshape(inner, -1)).reshape(*lead, *tail)
 
 
 class RMSNorm(nnx.Module):
@@ -56,5 +63,5 @@ class SwiGLU(nnx.Module):
         self.down_FD = parameter(rngs.params(), (hidden, width), ("mlp", "embed"), out_gain * hidden**-0.5)
 
     def __call__(self, x_BLD: Array) -> Array:
-        hidden_BLF = jax.nn.silu(project(x_BLD, self.gate_DF[...])) * project(x_BLD, self.up_DF[...])
-        return project(hidden_BLF, self.down_FD[...])
+        hidden_BLF = jax.nn.silu(project(x_BLD, self.gate_DF)) * project(x_BLD, self.up_DF)
+        return project(hidden_BLF, self.down_FD)

@@ -61,18 +61,18 @@ class LinearPatches(nnx.Module):
     def encode(self, noisy_BMhwc: Array, t_BM: Array) -> Array:
         """Noisy images and their timesteps -> patch vectors [B, M, P, D]."""
         waves = sinusoid(t_BM, TIMESTEP_FREQUENCIES).astype(self.dtype)
-        time_BMD = project(jax.nn.silu(project(waves, self.time_in[...])), self.time_out_DD[...])
+        time_BMD = project(jax.nn.silu(project(waves, self.time_in)), self.time_out_DD)
         patches_BMPZ = patchify(noisy_BMhwc.astype(self.dtype), self.image.patch)
         if self.before:
-            time_BMZ = project(jax.nn.silu(time_BMD), self.time_patch_DZ[...])
-            vectors_BMPD = project(patches_BMPZ + time_BMZ[:, :, None], self.in_ZD[...])
+            time_BMZ = project(jax.nn.silu(time_BMD), self.time_patch_DZ)
+            vectors_BMPD = project(patches_BMPZ + time_BMZ[:, :, None], self.in_ZD)
         else:
-            vectors_BMPD = project(patches_BMPZ, self.in_ZD[...]) + time_BMD[:, :, None]
+            vectors_BMPD = project(patches_BMPZ, self.in_ZD) + time_BMD[:, :, None]
         if self.learned:
             vectors_BMPD = vectors_BMPD + self.position_PD[...].astype(self.dtype)[None, None]
         return vectors_BMPD
 
     def decode(self, hidden_BMPD: Array) -> Array:
         """Hidden states of the patches -> prediction [B, M, h, w, c] in float32."""
-        patches_BMPZ = project(hidden_BMPD, self.out_DZ[...])
+        patches_BMPZ = project(hidden_BMPD, self.out_DZ)
         return unpatchify(patches_BMPZ, self.image.shape, self.image.patch).astype(jnp.float32)

@@ -68,9 +68,9 @@ class Attention(nnx.Module):
         intervals: Intervals,
         cache: tuple[KVCache, Array] | None = None,
     ) -> tuple[Array, KVCache | None]:
-        q_BLNH = rotate(project(x_BLD, self.q_DNH[...]), *cos_sin)
-        k_BSKH = rotate(project(x_BLD, self.k_DKH[...]), *cos_sin)
-        v_BSKH = project(x_BLD, self.v_DKH[...])
+        q_BLNH = rotate(project(x_BLD, self.q_DNH), *cos_sin)
+        k_BSKH = rotate(project(x_BLD, self.k_DKH), *cos_sin)
+        v_BSKH = project(x_BLD, self.v_DKH)
         if cache is not None:
             kv, start_B = cache
             k_BSKH, v_BSKH = _write(kv.k, k_BSKH, start_B), _write(kv.v, v_BSKH, start_B)
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
             implementation="dense" if x_BLD.shape[1] == 1 else self.config.attention,
             block=self.config.attention_block,
         )  # fmt: skip
-        return project(out_BLNH, self.out_NHD[...], contracted=2), cache
+        return project(out_BLNH, self.out_NHD, contracted=2), cache
 
 
 class Block(nnx.Module):

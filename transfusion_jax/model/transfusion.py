@@ -1,5 +1,7 @@
 """Transfusion: one transformer over text tokens and image patches (arXiv 2408.11039, section 3)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,10 +10,10 @@ from jax import Array
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment, ImageConfig, ModelConfig
 from transfusion_jax.model.attention.intervals import row_intervals
-from transfusion_jax.model.layers import parameter, project
+from transfusion_jax.model.layers import parameter, product
 from transfusion_jax.model.patches import LinearPatches
 from transfusion_jax.model.transformer import Transformer
-from transfusion_jax.parallel.rules import constrain
+from transfusion_jax.parallel.rules import constrain, gathered
 from transfusion_jax.shapes import BLD, BM, BMhwc
 
 
@@ -54,11 +56,17 @@ class Transfusion(nnx.Module):
         return at_BMP.reshape(at_BMP.shape[0], -1)
 
     def embed(self, tokens_BL: Array) -> Array:
-        return self.embedding_VD[...].astype(self.config.compute_dtype)[tokens_BL]
+        # Looked up in float32, in which the gradients of a token's many places are then added.
+        return gathered(self.embedding_VD, jnp.float32)[tokens_BL].astype(self.config.compute_dtype)
+
+    def head(self) -> Callable[[Array], Array]:
+        """From hidden states to logits in float32; made once, its kernel is gathered once for all calls."""
+        kernel_DV = gathered(self.output_DV, jnp.float32)
+        return lambda hidden_BLD: product(hidden_BLD, kernel_DV.astype(hidden_BLD.dtype)).astype(jnp.float32)
 
     def logits(self, hidden_BLD: Array) -> Array:
         """Logits of every position, in float32."""
-        return project(hidden_BLD, self.output_DV[...]).astype(jnp.float32)
+        return self.head()(hidden_BLD)
 
 
 def build(experiment: Experiment, seed: int | Array) -> Transfusion:

@@ -1,5 +1,7 @@
 """The one table from logical axes to mesh axes, and the placement of parameters that follows from it."""
 
+import functools
+
 import jax
 from flax import nnx
 from jax import Array
@@ -74,3 +76,22 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def gathered(parameter: nnx.Variable, dtype: jax.typing.DTypeLike) -> Array:
+    """A parameter in `dtype`, of which every device has all that `fsdp` and `sequence` cut, just before it is used.
+
+    Gradients are summed into the parts (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054). It is said here because
+    XLA for TPU would rather multiply by one part after another, and add up the products in `dtype` in main memory.
+    """
+    value = parameter[...].astype(dtype)
+    axes = parameter.get_metadata("out_sharding")[-value.ndim :]  # a layer of a stack has lost its first axis
+    return _gathered(value, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x, axes):
+    return constrain(x, *(None if axis is not None and "fsdp" in (RULES[axis] or ()) else axis for axis in axes))
+
+
+_gathered.defvjp(lambda x, axes: (_gathered(x, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),))

@@ -29,10 +29,10 @@ def on_shards(
         return attend(q_BLNH, k_BSKH, v_BSKH, intervals)
 
     def placed(axis: str, *sizes: int):
-        """Mesh axes of a logical axis; None where they do not divide it, as the few rows of a generation."""
+        """Mesh axes of a logical axis; None if they do not cut it, or do not divide it, as the few rows of a generation."""
         (names,) = partition_spec((axis,))
         devices = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
-        return None if any(size % devices for size in sizes) else names
+        return None if devices == 1 or any(size % devices for size in sizes) else names
 
     (B, L, N, _), (_, S, K, _) = q_BLNH.shape, k_BSKH.shape
     rows, heads = placed("batch", B), placed("heads", N, K)
