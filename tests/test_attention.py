@@ -1,3 +1,6 @@
+import re
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from transfusion_jax.batch import Batch
 from transfusion_jax.model.attention import Intervals, attention
 from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.attention.platforms import require_platform
 
 
 def qkv(shape_q, shape_k, dtype=jnp.float32):
@@ -115,3 +119,18 @@ def test_unknown_implementation_is_refused():
     index = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="'flash' is not one of"):
         attention(q, k, v, Intervals(index, index), implementation="flash")
+
+
+def test_an_implementation_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    q, k, v = qkv((1, 4, 1, 8), (1, 4, 1, 8))
+    index = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match=re.escape("pip install 'transfusion-jax[gpu]'")):
+        attention(q, k, v, Intervals(index, index), implementation="tokamax", interpret=True)
+
+
+def test_a_gpu_is_cuda_to_lowering():
+    require_platform("tokamax", "cuda")
+    require_platform("tokamax", "gpu")
+    with pytest.raises(ValueError, match="model.attention='tokamax' runs on cuda; on tpu: chunked, dense, pallas"):
+        require_platform("tokamax", "tpu")

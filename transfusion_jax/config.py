@@ -82,10 +82,11 @@ class ModelConfig:
     remat: Literal["none", "minimal", "full"] = "full"
     """What the backward pass recomputes: nothing; all but the products with parameters; or every layer from its
     input."""
-    attention: Literal["chunked", "dense", "pallas"] = "chunked"
-    """`pallas` runs on TPU, the others anywhere; `dense` builds all the scores."""
+    attention: Literal["chunked", "dense", "pallas", "tokamax"] = "chunked"
+    """`pallas` runs on TPU, `tokamax` on GPU (`pip install 'transfusion-jax[gpu]'`), the others anywhere; `dense`
+    builds all the scores."""
     attention_block: int = 128
-    """Positions of a block, but for `dense`; a multiple of 128 for `pallas`."""
+    """Positions of a block of `chunked` and `pallas`; a multiple of 128 for `pallas`."""
 
     def __post_init__(self):
         require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")

@@ -9,6 +9,7 @@ from transfusion_jax.model.attention.dense import dense_attention
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.pallas import pallas_attention
 from transfusion_jax.model.attention.platforms import PLATFORMS, checked
+from transfusion_jax.model.attention.tokamax import tokamax_attention
 from transfusion_jax.shapes import BLNH, BSKH
 
 
@@ -25,20 +26,22 @@ def attention(
     """Softmax attention of every query over its interval of keys, scaled by 1 / sqrt(H).
 
     Query heads are grouped: heads [k * G, (k + 1) * G) share key head k, G = N / K. A query whose interval is
-    empty gets zeros. Softmax is in float32, the result in q's dtype. `interpret` lets "pallas" run anywhere, slowly,
-    for tests.
+    empty gets zeros. Softmax is in float32, the result in q's dtype. `interpret` lets "pallas" and "tokamax" run
+    anywhere, slowly, for tests.
 
     Raises:
-      ValueError: the implementation is unknown, or, when lowered, it does not run on that platform.
+      ValueError: the implementation is unknown or not installed, or, when lowered, it does not run on that platform.
     """
+    if not interpret and PLATFORMS.get(implementation) is not None:
+        intervals = Intervals(checked(intervals.k_start_BL, implementation), intervals.k_end_BL)
     if implementation == "dense":
         return dense_attention(q_BLNH, k_BSKH, v_BSKH, intervals)
     if implementation == "chunked":
         return chunked_attention(q_BLNH, k_BSKH, v_BSKH, intervals, block=block)
     if implementation == "pallas":
-        if not interpret:
-            intervals = Intervals(checked(intervals.k_start_BL, implementation), intervals.k_end_BL)
         return pallas_attention(q_BLNH, k_BSKH, v_BSKH, intervals, block_q=block, block_k=block, interpret=interpret)
+    if implementation == "tokamax":
+        return tokamax_attention(q_BLNH, k_BSKH, v_BSKH, intervals, implementation="xla" if interpret else None)
     raise ValueError(f"{implementation=} is not one of {', '.join(map(repr, PLATFORMS))}")
 
 

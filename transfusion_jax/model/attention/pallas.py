@@ -19,7 +19,6 @@ delta) is a row of them that broadcasts over keys as it is.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from jax import Array, lax
 
 from transfusion_jax.model.attention.block_sums import LANES, MASKED, Blocks, block_sums
 from transfusion_jax.model.attention.intervals import Intervals
-from transfusion_jax.parallel.rules import RULES, partition_spec
+from transfusion_jax.model.attention.sharded import on_shards
 
 # Logical axes of what goes in and out.
 HEADS, KEYS = ("batch", "heads", None, None), ("batch", "kv_heads", None, None)
@@ -80,7 +79,7 @@ def _attention(k_start, k_end, q, k, v, blocks):
 def _forward(k_start, k_end, q, k, v, blocks):
     arrays = k_start, k_end, q, k, v
     axes = BOUNDS, BOUNDS, HEADS, KEYS, KEYS
-    out, lse = _on_shards(functools.partial(_output, blocks=blocks), axes, (HEADS, HEADS), arrays)
+    out, lse = on_shards(functools.partial(_output, blocks=blocks), axes, (HEADS, HEADS), arrays)
     return out, (arrays, out, lse)
 
 
@@ -88,24 +87,10 @@ def _backward(blocks, residuals, d_out):
     arrays, out, lse = residuals
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(2, keepdims=True)
     arrays, axes = (*arrays, d_out, lse, delta), (BOUNDS, BOUNDS, HEADS, KEYS, KEYS, HEADS, HEADS, HEADS)
-    return None, None, *_on_shards(functools.partial(_gradients, blocks=blocks), axes, (HEADS, KEYS, KEYS), arrays)
+    return None, None, *on_shards(functools.partial(_gradients, blocks=blocks), axes, (HEADS, KEYS, KEYS), arrays)
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _on_shards(function, arguments, results, arrays):
-    """Runs `function` on every device's own part, as the logical axes of arguments and results say."""
-    mesh, rows = jax.sharding.get_abstract_mesh(), arrays[0].shape[0]
-    if mesh.empty:
-        return function(*arrays)
-    # A few rows that the mesh does not divide, as in generation, are worked on by every device.
-    whole = rows % math.prod(mesh.shape[axis] for axis in RULES["batch"]) != 0
-
-    def specs(arrays_axes):
-        return tuple(partition_spec((None, *axes[1:]) if whole else axes) for axes in arrays_axes)
-
-    return jax.shard_map(function, in_specs=specs(arguments), out_specs=specs(results), check_vma=False)(*arrays)
 
 
 def _output(k_start, k_end, q, k, v, *, blocks):

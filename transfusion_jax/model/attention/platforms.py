@@ -10,12 +10,18 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-PLATFORMS: dict[str, tuple[str, ...] | None] = {"chunked": None, "dense": None, "pallas": ("tpu",)}
+PLATFORMS: dict[str, tuple[str, ...] | None] = {
+    "chunked": None,
+    "dense": None,
+    "pallas": ("tpu",),
+    "tokamax": ("cuda",),
+}
 """None: all of them."""
 
 
 def require_platform(implementation: str, platform: str) -> None:
     """Raises ValueError, with the implementations that do, unless this one runs on the platform."""
+    platform = "cuda" if platform == "gpu" else platform  # as a device calls what lowering calls "cuda"
 
     def runs(name: str) -> bool:
         return PLATFORMS[name] is None or platform in PLATFORMS[name]
