@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--attention", default="chunked", choices=("chunked", "dense", "pallas"))
+    parser.add_argument("--attention", default="chunked", choices=("chunked", "dense", "pallas", "tokamax"))
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--remat", default="full", choices=("none", "minimal", "full"))
     parser.add_argument("--steps", type=int, default=10)

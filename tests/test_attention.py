@@ -1,3 +1,6 @@
+import re
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +8,10 @@ import packings
 import pytest
 
 from transfusion_jax.batch import Batch
-from transfusion_jax.config import MeshConfig
+from transfusion_jax.config import MeshConfig, ModelConfig
 from transfusion_jax.model.attention import Intervals, attention
 from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.attention.platforms import for_platform, require_platform
 from transfusion_jax.parallel.mesh import make_mesh
 
 
@@ -146,3 +150,34 @@ def test_unknown_implementation_is_refused():
     index = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="'flash' is not one of"):
         attention(q, k, v, Intervals(index, index), implementation="flash")
+
+
+def test_an_implementation_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    q, k, v = qkv((1, 4, 1, 8), (1, 4, 1, 8))
+    index = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match=re.escape("pip install 'transfusion-jax[gpu]'")):
+        attention(q, k, v, Intervals(index, index), implementation="tokamax", interpret=True)
+
+
+def test_a_gpu_is_cuda_to_lowering():
+    require_platform("tokamax", "cuda")
+    require_platform("tokamax", "gpu")
+    with pytest.raises(ValueError, match="model.attention='tokamax' runs on cuda; on tpu: chunked, dense, pallas"):
+        require_platform("tokamax", "tpu")
+
+
+@pytest.mark.parametrize(
+    "platform, block, chosen", [("tpu", 0, ("pallas", 0)), ("tpu", 152, ("pallas", 0)), ("tpu", 256, ("pallas", 256)),
+    ("cpu", 152, ("chunked", 152))],
+)  # fmt: skip
+def test_auto_is_chosen_by_platform(platform, block, chosen):
+    model = for_platform(ModelConfig(attention_block=block), platform)
+    assert (model.attention, model.attention_block) == chosen
+
+
+def test_what_a_platform_cannot_run_is_refused_before_anything_is_built():
+    with pytest.raises(ValueError, match="model.attention='pallas' runs on tpu; on cpu: chunked, dense"):
+        for_platform(ModelConfig(attention="pallas"), "cpu")
+    with pytest.raises(ValueError, match="model.remat='offload' moves arrays from an accelerator"):
+        for_platform(ModelConfig(remat="offload"), "cpu")

@@ -5,8 +5,8 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-import packings
 import pytest
+from attention_cases import LENGTH, QUICK, ROWS, any_intervals, assert_close, inputs, packed, random_packings
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,44 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from transfusion_jax.config import MeshConfig, ModelConfig
 from transfusion_jax.model import transformer
 from transfusion_jax.model.attention import Intervals, attention
-from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.model.attention.pallas import pallas_attention
 from transfusion_jax.model.attention.sharded import on_shards
 from transfusion_jax.model.attention.visits import FIRST, FULL, LAST, VISIBLE, visible_blocks, visits
 from transfusion_jax.parallel.mesh import make_mesh
-
-ROWS, LENGTH = 16, packings.LENGTH
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes most of the time of these tests
-
-
-def random_packings() -> list[str]:
-    """Rows of text, images and ends of documents that fit, the first one nothing but padding."""
-    rng, rows = np.random.default_rng(0), [""]
-    while len(rows) < ROWS:
-        row = "".join(rng.choice(list("tttttI|"), rng.integers(1, LENGTH)))
-        images = row.count("I")
-        if len(row) + (packings.P - 1) * images <= LENGTH and images <= packings.SLOTS:
-            rows.append(row)
-    return rows
-
-
-def packed(rows: list[str]) -> Intervals:
-    return row_intervals(jax.tree.map(jnp.asarray, packings.batch(rows)), packings.P)
-
-
-def any_intervals(shape: tuple[int, int], keys: int) -> Intervals:
-    """Intervals that no packing would give, a third of them empty."""
-    rng = np.random.default_rng(1)
-    start = rng.integers(0, keys, shape).astype(np.int32)
-    end = (start + rng.integers(-keys // 4, keys // 2, shape)).clip(0, keys).astype(np.int32)
-    return Intervals(jnp.asarray(start), jnp.asarray(end))
-
-
-def inputs(B=ROWS, L=LENGTH, N=4, K=2, H=8, S=None, dtype=jnp.float32):
-    """Random q, k, v and weights of the output."""
-    rng = np.random.default_rng(0)
-    shapes = (B, L, N, H), (B, S or L, K, H), (B, S or L, K, H), (B, L, N, H)
-    return [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes]
 
 
 @functools.cache
@@ -73,11 +39,6 @@ def program(*blocks: int):
 def values(arrays, intervals, *blocks):
     (_, out), gradients = program(*blocks)(*arrays, intervals.k_start_BL, intervals.k_end_BL)
     return out, *gradients
-
-
-def assert_close(results, expected, atol=5e-6, rtol=2e-6):
-    for result, reference in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(result.astype(jnp.float32), reference, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("N, K, blocks", [(4, 2, (16, 8)), (2, 2, (8, 16)), (3, 1, (5, 7))], ids=["GQA", "MHA", "MQA"])
@@ -232,12 +193,11 @@ def gradients_of(implementation="pallas", block=128):
     return jax.jit(jax.grad(loss, (0, 1, 2)))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
-def test_a_platform_that_cannot_run_it_is_refused(platform):
+@pytest.mark.parametrize("platform, others", [("cpu", "chunked, dense"), ("cuda", "chunked, dense, tokamax")])
+def test_a_platform_that_cannot_run_it_is_refused(platform, others):
     traced = gradients_of().trace(*abstract(1, 256, 2, 1, 64, jnp.float32))
     traced.lower(lowering_platforms=("tpu",))
-    message = f"model.attention='pallas' runs on tpu; on {platform}: chunked, dense"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"model.attention='pallas' runs on tpu; on {platform}: {others}$"):
         traced.lower(lowering_platforms=(platform,))
 
 

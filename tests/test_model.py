@@ -89,7 +89,9 @@ def test_packed_equals_unpacked():
     assert slot == packing.count("I")
 
 
-@pytest.mark.parametrize("variant", [("dense", "none"), ("chunked", "full"), ("chunked", "minimal"), ("chunked", "attention")])
+@pytest.mark.parametrize(
+    "variant", [("dense", "none"), ("chunked", "full"), ("chunked", "minimal"), ("chunked", "attention")]
+)
 def test_attention_and_remat_do_not_change_the_model(variant):
     batch = rows(*packings.PACKINGS)
     t = timesteps(batch)

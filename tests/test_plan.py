@@ -22,7 +22,7 @@ from transfusion_jax.model.attention import Intervals
 from transfusion_jax.model.transfusion import abstract_model
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning import topology as topology_lib
-from transfusion_jax.planning.plan import Memory, make_plan
+from transfusion_jax.planning.plan import make_plan
 from transfusion_jax.planning.program import read_program
 from transfusion_jax.planning.rows import model_flops, row_work, sample_rows
 from transfusion_jax.planning.search import parts_of, remedies, search
@@ -158,7 +158,16 @@ def test_plan_of_a_small_experiment(capsys, small, tmp_path):
 
 
 # All scores of 64 rows a chip are 16 GiB for a layer.
-TOO_MUCH = ("--data.batch-rows", "256", "--data.row-length", "4096", "--model.layers", "1", "--model.attention", "dense")
+TOO_MUCH = (
+    "--data.batch-rows",
+    "256",
+    "--data.row-length",
+    "4096",
+    "--model.layers",
+    "1",
+    "--model.attention",
+    "dense",
+)
 
 
 @needs_libtpu

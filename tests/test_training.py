@@ -257,7 +257,10 @@ def test_mesh_errors_name_what_does_not_fit(experiment):
         host_block(batch_sharding(make_mesh(MeshConfig(8))), 12)
     assert host_block(batch_sharding(make_mesh(MeshConfig(8))), 16) == (0, 1)
     with pytest.raises(ValueError, match="does not divide"):
-        blueprint(replace(experiment, model=replace(experiment.model, mlp_width=97)), make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+        blueprint(
+            replace(experiment, model=replace(experiment.model, mlp_width=97)),
+            make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)),
+        )
 
 
 def test_axes_without_a_rule_and_collisions_raise():

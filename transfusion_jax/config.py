@@ -82,12 +82,11 @@ class ModelConfig:
     remat: Literal["none", "minimal", "attention", "full", "offload"] = "full"
     """What the backward pass recomputes: nothing; all but the products with parameters; all but attention; or every
     layer from its input, which `offload` keeps in the host's memory until then (accelerators only)."""
-    attention: Literal["auto", "chunked", "dense", "pallas"] = "auto"
-    """`pallas` runs on TPU, the others anywhere; `dense` builds all the scores. `auto` is `pallas` on TPU and
-    `chunked` elsewhere."""
+    attention: Literal["auto", "chunked", "dense", "pallas", "tokamax"] = "auto"
+    """`pallas` runs on TPU, `tokamax` on GPU (`pip install 'transfusion-jax[gpu]'`), the others anywhere; `dense`
+    builds all the scores. `auto` is `pallas` on TPU, `tokamax` on GPU if it is installed, else `chunked`."""
     attention_block: int = 0
-    """Positions of a block, but for `dense`; a multiple of 128 for `pallas`. 0 means 512 for `pallas`, 128 for
-    `chunked`."""
+    """Positions of a block of `chunked` and `pallas`, a multiple of 128 for the latter; 0 means 128 and 512."""
 
     def __post_init__(self):
         require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")
@@ -300,7 +299,15 @@ class TrainConfig:
     """Training stops after so many steps in a row whose gradients are not finite."""
 
     def __post_init__(self):
-        for name in ("steps", "accumulation", "vocab_chunk", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):
+        for name in (
+            "steps",
+            "accumulation",
+            "vocab_chunk",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_skipped_steps",
+        ):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1)")
 

@@ -16,7 +16,6 @@ from transfusion_jax.model.rope import rotate, rotation
 from transfusion_jax.parallel.rules import constrain
 from transfusion_jax.shapes import BL, BLD
 
-
 LAYER_INPUT = "layer_input"
 # What a layer keeps for its backward pass (`model.remat`); all else is computed again.
 POLICIES = {

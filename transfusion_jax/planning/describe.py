@@ -8,7 +8,11 @@ def page(plan: Plan, rows: str) -> str:
     """All that a plan says; `rows` says which rows the attention was counted on."""
     memory, costs, experiment = plan.memory, plan.costs, plan.experiment
     parts = experiment.train.accumulation
-    cut = {axis: [m for m in ((to,) if isinstance(to, str) else to) if plan.mesh[m] > 1] for axis, to in RULES.items() if to}
+    cut = {
+        axis: [m for m in ((to,) if isinstance(to, str) else to) if plan.mesh[m] > 1]
+        for axis, to in RULES.items()
+        if to
+    }
     axes = "; ".join(f"{axis} over {' and '.join(over)}" for axis, over in cut.items() if over)
     whole = ", ".join(f"{name} ({size(taken)})" for name, taken in plan.unsharded.items())
     lines = {

@@ -60,7 +60,9 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     check_rows(mesh, experiment.data.batch_rows, parts=experiment.train.accumulation)
     parts = mesh.shape["sequence"] * mesh.shape["tensor"]
     if experiment.data.row_length % parts:
-        raise ValueError(f"mesh.sequence * mesh.tensor = {parts} must divide data.row_length={experiment.data.row_length}")
+        raise ValueError(
+            f"mesh.sequence * mesh.tensor = {parts} must divide data.row_length={experiment.data.row_length}"
+        )
     model = for_platform(experiment.model, mesh.devices.flat[0].platform)
     experiment = replace(experiment, model=model)
     graph, parameters = abstract_model(experiment)

@@ -12,6 +12,7 @@ from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.pallas import pallas_attention
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK, PLATFORMS, checked
 from transfusion_jax.model.attention.sharded import on_shards
+from transfusion_jax.model.attention.tokamax import tokamax_attention
 from transfusion_jax.shapes import BLNH, BSKH
 
 
@@ -30,10 +31,10 @@ def attention(
     Query heads are grouped: heads [k * G, (k + 1) * G) share key head k, G = N / K. A query whose interval is
     empty gets zeros. Softmax is in float32, the result in q's dtype. Under a mesh every device works on its own rows,
     positions and heads. Blocks are of `block` positions, 0 being the implementation's own choice. `interpret` lets
-    "pallas" run anywhere, slowly, for tests.
+    "pallas" and "tokamax" run anywhere, slowly, for tests.
 
     Raises:
-      ValueError: the implementation is unknown, or, when lowered, it does not run on that platform.
+      ValueError: the implementation is unknown or not installed, or, when lowered, it does not run on that platform.
     """
     if implementation not in PLATFORMS:
         raise ValueError(f"{implementation=} is not one of {', '.join(map(repr, PLATFORMS))}")
@@ -44,6 +45,7 @@ def attention(
         "dense": dense_attention,
         "chunked": functools.partial(chunked_attention, block=block),
         "pallas": functools.partial(pallas_attention, block_q=block, block_k=block, interpret=interpret),
+        "tokamax": functools.partial(tokamax_attention, implementation="xla" if interpret else None),
     }[implementation]
     return on_shards(attend, q_BLNH, k_BSKH, v_BSKH, intervals)
 

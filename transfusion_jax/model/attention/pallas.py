@@ -28,6 +28,7 @@ from transfusion_jax.model.attention.block_sums import LANES, MASKED, Blocks, bl
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.remat import kept
 
+
 def pallas_attention(
     q_BLNH: Array,
     k_BSKH: Array,

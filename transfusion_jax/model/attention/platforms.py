@@ -5,6 +5,7 @@ have (`jax.experimental.topologies`), so the default backend says nothing. A pri
 is carries the check there.
 """
 
+import importlib.util
 from dataclasses import replace
 
 import jax
@@ -14,10 +15,13 @@ from jax.interpreters import batching, mlir
 
 from transfusion_jax.config import ModelConfig
 
-PLATFORMS: dict[str, tuple[str, ...] | None] = {"chunked": None, "dense": None, "pallas": ("tpu",)}
+PLATFORMS: dict[str, tuple[str, ...] | None] = {
+    "chunked": None,
+    "dense": None,
+    "pallas": ("tpu",),
+    "tokamax": ("cuda",),
+}
 """None: all of them."""
-BEST = {"tpu": "pallas"}
-"""The implementation that `model.attention = "auto"` stands for; elsewhere it is "chunked"."""
 DEFAULT_BLOCK = {"chunked": 128, "pallas": 512}
 
 
@@ -32,13 +36,18 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
     if model.attention != "auto":
         require_platform(model.attention, platform)
         return model
-    chosen = BEST.get(platform, "chunked")
+    chosen = "chunked"
+    if platform == "tpu":
+        chosen = "pallas"
+    elif platform in ("gpu", "cuda") and importlib.util.find_spec("tokamax"):
+        chosen = "tokamax"
     fits = chosen != "pallas" or model.attention_block % 128 == 0
     return replace(model, attention=chosen, attention_block=model.attention_block if fits else 0)
 
 
 def require_platform(implementation: str, platform: str) -> None:
     """Raises ValueError, with the implementations that do, unless this one runs on the platform."""
+    platform = "cuda" if platform == "gpu" else platform  # as a device calls what lowering calls "cuda"
 
     def runs(name: str) -> bool:
         return PLATFORMS[name] is None or platform in PLATFORMS[name]

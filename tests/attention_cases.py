@@ -1,0 +1,47 @@
+"""Arrays and intervals on which kernels of attention are compared with the dense reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packings
+
+from transfusion_jax.model.attention import Intervals
+from transfusion_jax.model.attention.intervals import row_intervals
+
+ROWS, LENGTH = 16, packings.LENGTH
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes most of the time of these tests
+
+
+def random_packings() -> list[str]:
+    """Rows of text, images and ends of documents that fit, the first one nothing but padding."""
+    rng, rows = np.random.default_rng(0), [""]
+    while len(rows) < ROWS:
+        row = "".join(rng.choice(list("tttttI|"), rng.integers(1, LENGTH)))
+        images = row.count("I")
+        if len(row) + (packings.P - 1) * images <= LENGTH and images <= packings.SLOTS:
+            rows.append(row)
+    return rows
+
+
+def packed(rows: list[str]) -> Intervals:
+    return row_intervals(jax.tree.map(jnp.asarray, packings.batch(rows)), packings.P)
+
+
+def any_intervals(shape: tuple[int, int], keys: int) -> Intervals:
+    """Intervals that no packing would give, a third of them empty."""
+    rng = np.random.default_rng(1)
+    start = rng.integers(0, keys, shape).astype(np.int32)
+    end = (start + rng.integers(-keys // 4, keys // 2, shape)).clip(0, keys).astype(np.int32)
+    return Intervals(jnp.asarray(start), jnp.asarray(end))
+
+
+def inputs(B=ROWS, L=LENGTH, N=4, K=2, H=8, S=None, dtype=jnp.float32):
+    """Random q, k, v and weights of the output."""
+    rng = np.random.default_rng(0)
+    shapes = (B, L, N, H), (B, S or L, K, H), (B, S or L, K, H), (B, L, N, H)
+    return [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes]
+
+
+def assert_close(results, expected, atol=5e-6, rtol=2e-6):
+    for result, reference in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(result.astype(jnp.float32), reference, atol=atol, rtol=rtol)

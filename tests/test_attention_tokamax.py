@@ -1,0 +1,153 @@
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import LENGTH, QUICK, ROWS, any_intervals, assert_close, inputs, packed, random_packings
+from jax.extend import backend
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from transfusion_jax.config import MeshConfig
+from transfusion_jax.model.attention import Intervals, attention
+from transfusion_jax.parallel.mesh import make_mesh
+
+# jax is going to give up Triton in Pallas.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytest.importorskip("tokamax", reason="needs tokamax (pip install 'transfusion-jax[gpu]')")
+
+
+@functools.cache
+def program(implementation: str = "tokamax", interpret: bool = True):
+    """The output and the gradients of its weighted sum."""
+
+    def loss(q, k, v, weight, k_start_BL, k_end_BL):
+        intervals = Intervals(k_start_BL, k_end_BL)
+        out = attention(q, k, v, intervals, implementation=implementation, interpret=interpret)
+        return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+
+
+def values(arrays, intervals, *which):
+    (_, out), gradients = program(*which)(*arrays, intervals.k_start_BL, intervals.k_end_BL)
+    return out, *gradients
+
+
+@pytest.mark.parametrize("N, K", [(4, 2), (2, 2), (3, 1)], ids=["GQA", "MHA", "MQA"])
+def test_equals_dense_forward_and_backward_over_random_packings(N, K):
+    arrays, intervals = inputs(N=N, K=K), packed(random_packings())
+    assert_close(values(arrays, intervals), values(arrays, intervals, "dense"))
+
+
+def test_any_intervals_over_a_longer_cache():
+    """Some of them empty, some reaching past the keys."""
+    arrays, intervals = inputs(3, 7, S=50), any_intervals((3, 7), 50)
+    expected = values(arrays, intervals, "dense")
+    assert_close(values(arrays, intervals), expected)
+    beyond = Intervals(intervals.k_start_BL, jnp.where(intervals.k_end_BL == 50, 90, intervals.k_end_BL))
+    assert_close(values(arrays, beyond), expected)
+
+
+def test_bfloat16_accumulates_in_float32():
+    arrays, intervals = inputs(dtype=jnp.bfloat16), packed(random_packings())
+    with jax.numpy_dtype_promotion("standard"):  # the products of "xla" mix types when they are lowered
+        results = values(arrays, intervals)
+    assert {x.dtype for x in results} == {jnp.dtype(jnp.bfloat16)}
+    exact = values([x.astype(jnp.float32) for x in arrays], intervals, "dense")
+    assert_close(results, exact, atol=0.03, rtol=0.03)
+
+
+def test_padding_gets_zeros_and_documents_do_not_leak():
+    """The gradients of one document's output touch neither another document nor padding, and padding has none."""
+    *arrays, weight = inputs()
+    seen = np.zeros((ROWS, LENGTH), bool)
+    seen[0, 8:16] = True
+    weight = jnp.where(seen[:, :, None, None] | (np.arange(LENGTH) >= 21)[None, :, None, None], weight, 0.0)
+    intervals = packed(["tttIt|Itttt|ttttt"] + [""] * (ROWS - 1))
+    out, *gradients = (np.asarray(x) for x in values([*arrays, weight], intervals))
+    np.testing.assert_array_equal(out[0, 21:], 0)
+    np.testing.assert_array_equal(out[1:], 0)
+    for gradient in gradients:
+        assert (gradient[seen] != 0).any((1, 2)).all()
+        np.testing.assert_array_equal(gradient[~seen], 0)
+
+
+@pytest.mark.parametrize("rows", [ROWS, 3])
+def test_sharded_equals_dense(rows):
+    """Over rows and heads of eight devices, which exchange nothing; rows that they do not divide are on all of them."""
+    arrays, intervals = [x[:rows] for x in inputs()], packed(random_packings()[:rows])
+    expected = values(arrays, intervals, "dense")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        spec = PartitionSpec(("data", "fsdp") if rows == ROWS else None, None, "tensor")
+        arrays = jax.device_put(arrays, NamedSharding(mesh, spec))
+        assert_close(values(arrays, intervals), expected)
+        text = program().lower(*arrays, intervals.k_start_BL, intervals.k_end_BL).compile().as_text()
+    assert not any(collective in text for collective in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_it_is_refused_where_there_is_no_gpu():
+    q, k, v, weight = inputs(1, 8, 1, 1)
+    intervals = any_intervals((1, 8), 8)
+    traced = program("tokamax", False).trace(q, k, v, weight, intervals.k_start_BL, intervals.k_end_BL)
+    message = "model.attention='tokamax' runs on cuda; on cpu: chunked, dense$"
+    with pytest.raises(ValueError, match=message):
+        traced.lower(lowering_platforms=("cpu",))
+
+
+class Gpu(NamedTuple):
+    """What tokamax asks of a GPU, for one that is not there."""
+
+    device_kind: str
+    compute_capability: str
+    core_count: int
+    platform: str = "gpu"
+
+
+A100 = Gpu("NVIDIA A100-SXM4-80GB", "8.0", 108)
+H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0", 132)
+B200 = Gpu("NVIDIA B200", "10.0", 148)
+TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    "gpu, dtype, kernel, other",
+    [
+        (A100, "bfloat16", TRITON, MOSAIC),
+        (H100, "bfloat16", MOSAIC, TRITON),
+        (B200, "bfloat16", MOSAIC, TRITON),
+        (H100, "float32", TRITON, MOSAIC),
+    ],
+    ids=lambda x: x.device_kind.split()[1][:4] if isinstance(x, Gpu) else None,
+)
+def test_it_lowers_to_kernels_for_a_gpu_that_is_not_there(monkeypatch, gpu, dtype, kernel, other):
+    """Forward and backward, without scores outside the kernels: what is L x S is at most the mask."""
+    monkeypatch.setattr(backend, "get_default_device", lambda: gpu)
+    L, N, H = 384, 4, 64
+    q, k = (jax.ShapeDtypeStruct((2, L, heads, H), dtype) for heads in (N, 2))
+    bound = jax.ShapeDtypeStruct((2, L), jnp.int32)
+    device = AbstractDevice(gpu.device_kind, gpu.core_count, gpu.platform)
+    mesh = AbstractMesh((1,) * 4, ("data", "fsdp", "sequence", "tensor"), (AxisType.Auto,) * 4, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = program("tokamax", False).trace(q, k, k, q, bound, bound).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count(f"custom_call @{kernel}") >= 2
+    assert f"custom_call @{other}" not in text
+    assert not any(f"{L}x{L}x{scores}" in text for scores in ("f32", "bf16"))
+    assert (f"{L}x{L}xi1" in text) == (kernel == TRITON)
+
+
+@pytest.mark.skipif(all(d.platform != "gpu" for d in jax.devices()), reason="needs a GPU")
+@pytest.mark.parametrize("H", [64, 128])
+def test_equals_dense_on_a_gpu(H):
+    """The kernel that this GPU gets, over documents that span blocks, an image and padding."""
+    index = np.arange(512)
+    start, end = np.where(index < 270, 0, 270), index + 1
+    end[20:60] = 60
+    start[400:] = end[400:] = 0
+    intervals = Intervals(*(jnp.asarray(np.tile(x, (2, 1)), jnp.int32) for x in (start, end)))
+    arrays = inputs(2, 512, 4, 2, H, dtype=jnp.bfloat16)
+    exact = values([x.astype(jnp.float32) for x in arrays], intervals, "dense")
+    assert_close(values(arrays, intervals, "tokamax", False), exact, atol=0.05, rtol=0.05)
