@@ -3,7 +3,7 @@
     transfusion-jax train experiments/transfusion_0_37b.py
 
 Data: the `synthetic` source, noise with the lengths of web data, until `data.sources` names real ones.
-Hardware: an accelerator pod; not trained here.
+Hardware: v5e:4x8, 32 chips, as `transfusion-jax plan` of this file has it (docs/scaling.md); not trained here.
 Published (Table 7; C4 PPL / Wiki PPL / Llama acc / CIDEr / FID / CLIP): 12.0 / 7.0 / 47.9 / 11.1 / 21.5 / 22.4.
 """
 
@@ -13,4 +13,4 @@ from transfusion_jax.config import Experiment, MeshConfig, paper
 
 
 def config() -> Experiment:
-    return replace(paper("0.37B"), mesh=MeshConfig(data=1, fsdp=-1))
+    return replace(paper("0.37B"), mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:4x8"))

@@ -3,7 +3,7 @@
     transfusion-jax train experiments/transfusion_0_76b.py
 
 Data: the `synthetic` source, noise with the lengths of web data, until `data.sources` names real ones.
-Hardware: an accelerator pod; not trained here.
+Hardware: v5e:8x8, 64 chips, as `transfusion-jax plan` of this file has it (docs/scaling.md); not trained here.
 Published (Table 7; C4 PPL / Wiki PPL / Llama acc / CIDEr / FID / CLIP): 10.4 / 6.0 / 51.7 / 16.0 / 20.3 / 24.0.
 """
 
@@ -13,4 +13,4 @@ from transfusion_jax.config import Experiment, MeshConfig, paper
 
 
 def config() -> Experiment:
-    return replace(paper("0.76B"), mesh=MeshConfig(data=1, fsdp=-1))
+    return replace(paper("0.76B"), mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:8x8"))

@@ -3,7 +3,7 @@
     transfusion-jax train experiments/transfusion_1_4b.py
 
 Data: the `synthetic` source, noise with the lengths of web data, until `data.sources` names real ones.
-Hardware: an accelerator pod; not trained here.
+Hardware: v5e:8x16, 128 chips, as `transfusion-jax plan` of this file has it (docs/scaling.md); not trained here.
 Published (Table 7; C4 PPL / Wiki PPL / Llama acc / CIDEr / FID / CLIP): 9.5 / 5.4 / 53.8 / 19.1 / 19.4 / 24.3.
 """
 
@@ -13,4 +13,4 @@ from transfusion_jax.config import Experiment, MeshConfig, paper
 
 
 def config() -> Experiment:
-    return replace(paper("1.4B"), mesh=MeshConfig(data=1, fsdp=-1))
+    return replace(paper("1.4B"), mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:8x16"))

@@ -343,9 +343,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("experiment", metavar="EXPERIMENT", help="a file, with :name for a point of its sweep")
     sub.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<name of the experiment>")
 
-    sub = command(
-        plan, "compile the training step for TPUs that are not there: memory, FLOPs, collectives, time at best"
-    )
+    sub = command(plan, "compile the training step for TPUs that are not there: memory, FLOPs, collectives, time")
     sub.add_argument("experiment", metavar="EXPERIMENT", help="as for train; --a.b VALUE overrides a field")
     sub.add_argument("--topology", metavar="NAME", help="as in v5p:4x4x4; default: mesh.topology of the experiment")
     sub.add_argument("--slices", type=int, default=1, metavar="n", help="joined by the network (1)")

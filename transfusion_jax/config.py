@@ -266,7 +266,7 @@ class MeshConfig:
     tensor: int = 1
     """Heads, feed-forward and vocabulary."""
     topology: str = ""
-    """The TPU slice that this mesh is made for, as in v5p:4x4x4. `plan` compiles for it, training takes what is there."""
+    """The TPU slice that it is made for, as in v5p:4x4x4; `plan` compiles for it, training takes what it finds."""
 
     @property
     def axes(self) -> dict[str, int]:

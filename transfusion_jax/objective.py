@@ -17,8 +17,8 @@ def text_loss(hidden_BLD: BLD, target_BL: BL, logits: Callable[[Array], Array], 
     """Next-token cross-entropy of every position, in nats.
 
     `logits` projects hidden states to the vocabulary; it is applied to `chunk` positions of each row at a
-    time and again in the backward pass, so the [B, L, V] logits never exist. Of C chunks, chunk c is
-    the positions c, c + C, c + 2C, ...: so devices that each hold a part of a row (mesh axis `sequence`) share every chunk.
+    time and again in the backward pass, so the [B, L, V] logits never exist. Of C chunks, chunk c is the positions
+    c, c + C, c + 2C, ...: so devices that each hold a part of a row (mesh axis `sequence`) share every chunk.
     """
     B, L, D = hidden_BLD.shape
     chunk = min(chunk, L)

@@ -26,6 +26,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+def mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes that cut a logical axis."""
+    placed = None if axis is None else RULES[axis]
+    return (placed,) if isinstance(placed, str) else placed or ()
+
+
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Mesh axes of an array with these logical axes.
 
@@ -36,7 +42,7 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     if unknown:
         raise ValueError(f"no sharding rule for the logical axes {unknown} of {axes}")
     placed = [RULES[a] if a is not None else None for a in axes]
-    used = [m for p in placed if p is not None for m in ((p,) if isinstance(p, str) else p)]
+    used = [m for a in axes for m in mesh_axes(a)]
     if len(used) != len(set(used)):
         raise ValueError(f"two of the logical axes {axes} share a mesh axis: {placed}")
     return PartitionSpec(*placed)
@@ -81,8 +87,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
 def gathered(parameter: nnx.Variable, dtype: jax.typing.DTypeLike) -> Array:
     """A parameter in `dtype`, of which every device has all that `fsdp` and `sequence` cut, just before it is used.
 
-    Gradients are summed into the parts (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054). It is said here because
-    XLA for TPU would rather multiply by one part after another, and add up the products in `dtype` in main memory.
+    Gradients are summed into the parts (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054). It is said here
+    because XLA for TPU would rather multiply by one part after another, and add up the products in main memory.
     """
     value = parameter[...].astype(dtype)
     axes = parameter.get_metadata("out_sharding")[-value.ndim :]  # a layer of a stack has lost its first axis
@@ -91,7 +97,7 @@ def gathered(parameter: nnx.Variable, dtype: jax.typing.DTypeLike) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(x, axes):
-    return constrain(x, *(None if axis is not None and "fsdp" in (RULES[axis] or ()) else axis for axis in axes))
+    return constrain(x, *(None if "fsdp" in mesh_axes(axis) else axis for axis in axes))
 
 
 _gathered.defvjp(lambda x, axes: (_gathered(x, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),))

@@ -1,6 +1,6 @@
 """Plans in words: one plan as a page, several as a ranked table."""
 
-from transfusion_jax.parallel.rules import RULES
+from transfusion_jax.parallel.rules import RULES, mesh_axes
 from transfusion_jax.planning.plan import Plan
 
 
@@ -8,11 +8,7 @@ def page(plan: Plan, rows: str) -> str:
     """All that a plan says; `rows` says which rows the attention was counted on."""
     memory, costs, experiment = plan.memory, plan.costs, plan.experiment
     parts = experiment.train.accumulation
-    cut = {
-        axis: [m for m in ((to,) if isinstance(to, str) else to) if plan.mesh[m] > 1]
-        for axis, to in RULES.items()
-        if to
-    }
+    cut = {axis: [m for m in plan.mesh if plan.mesh[m] > 1 and m in mesh_axes(axis)] for axis in RULES}
     axes = "; ".join(f"{axis} over {' and '.join(over)}" for axis, over in cut.items() if over)
     whole = ", ".join(f"{name} ({size(taken)})" for name, taken in plan.unsharded.items())
     lines = {
@@ -35,7 +31,7 @@ def page(plan: Plan, rows: str) -> str:
         seconds = ", ".join(f"{what} {time:.4g}" for what, time in costs.seconds.items())
         tokens = experiment.data.batch_rows * experiment.data.row_length / plan.step_seconds
         lines |= {
-            "hardware": f"{costs.hardware_flops:.3e} FLOPs a step ({costs.hardware_flops / plan.model_flops:.2f} of model)",
+            "hardware": f"{costs.hardware_flops:.3e} FLOPs a step, {costs.hardware_flops / plan.model_flops:.2f} times",
             "collectives": f"sent by a chip in a step: {kinds or 'nothing'}",
             "roofline": f"{plan.step_seconds:.4g} s a step at best ({seconds}): {plan.mfu:.1%} of peak, "
             f"{tokens:,.0f} tokens/s",

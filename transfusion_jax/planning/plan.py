@@ -1,8 +1,9 @@
 """Plans: the training step, compiled for TPUs that are not there, and what it will ask of them.
 
-The step is the one that training runs (`training/step.py`), on the shapes of its state and batch. What the compiler says
-of its memory decides whether it fits. Its time is a roofline: the longest of computing, of moving data to and from memory
-and of moving them between chips, each at the published rate, as if all three overlapped. So it is a bound, not a forecast.
+The step is the one that training runs (`training/step.py`), on the shapes of its state and batch. What the compiler
+says of its memory decides whether it fits. Its time is a roofline: the longest of computing, of moving data to and from
+memory and of moving them between chips, each at the published rate, as if all three overlapped. So it is a bound, not a
+forecast.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Attention on a mesh: every device works on its own rows, positions and heads.
 
-Where the positions of a row are cut (mesh axis `sequence`: context parallelism), keys and values are gathered first, and
-their gradients summed and scattered back. Intervals count positions of the whole row, so a device's queries find their
-keys as they are.
+Where the positions of a row are cut (mesh axis `sequence`: context parallelism), keys and values are gathered first,
+and their gradients summed and scattered back. Intervals count positions of the whole row, so a device's queries find
+their keys as they are.
 """
 
 import math
@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from transfusion_jax.model.attention.intervals import Intervals
-from transfusion_jax.parallel.rules import partition_spec
+from transfusion_jax.parallel.rules import mesh_axes
 
 
 def on_shards(
@@ -29,10 +29,9 @@ def on_shards(
         return attend(q_BLNH, k_BSKH, v_BSKH, intervals)
 
     def placed(axis: str, *sizes: int):
-        """Mesh axes of a logical axis; None if they do not cut it, or do not divide it, as the few rows of a generation."""
-        (names,) = partition_spec((axis,))
-        devices = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
-        return None if devices == 1 or any(size % devices for size in sizes) else names
+        """Mesh axes of a logical axis; None if they do not cut or divide it (as the few rows of a generation)."""
+        devices = math.prod(mesh.shape[name] for name in mesh_axes(axis))
+        return None if devices == 1 or any(size % devices for size in sizes) else mesh_axes(axis)
 
     (B, L, N, _), (_, S, K, _) = q_BLNH.shape, k_BSKH.shape
     rows, heads = placed("batch", B), placed("heads", N, K)
