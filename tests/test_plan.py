@@ -237,7 +237,7 @@ def shardings(size: str) -> dict:
     placed = jax.tree.leaves_with_path(parameter_shardings(parameters, mesh))
     shapes = jax.tree.leaves(nnx.to_pure_dict(parameters))
     rows = {
-        ".".join(key.key for key in path): [list(x.shape), str(tuple(s.spec)), list(s.shard_shape(x.shape))]
+        ".".join(key.key for key in path): f"{x.shape} cut {tuple(s.spec)} to {s.shard_shape(x.shape)}"
         for (path, s), x in zip(placed, shapes, strict=True)
     }
     return {"topology": experiment.mesh.topology, "mesh": axes, "parameters": rows}

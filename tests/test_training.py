@@ -12,6 +12,8 @@ from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.parallel.mesh import host_block, make_mesh
 from transfusion_jax.parallel.rules import batch_sharding, partition_spec
+from transfusion_jax.planning.hlo import parse
+from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.training import checkpoint as checkpoint_lib
 from transfusion_jax.training.checkpoint import CheckpointError, Checkpoints
 from transfusion_jax.training.metrics import MetricsLog, read_metrics
@@ -94,6 +96,23 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(single, experiment, 
     np.testing.assert_allclose(losses, single[0], rtol=1e-4)
     mesh_losses, _ = run(parted, tokenizer, MeshConfig(data=1, fsdp=2, tensor=2, sequence=2), 5)
     np.testing.assert_allclose(mesh_losses, single[0][:5], rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh_config", [ONE, MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)], ids=["one", "eight"])
+def test_the_logits_of_all_positions_never_exist(experiment, mesh_config):
+    """No array of the compiled step has the size of B x L x V on a device, unless a chunk is a whole row."""
+
+    def largest(chunk):
+        parted = replace(experiment, train=replace(experiment.train, vocab_chunk=chunk))
+        mesh, plan = build(parted, mesh_config)
+        with jax.set_mesh(mesh):
+            text = compiled_step(plan).lower(plan.abstract, abstract_batch(parted, mesh)).compile().as_text()
+        instructions = (x for computation in parse(text).values() for x in computation.instructions.values())
+        return max(math.prod(array.dims) for x in instructions for array in x.result)
+
+    rows, length, vocabulary = experiment.data.batch_rows, experiment.data.row_length, experiment.model.vocab_size
+    here = rows * length * vocabulary // (1 if mesh_config == ONE else 8)
+    assert largest(24) < here <= largest(length)
 
 
 def test_the_state_is_donated(experiment, tokenizer):

@@ -100,4 +100,9 @@ def _gathered(x, axes):
     return constrain(x, *(None if "fsdp" in mesh_axes(axis) else axis for axis in axes))
 
 
-_gathered.defvjp(lambda x, axes: (_gathered(x, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),))
+def _scattered(axes, _, gradient):
+    # Summed whole and then cut, in one collective: asked for the parts alone, XLA would make a loop over them, too.
+    return (constrain(_gathered(gradient, axes), *axes),)
+
+
+_gathered.defvjp(lambda x, axes: (_gathered(x, axes), None), _scattered)
