@@ -85,20 +85,30 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
         assert here < (1.1 if mesh_config.tensor == 1 else 1.25) * share
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_gradients_are_those_of_the_whole_batch(single, experiment, tokenizer, parts):
+@pytest.mark.parametrize(
+    "parts, mesh_config",
+    [
+        (4, ONE),
+        pytest.param(2, ONE, marks=pytest.mark.slow),
+        pytest.param(4, MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_accumulated_gradients_are_those_of_the_whole_batch(single, experiment, tokenizer, parts, mesh_config):
     """Rows differ in how much text and how many images they have, so a mean of the parts' means would not do."""
     batch = Data(experiment, tokenizer).batches()[0]
     images = [batch.image_weight_BM[part::parts].sum() for part in range(parts)]
     assert min(images) < max(images)
     parted = replace(experiment, train=replace(experiment.train, accumulation=parts))
-    losses, state = run(parted, tokenizer, ONE, 20)
+    losses, _ = run(parted, tokenizer, mesh_config, 20)
     np.testing.assert_allclose(losses, single[0], rtol=1e-4)
-    mesh_losses, _ = run(parted, tokenizer, MeshConfig(data=1, fsdp=2, tensor=2, sequence=2), 5)
-    np.testing.assert_allclose(mesh_losses, single[0][:5], rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh_config", [ONE, MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)], ids=["one", "eight"])
+@pytest.mark.parametrize(
+    "mesh_config",
+    [ONE, pytest.param(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), marks=pytest.mark.slow)],
+    ids=["one", "eight"],
+)
 def test_the_logits_of_all_positions_never_exist(experiment, mesh_config):
     """No array of the compiled step has the size of B x L x V on a device, unless a chunk is a whole row."""
 
@@ -106,7 +116,8 @@ def test_the_logits_of_all_positions_never_exist(experiment, mesh_config):
         parted = replace(experiment, train=replace(experiment.train, vocab_chunk=chunk))
         mesh, plan = build(parted, mesh_config)
         with jax.set_mesh(mesh):
-            text = compiled_step(plan).lower(plan.abstract, abstract_batch(parted, mesh)).compile().as_text()
+            lowered = compiled_step(plan).lower(plan.abstract, abstract_batch(parted, mesh))
+            text = lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
         instructions = (x for computation in parse(text).values() for x in computation.instructions.values())
         return max(math.prod(array.dims) for x in instructions for array in x.result)
 
