@@ -20,11 +20,12 @@ from transfusion_jax.config import TABLE_2, DataConfig, Experiment, MeshConfig, 
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention import Intervals
 from transfusion_jax.model.transfusion import abstract_model
+from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning import topology as topology_lib
-from transfusion_jax.planning.plan import make_plan
+from transfusion_jax.planning.plan import Memory, _bytes_asked_for, make_plan
 from transfusion_jax.planning.program import read_program
-from transfusion_jax.planning.rows import model_flops, row_work, sample_rows
+from transfusion_jax.planning.rows import Rows, model_flops, row_work, sample_rows
 from transfusion_jax.planning.search import parts_of, remedies, search
 from transfusion_jax.planning.topology import CHIPS, find_topology, larger
 
@@ -72,7 +73,10 @@ def test_unknown_topologies_are_refused_with_those_known(capsys, small, name):
 
 
 def test_bad_input_is_one_line(capsys, small, tmp_path, monkeypatch):
-    assert "there is no directory" in refused(capsys, small, "--json", str(tmp_path / "nowhere" / "plan.json"))
+    for path in (tmp_path / "nowhere" / "plan.json", tmp_path):
+        assert f"--json {path} is a directory, or in one that is not there" in refused(
+            capsys, small, "--json", str(path)
+        )
     assert "perhaps you meant --model.width" in refused(capsys, small, "--model.widht", "3")
     assert "--slices 0 must be at least 1" in refused(capsys, small, "--slices", "0")
     assert "name a topology" in refused(capsys, small, "--mesh.topology", "")
@@ -93,6 +97,35 @@ def test_meshes_and_batches_that_do_not_fit_are_refused(capsys, small):
     assert "mesh.sequence * mesh.tensor = 4 must divide data.row_length=1022" in line
 
 
+@needs_libtpu
+@pytest.mark.parametrize("kind", CHIPS)
+def test_every_kind_of_chip_makes_a_mesh(kind):
+    for layout in ("2x2", "4x4") if CHIPS[kind].torus == 2 else ("2x2x1", "4x4x4"):
+        topology = find_topology(f"{kind}:{layout}")
+        assert topology.chips == np.prod([int(n) for n in layout.split("x")])
+        assert topology.devices_per_chip == (2 if kind == "tpu7x" else 1)
+        mesh = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=2), list(topology.devices))
+        assert mesh.shape["fsdp"] * 2 == len(topology.devices)
+
+
+@needs_libtpu
+def test_links_of_a_group_are_those_along_its_axes():
+    """A dimension of 4 is a ring on v5p and a line on v5e; a group uses the dimensions in which its members differ."""
+    ring, line = find_topology("v5p:4x4x4"), find_topology("v5e:4x4")
+    assert ring.link_bandwidth(range(64), ring.devices) == 6 * 100e9
+    along = [i for i, device in enumerate(ring.devices) if tuple(device.coords[1:]) == (0, 0)]
+    assert len(along) == 4 and ring.link_bandwidth(along, ring.devices) == 2 * 100e9
+    assert ring.link_bandwidth(along[:2], ring.devices) == 100e9
+    assert line.link_bandwidth(range(16), line.devices) == 2 * 50e9
+
+
+def test_what_is_refused_for_another_memory_is_not_a_verdict_on_hbm():
+    assert _bytes_asked_for("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", 1) == 20 * 2**30
+    assert _bytes_asked_for("the total memory required for HLO temporaries (2.00M) exceeds", 5) == 5 + 2**21
+    with pytest.raises(ValueError, match="not for the size of HBM"):
+        _bytes_asked_for("Ran out of memory in memory space vmem. Used 24.00M of 16.00M vmem.", 1)
+
+
 def test_the_next_topology_has_at_least_twice_the_chips():
     assert [larger(name) for name in ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x1", "v5p:2x4x4", "v5p:4x4x12")] == [
         "v5e:2x4", "v5e:4x8", None, "v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8",
@@ -108,9 +141,19 @@ def test_work_of_rows_is_counted_from_their_intervals():
     """Two rows of 8 in blocks of 4: one causal, one of two documents with padding."""
     start = jnp.asarray([[0] * 8, [0, 0, 0, 3, 3, 0, 0, 0]], jnp.int32)
     end = jnp.asarray([range(1, 9), [1, 2, 3, 4, 5, 0, 0, 0]], jnp.int32)
-    work = row_work(Intervals(start, end), 0.5, 4)
-    assert (work.pairs, work.visited_blocks, work.visited_pairs) == ((36 + 9) / 2, 6 / 4, 3 * 16)
-    assert row_work(Intervals(start, end), 0.5, 0).visited_pairs == 64
+    rows = Rows(Intervals(start, end), 0.5, "by hand")
+    work = row_work(rows, 4)
+    # The first block of queries sees one block of keys in either row, the second sees two.
+    assert (work.pairs, work.walked_blocks, work.visited_pairs) == ((36 + 9) / 2, 3 / 2, 3 * 16)
+    assert row_work(rows, 0).visited_pairs == 64
+
+
+def test_rows_that_a_device_has_together_walk_over_the_blocks_between():
+    """One sees the first block of three, the other the last, so chunked attention walks over all of them for both."""
+    start = jnp.asarray([[0] * 6, [4] * 6], jnp.int32)
+    rows = Rows(Intervals(start, start + 1), 0.0, "by hand")
+    assert (row_work(rows, 2, 1).walked_blocks, row_work(rows, 2, 2).walked_blocks) == (1, 3)
+    assert row_work(rows, 2, 2).visited_pairs == 3 * 4
 
 
 def test_model_flops_are_those_of_the_products_with_parameters():
@@ -131,7 +174,7 @@ def test_model_flops_are_those_of_the_products_with_parameters():
     program = read_program(jax.jit(forward).lower(parameters, batch).compile().as_text())
     square = Intervals(jnp.zeros((2, 512), jnp.int32), jnp.full((2, 512), 512, jnp.int32))
     # The slots are computed whether they hold an image or not.
-    ours = model_flops(parameters, experiment, row_work(square, float(experiment.image_slots), 0))
+    ours = model_flops(parameters, experiment, row_work(Rows(square, float(experiment.image_slots), "by hand"), 0))
     assert ours / 3 == pytest.approx(program.flops, rel=1e-3)
 
 
@@ -151,9 +194,9 @@ def test_plan_of_a_small_experiment(capsys, small, tmp_path):
     ratio = plan["hardware_flops_per_step"] / plan["model_flops_per_step"]
     assert 4 / 3 < ratio < 2
     assert set(plan["collective_bytes"]) & {"all-gather", "all-reduce", "collective-permute"}
-    assert plan["roofline_step_seconds"] == max(plan["roofline_seconds"].values())
-    peak = plan["model_flops_per_step"] / (4 * 197e12 * plan["roofline_step_seconds"])
-    assert plan["roofline_mfu"] == pytest.approx(peak) and 0 < peak < 1
+    # Bound by computing, as 2,048 positions a chip are enough for.
+    assert plan["roofline_step_seconds"] == pytest.approx(plan["hardware_flops_per_step"] / (4 * 197e12))
+    assert plan["roofline_mfu"] == pytest.approx(1 / ratio)
     assert plan["compile_seconds"] > 0
 
 
@@ -173,9 +216,9 @@ TOO_MUCH = (
 @needs_libtpu
 def test_what_the_compiler_refuses_does_not_fit(small):
     experiment = load_experiment(small, TOO_MUCH)
-    plan = make_plan(experiment, find_topology("v5e:2x2"), *sample_rows(experiment)[:2])
+    plan = make_plan(experiment, find_topology("v5e:2x2"), sample_rows(experiment))
     assert not plan.fits and plan.memory.peak > plan.memory.memory
-    assert plan.memory.peak == plan.memory.arguments + plan.memory.temporaries
+    assert plan.memory.temporaries > 64 * 4 * 4096**2 * 2  # the scores of a layer, in bfloat16 at least
     said = plan.json()
     assert said["hardware_flops_per_step"] is None and said["model_flops_per_step"] > 0
     assert json.loads(json.dumps(said)) == said
@@ -197,17 +240,22 @@ def test_search_keeps_the_batch_and_ranks_by_time():
 
     class Fake:
         def __init__(self, experiment):
-            self.experiment, self.fits, self.memory = experiment, experiment.mesh.tensor != 8, None
+            # As in a plan, what "auto" stands for is known.
+            self.experiment = replace(experiment, model=replace(experiment.model, attention="pallas"))
+            self.mesh, self.topology = experiment.mesh.axes, topology_of(16)
+            self.fits, self.memory = experiment.mesh.tensor != 8, Memory(0, 0, 0, 0)
             time = abs(experiment.mesh.tensor - 2) + (experiment.model.remat != "attention")
             self.step_seconds = 1 + time + abs(experiment.train.accumulation - 2)
 
     model = ModelConfig(heads=16, width=256)
     experiment = Experiment("x", data=DataConfig(batch_rows=64), model=model, mesh=MeshConfig(1, 16))
-    found = list(search(lambda e, t: Fake(e), experiment, topology_of(16)))
+    found = list(search(lambda e, t: Fake(e), Fake(experiment)))
     best = min((plan for plan in found if plan.fits), key=lambda plan: plan.step_seconds).experiment
     assert (best.mesh.tensor, best.model.remat, best.train.accumulation) == (2, "attention", 2)
-    assert all(plan.experiment.data == experiment.data for plan in found)
-    assert len({plan.experiment for plan in found}) == len(found)
+    tried = [
+        (p.mesh["tensor"], p.mesh["data"], p.experiment.model.remat, p.experiment.train.accumulation) for p in found
+    ]
+    assert len({(1, 1, "full", 1), *tried}) == len(tried) + 1
 
 
 def topology_of(count: int):
@@ -250,20 +298,24 @@ def test_every_parameter_is_where_it_should_be(size):
 
 def collectives(size: str) -> dict:
     experiment = paper_experiment(size)
-    intervals, images, _ = sample_rows(experiment)
-    plan = make_plan(experiment, find_topology(experiment.mesh.topology), intervals, images)
-    return {"fits": plan.fits, "kinds": sorted(plan.costs.collective_bytes)}
+    plan = make_plan(experiment, find_topology(experiment.mesh.topology), sample_rows(experiment))
+    return {
+        "fits": plan.fits,
+        "MiB": {kind: round(n / 2**20) for kind, n in sorted(plan.costs.collective_bytes.items())},
+    }
 
 
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("size", TABLE_2)
 def test_the_papers_sizes_fit_and_use_the_collectives_that_they_should(size):
-    assert collectives(size) == {"fits": True, "kinds": json.loads((GOLDEN / "collectives.json").read_text())[size]}
+    found, golden = collectives(size), json.loads((GOLDEN / "collectives.json").read_text())[size]
+    assert found["fits"] and set(found["MiB"]) == set(golden["MiB"])
+    assert sum(found["MiB"].values()) == pytest.approx(sum(golden["MiB"].values()), rel=0.1)
 
 
 if __name__ == "__main__":
     (GOLDEN / "shardings.json").write_text(json.dumps({size: shardings(size) for size in TABLE_2}, indent=1) + "\n")
     if "--collectives" in sys.argv:
-        kinds = {size: collectives(size)["kinds"] for size in TABLE_2}
-        (GOLDEN / "collectives.json").write_text(json.dumps(kinds, indent=1) + "\n")
+        found = {size: collectives(size) for size in TABLE_2}
+        (GOLDEN / "collectives.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -14,6 +14,7 @@ from transfusion_jax.parallel.mesh import host_block, make_mesh
 from transfusion_jax.parallel.rules import batch_sharding, partition_spec
 from transfusion_jax.planning.hlo import parse
 from transfusion_jax.planning.plan import abstract_batch
+from transfusion_jax.planning.program import read_program
 from transfusion_jax.training import checkpoint as checkpoint_lib
 from transfusion_jax.training.checkpoint import CheckpointError, Checkpoints
 from transfusion_jax.training.metrics import MetricsLog, read_metrics
@@ -104,6 +105,30 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(single, experiment, 
     np.testing.assert_allclose(losses, single[0], rtol=1e-4)
 
 
+def program_text(experiment, mesh_config):
+    """The compiled step of an experiment."""
+    mesh, plan = build(experiment, mesh_config)
+    with jax.set_mesh(mesh):
+        lowered = compiled_step(plan).lower(plan.abstract, abstract_batch(experiment, mesh))
+        return lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+
+
+def test_positions_that_are_cut_share_the_work(experiment):
+    """Eight devices that cut rows in four compute no more, each, than eight that have rows of their own."""
+    flops = [
+        read_program(program_text(experiment, MeshConfig(data=1, fsdp=8 // n, sequence=n)), 2).flops for n in (1, 4)
+    ]
+    assert flops[1] < 1.1 * flops[0]
+
+
+def test_attention_that_is_kept_is_not_computed_again(experiment):
+    flops = {}
+    for remat in ("full", "attention", "minimal"):
+        config = replace(experiment, model=replace(experiment.model, remat=remat))
+        flops[remat] = read_program(program_text(config, ONE), unknown_trips=2).flops
+    assert flops["minimal"] < flops["attention"] < flops["full"]
+
+
 @pytest.mark.parametrize(
     "mesh_config",
     [ONE, pytest.param(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), marks=pytest.mark.slow)],
@@ -114,10 +139,7 @@ def test_the_logits_of_all_positions_never_exist(experiment, mesh_config):
 
     def largest(chunk):
         parted = replace(experiment, train=replace(experiment.train, vocab_chunk=chunk))
-        mesh, plan = build(parted, mesh_config)
-        with jax.set_mesh(mesh):
-            lowered = compiled_step(plan).lower(plan.abstract, abstract_batch(parted, mesh))
-            text = lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+        text = program_text(parted, mesh_config)
         instructions = (x for computation in parse(text).values() for x in computation.instructions.values())
         return max(math.prod(array.dims) for x in instructions for array in x.result)
 

@@ -208,23 +208,25 @@ def plan(arguments: argparse.Namespace) -> int:
         name = arguments.topology or experiment.mesh.topology
         if not name:
             raise ValueError("name a topology: --topology v5p:4x4x4, or mesh.topology in the experiment")
-        if arguments.json and not arguments.json.parent.is_dir():
-            raise ValueError(f"there is no directory {arguments.json.parent} for --json {arguments.json}")
+        if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+            raise ValueError(f"--json {arguments.json} is a directory, or in one that is not there")
         topology = find_topology(name, arguments.slices)
-        intervals, images, rows = sample_rows(experiment)
-        planner = functools.partial(make_plan, intervals=intervals, images=images)
+        rows = sample_rows(experiment)
+        planner = functools.partial(make_plan, rows=rows)
         say(f"compiling the training step of {experiment.name} for {name}, about a minute")
         planned = planner(experiment, topology)
-    say(page(planned, rows))
+    say(page(planned))
     answer = planned.json()
+    if arguments.json:
+        _write_json(arguments.json, answer)
     if arguments.search:
         plans = [planned]
-        for found in search(planner, experiment, topology):
+        for found in search(planner, planned):
             plans.append(found)
             say(table([found]).splitlines()[-1])
         say("\nbest first\n" + table(plans))
         planned = ranked(plans)[0]
-        answer["search"] = [found.json() for found in ranked(plans)]
+        answer = {**planned.json(), "search": [found.json() for found in ranked(plans)]}
     elif not planned.fits:
         say("trying what would fit")
         answer["remedies"] = []

@@ -80,13 +80,14 @@ class ModelConfig:
     """How a patch knows its place in the image: by RoPE alone, as text does, or by a learned vector as well (our
     choice; the paper is silent). The vector makes small models learn to read images sooner (docs/design.md, log)."""
     remat: Literal["none", "minimal", "attention", "full", "offload"] = "full"
-    """What the backward pass recomputes: nothing; all but the products with parameters; all but attention; or every
-    layer from its input, which `offload` keeps in the host's memory until then (accelerators only)."""
+    """What the backward pass recomputes: nothing; all but the products with parameters; all but attention (`chunked`
+    and `pallas` only); or every layer from its input, which `offload` keeps in the memory of an accelerator's host."""
     attention: Literal["auto", "chunked", "dense", "pallas", "tokamax"] = "auto"
     """`pallas` runs on TPU, `tokamax` on GPU (`pip install 'transfusion-jax[gpu]'`), the others anywhere; `dense`
     builds all the scores. `auto` is `pallas` on TPU, `tokamax` on GPU if it is installed, else `chunked`."""
     attention_block: int = 0
-    """Positions of a block of `chunked` and `pallas`, a multiple of 128 for the latter; 0 means 128 and 512."""
+    """Positions of a block of `chunked` and `pallas`, a multiple of 128 for the latter; 0 means 128 and 512.
+    `auto` leaves to `pallas` what does not fit it."""
 
     def __post_init__(self):
         require(min(self.layers, self.width, self.heads, self.vocab_size) > 0, f"model sizes must be positive: {self}")

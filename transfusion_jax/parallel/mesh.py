@@ -25,11 +25,12 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"{asked} do not fit the {len(devices)} devices at hand ({devices[0].platform})")
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    on_tpu = devices[0].platform == "tpu"  # GPUs have a slice_index as well, one for each host
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if sizes["data"] % slices:
         raise ValueError(f"{asked}: data={sizes['data']} is not divisible by the {slices} slices")
     inside = {**sizes, "data": sizes["data"] // slices}
-    shape, split = tuple(inside.values()), {"allow_split_physical_axes": devices[0].platform == "tpu"}
+    shape, split = tuple(inside.values()), {"allow_split_physical_axes": on_tpu}
     if slices > 1:
         between = (slices,) + (1,) * (len(shape) - 1)
         grid = mesh_utils.create_hybrid_device_mesh(shape, between, devices, **split)

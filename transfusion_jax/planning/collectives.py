@@ -74,7 +74,7 @@ def first_group(instruction: Instruction) -> tuple[int, ...]:
         return tuple(device_order(counted[2])[: int(counted[1])])
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((\S*)\))? \{(.*?)\}", text):
         return mesh_group(*mesh.groups(default=""))
-    raise ValueError(f"cannot read the groups of {instruction.name}: {text[:200]}")
+    raise RuntimeError(f"cannot read the groups of {instruction.name}: {text[:200]}")
 
 
 def mesh_group(axes: str, order: str, names: str) -> tuple[int, ...]:

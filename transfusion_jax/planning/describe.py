@@ -4,8 +4,8 @@ from transfusion_jax.parallel.rules import RULES, mesh_axes
 from transfusion_jax.planning.plan import Plan
 
 
-def page(plan: Plan, rows: str) -> str:
-    """All that a plan says; `rows` says which rows the attention was counted on."""
+def page(plan: Plan) -> str:
+    """All that a plan says."""
     memory, costs, experiment = plan.memory, plan.costs, plan.experiment
     parts = experiment.train.accumulation
     cut = {axis: [m for m in plan.mesh if plan.mesh[m] > 1 and m in mesh_axes(axis)] for axis in RULES}
@@ -24,14 +24,14 @@ def page(plan: Plan, rows: str) -> str:
         "step": f"{experiment.data.batch_rows} rows of {experiment.data.row_length} positions"
         + (f" in {parts} parts" if parts > 1 else "")
         + f"; remat {experiment.model.remat}, attention {experiment.model.attention}",
-        "model": f"{plan.model_flops:.3e} FLOPs a step; attention as {rows} have it",
+        "model": f"{plan.model_flops:.3e} FLOPs a step; attention as {plan.rows} have it",
     }
     if costs:
         kinds = ", ".join(f"{kind} {size(sent)}" for kind, sent in sorted(costs.collective_bytes.items()))
         seconds = ", ".join(f"{what} {time:.4g}" for what, time in costs.seconds.items())
         tokens = experiment.data.batch_rows * experiment.data.row_length / plan.step_seconds
         lines |= {
-            "hardware": f"{costs.hardware_flops:.3e} FLOPs a step, {costs.hardware_flops / plan.model_flops:.2f} of that",
+            "hardware": f"{costs.hardware_flops:.3e} FLOPs a step, {costs.hardware_flops / plan.model_flops:.2f} x model",
             "collectives": f"sent by a chip in a step: {kinds or 'nothing'}",
             "roofline": f"{plan.step_seconds:.4g} s a step at best ({seconds}): {plan.mfu:.1%} of peak, "
             f"{tokens:,.0f} tokens/s",

@@ -17,13 +17,12 @@ import jax
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
-from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import RULES, batch_sharding
 from transfusion_jax.planning.program import Program, read_program
-from transfusion_jax.planning.rows import RowWork, model_flops, row_work
-from transfusion_jax.planning.topology import Topology
+from transfusion_jax.planning.rows import Rows, RowWork, model_flops, row_work
+from transfusion_jax.planning.topology import HOST, Topology
 from transfusion_jax.training.state import Blueprint, blueprint
 from transfusion_jax.training.step import compiled_step
 
@@ -56,7 +55,8 @@ class Costs:
     collective_bytes: dict[str, float]
     """Sent by one chip, by kind of collective."""
     seconds: dict[str, float]
-    """At published rates: compute, memory, interconnect, and network between slices."""
+    """At published rates: compute, memory, interconnect, network between slices, and the host's memory, there and back.
+    """
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Plan:
     costs: Costs | None
     compile_seconds: float
     unsharded: dict[str, int]
-    """The largest arrays of which every device has a whole copy, in bytes."""
+    """The largest parameters, and arrays of a batch, of which every device has a whole copy, in bytes."""
+    rows: str
+    """Those on which attention was counted."""
 
     @property
     def fits(self) -> bool:
@@ -104,6 +106,7 @@ class Plan:
             "accumulation": self.experiment.train.accumulation,
             "batch_rows": self.experiment.data.batch_rows,
             "row_length": self.experiment.data.row_length,
+            "rows": self.rows,
             "bytes_per_chip": dataclasses.asdict(self.memory),
             "model_flops_per_step": self.model_flops,
             "hardware_flops_per_step": costs and costs.hardware_flops,
@@ -115,27 +118,26 @@ class Plan:
         }
 
 
-def make_plan(experiment: Experiment, topology: Topology, intervals: Intervals, images: float) -> Plan:
-    """Compiles the training step of `experiment` for `topology`.
-
-    Args:
-      intervals, images: of some rows, and images in each (`rows.sample_rows`).
+def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
+    """Compiles the training step of `experiment` for `topology`; attention is counted on `rows`.
 
     Raises:
       ValueError: the experiment's mesh does not fit the topology or does not divide what it cuts.
     """
-    begin = time.perf_counter()
     mesh = make_mesh(experiment.mesh, list(topology.devices))
     whole = blueprint(experiment, mesh)
     experiment = whole.experiment  # with the attention of this platform
     batch = abstract_batch(experiment, mesh)
+    begin = time.perf_counter()
     memory, compiled = compile_step(whole, batch, topology)
-    model = experiment.model
-    work = row_work(intervals, images, model.attention_block or DEFAULT_BLOCK.get(model.attention, 0))
+    seconds = time.perf_counter() - begin
+    model, parts = experiment.model, experiment.train.accumulation
+    together = experiment.data.batch_rows // (parts * mesh.shape["data"] * mesh.shape["fsdp"])
+    work = row_work(rows, model.attention_block or DEFAULT_BLOCK.get(model.attention, 0), together)
     costs = None
     if compiled is not None:
-        program = read_program(compiled.as_text(), unknown_trips=work.visited_blocks)
-        costs = costs_of(program, experiment, topology, work, list(mesh.devices.flat))
+        program = read_program(compiled.as_text(), unknown_trips=work.walked_blocks)
+        costs = costs_of(program, experiment, topology, work, list(mesh.devices.flat), memory.host)
     parameters = whole.abstract.parameters
     return Plan(
         experiment=experiment,
@@ -145,8 +147,9 @@ def make_plan(experiment: Experiment, topology: Topology, intervals: Intervals, 
         memory=memory,
         model_flops=model_flops(parameters, experiment, work),
         costs=costs,
-        compile_seconds=time.perf_counter() - begin,
-        unsharded=unsharded(parameters),
+        compile_seconds=seconds,
+        unsharded=unsharded({"batch": vars(batch), **parameters}),
+        rows=rows.origin,
     )
 
 
@@ -193,20 +196,21 @@ def bytes_here(x: jax.ShapeDtypeStruct) -> int:
 def _bytes_asked_for(message: str, arguments: int) -> int:
     """The memory that a program which was refused would take, as the compiler's message has it."""
     number = r"([\d.]+)([KMGT])"
-    if used := re.search(rf"Used {number} of", message):
+    if used := re.search(rf"Used {number} of [\d.]+[KMGT] hbm", message):
         return int(float(used[1]) * UNITS[used[2]])
     if temporaries := re.search(rf"temporaries \({number}\)", message):
         return arguments + int(float(temporaries[1]) * UNITS[temporaries[2]])
-    raise ValueError(f"the compiler finds no room, and does not say how much it needs: {message}")
+    raise ValueError(f"the compiler refuses the step, and not for the size of HBM: {message[:500]}")
 
 
 def costs_of(
-    program: Program, experiment: Experiment, topology: Topology, work: RowWork, order: list[jax.Device]
+    program: Program, experiment: Experiment, topology: Topology, work: RowWork, order: list[jax.Device], host: int
 ) -> Costs:
     """What a compiled step takes, at the topology's rates.
 
     Args:
       order: the devices as the program numbers them.
+      host: bytes of the host's memory that each part of the batch fills and empties, for each chip.
     """
     model, chip, here = experiment.model, topology.chip, topology.devices_per_chip
     # Each run of a kernel takes one layer of all rows that have their turn together.
@@ -228,6 +232,7 @@ def costs_of(
         "memory": here * program.hbm_bytes / chip.bandwidth,
         "interconnect": links,
         **({"network": network} if topology.slices > 1 else {}),
+        **({"host": 2 * host * experiment.train.accumulation / HOST} if host else {}),
     }
     return Costs(flops, dict(sent), seconds)
 

@@ -19,20 +19,32 @@ SAMPLE = 32
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some rows of a run."""
+
+    intervals: Intervals
+    images: float
+    """In each, on average."""
+    origin: str
+    """A word on where they come from."""
+
+
+@dataclass(frozen=True)
 class RowWork:
-    """Means over some rows."""
+    """Means over rows."""
 
     images: float
     pairs: float
     """Pairs of a query and a key that it sees."""
     visited_pairs: float
     """Pairs of the blocks in which some query sees some key: what a kernel computes."""
-    visited_blocks: float
-    """Such key blocks, for a block of queries."""
+    walked_blocks: float
+    """Key blocks that lie between the first and the last that a block of queries sees in any of the rows which a device
+    has together: what chunked attention computes, in a loop whose length only the data know."""
 
 
-def sample_rows(experiment: Experiment) -> tuple[Intervals, float, str]:
-    """Intervals of the run's first rows, the mean number of their images, and a word on where they come from.
+def sample_rows(experiment: Experiment) -> Rows:
+    """The run's first rows.
 
     Where the data are not at hand, rows of the `synthetic` source stand in for them, which is said.
     """
@@ -46,18 +58,28 @@ def sample_rows(experiment: Experiment) -> tuple[Intervals, float, str]:
     rows, count = data.rows(), min(SAMPLE, experiment.data.batch_rows)
     batch = jax.tree.map(jnp.asarray, stack([rows[i] for i in range(count)]))
     intervals = row_intervals(batch, experiment.image.patches)
-    return intervals, float(batch.image_weight_BM.sum()) / count, f"{count} rows {origin}"
+    return Rows(intervals, float(batch.image_weight_BM.sum()) / count, f"{count} rows {origin}")
 
 
-def row_work(intervals: Intervals, images: float, block: int) -> RowWork:
-    """Counts for attention in blocks of `block` positions; 0 is one block, as in the dense reference."""
-    rows, length = intervals.k_start_BL.shape
+def row_work(rows: Rows, block: int, together: int = 1) -> RowWork:
+    """Counts for attention in blocks of `block` positions; 0 is one block, as in the dense reference.
+
+    Args:
+      together: rows that a device works on at a time.
+    """
+    intervals = rows.intervals
+    count, length = intervals.k_start_BL.shape
     block = min(block or length, length)
     start, end = (jnp.pad(x, ((0, 0), (0, -length % block))) for x in (intervals.k_start_BL, intervals.k_end_BL))
     some, _ = visible_blocks(start, end, block, block, -(-length // block))
+    some = np.asarray(some)
     pairs = np.maximum(np.asarray(intervals.k_end_BL) - np.asarray(intervals.k_start_BL), 0).sum(dtype=np.int64)
-    blocks = float(some.sum()) / rows
-    return RowWork(images, float(pairs) / rows, blocks * block * block, blocks / some.shape[1])
+    groups = np.stack([some[i : i + together].any(0) for i in range(0, count, together)])
+    # What lies between the first and the last that are seen: not before the one, nor behind the other.
+    after_first = np.logical_or.accumulate(groups, axis=2)
+    before_last = np.logical_or.accumulate(groups[..., ::-1], axis=2)[..., ::-1]
+    walked = (after_first & before_last).sum(2).mean()
+    return RowWork(rows.images, float(pairs) / count, some.sum() / count * block**2, float(walked))
 
 
 def model_flops(parameters: Any, experiment: Experiment, work: RowWork) -> float:

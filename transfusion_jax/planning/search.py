@@ -47,8 +47,9 @@ def _more_chips(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
     name = failed.topology.name
     # The axis that cuts the parameters takes the new chips.
     experiment = replace(failed.experiment, mesh=MeshConfig(**{**failed.mesh, "fsdp": -1}))
+    axes = " ".join(f"--mesh.{axis} {size}" for axis, size in experiment.mesh.axes.items())
     while name := larger(name):
-        yield f"--topology {name} --mesh.fsdp -1", experiment, find_topology(name, failed.topology.slices)
+        yield f"--topology {name} {axes}", experiment, find_topology(name, failed.topology.slices)
 
 
 def parts_of(experiment: Experiment, mesh: dict[str, int]) -> list[int]:
@@ -57,26 +58,31 @@ def parts_of(experiment: Experiment, mesh: dict[str, int]) -> list[int]:
     return [parts for parts in (2**i for i in range(rows.bit_length())) if rows % parts == 0]
 
 
-def search(planner: Planner, experiment: Experiment, topology: Topology) -> Iterator[Plan]:
+def search(planner: Planner, first: Plan) -> Iterator[Plan]:
     """Plans in three steps, each from the best so far: mesh shapes, then remat policies, then parts of the batch."""
-    best, tried = None, set()
+    best, tried = first, {_what_varies(first.experiment, first.mesh)}
     for step in (_meshes, _remats, _accumulations):
-        for changed in step(best.experiment if best else experiment, topology):
-            if changed in tried:
+        for changed in step(best):
+            if (key := _what_varies(changed, changed.mesh.axes)) in tried:
                 continue
-            tried.add(changed)
+            tried.add(key)
             try:
-                plan = planner(changed, topology)
+                plan = planner(changed, first.topology)
             except ValueError:  # the mesh divides neither the heads nor the rows, say
                 continue
             yield plan
-            best = plan if best is None else ranked([best, plan])[0]
+            best = ranked([best, plan])[0]
 
 
-def _meshes(experiment: Experiment, topology: Topology) -> Iterator[Experiment]:
+def _what_varies(experiment: Experiment, axes: dict[str, int]) -> tuple:
+    return tuple(axes.items()), experiment.model.remat, experiment.train.accumulation
+
+
+def _meshes(best: Plan) -> Iterator[Experiment]:
+    experiment, topology = best.experiment, best.topology
     devices, rows = len(topology.devices), experiment.data.batch_rows // experiment.train.accumulation
     for tensor in (1, 2, 4, 8):
-        for sequence in sorted({1, max(experiment.mesh.sequence, 1)}):
+        for sequence in sorted({1, best.mesh["sequence"]}):
             inner = tensor * sequence
             if devices % inner or experiment.model.num_kv_heads % tensor:
                 continue
@@ -85,11 +91,13 @@ def _meshes(experiment: Experiment, topology: Topology) -> Iterator[Experiment]:
                     yield replace(experiment, mesh=MeshConfig(data, devices // inner // data, sequence, tensor))
 
 
-def _remats(experiment: Experiment, topology: Topology) -> Iterator[Experiment]:
+def _remats(best: Plan) -> Iterator[Experiment]:
     for remat in POLICIES:
+        experiment = replace(best.experiment, mesh=MeshConfig(**best.mesh))
         yield replace(experiment, model=replace(experiment.model, remat=remat))
 
 
-def _accumulations(experiment: Experiment, topology: Topology) -> Iterator[Experiment]:
-    for parts in parts_of(experiment, experiment.mesh.axes):
+def _accumulations(best: Plan) -> Iterator[Experiment]:
+    for parts in parts_of(best.experiment, best.mesh):
+        experiment = replace(best.experiment, mesh=MeshConfig(**best.mesh))
         yield replace(experiment, train=replace(experiment.train, accumulation=parts))

@@ -10,6 +10,8 @@ import jax
 from jax.experimental import topologies
 
 GIB = 2**30
+HOST = 15e9
+"""Bytes per second between a chip and its host, one way (PCIe; Austin et al. 2025, "How to Scale Your Model")."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Chip:
 
 CHIPS = {
     "v4": Chip(int(30.5 * GIB), 275e12, 1.228e12, 50e9, 6.25e9, torus=3, ring=4),
-    "v5e": Chip(int(15.75 * GIB), 197e12, 0.819e12, 50e9, 6.25e9, torus=2, ring=16),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 0.819e12, 50e9, 3.125e9, torus=2, ring=16),
     "v5p": Chip(int(95.73 * GIB), 459e12, 2.765e12, 100e9, 6.25e9, torus=3, ring=4),
     "v6e": Chip(int(31.24 * GIB), 918e12, 1.638e12, 100e9, 12.5e9, torus=2, ring=16),
     "tpu7x": Chip(int(189.48 * GIB), 2307e12, 7.38e12, 100e9, 12.5e9, torus=3, ring=4),
@@ -96,6 +98,8 @@ def find_topology(name: str, slices: int = 1) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("compiling for TPU needs libtpu: pip install 'transfusion-jax[tpu]'")
     more = {"num_slices": slices} if slices > 1 else {}
+    if kind == "v4":  # one device a chip, as v4 hosts have it
+        more["chip_config_name"] = "megacore"
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
     except jax.errors.JaxRuntimeError as error:

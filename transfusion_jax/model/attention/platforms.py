@@ -35,14 +35,21 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
         raise ValueError("model.remat='offload' moves arrays from an accelerator to its host; on cpu: full")
     if model.attention != "auto":
         require_platform(model.attention, platform)
-        return model
-    chosen = "chunked"
+    else:
+        model = _chosen(model, platform)
+    if model.remat == "attention" and model.attention not in DEFAULT_BLOCK:
+        kinds = " and ".join(DEFAULT_BLOCK)
+        raise ValueError(f"model.remat='attention' keeps what {kinds} attention give, and this is {model.attention}")
+    return model
+
+
+def _chosen(model: ModelConfig, platform: str) -> ModelConfig:
+    """What `auto` stands for; a block that does not fit the kernel is left to it."""
     if platform == "tpu":
-        chosen = "pallas"
-    elif platform in ("gpu", "cuda") and importlib.util.find_spec("tokamax"):
-        chosen = "tokamax"
-    fits = chosen != "pallas" or model.attention_block % 128 == 0
-    return replace(model, attention=chosen, attention_block=model.attention_block if fits else 0)
+        block = model.attention_block if model.attention_block % 128 == 0 else 0
+        return replace(model, attention="pallas", attention_block=block)
+    on_gpu = platform in ("gpu", "cuda") and importlib.util.find_spec("tokamax") is not None
+    return replace(model, attention="tokamax" if on_gpu else "chunked")
 
 
 def require_platform(implementation: str, platform: str) -> None:
