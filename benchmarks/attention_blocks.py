@@ -1,6 +1,6 @@
 """Blocks that the TPU attention kernel visits over the least number needed, and its memory against the dense reference.
 
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/attention_blocks.py
+    JAX_PLATFORMS=cpu python benchmarks/attention_blocks.py
 
 Rows come from the `synthetic` source (web-like lengths, 256-patch images) through the same pipeline as in training.
 Needed is a pair of blocks, one of queries and one of keys, in which any query may see any key, found from the whole
@@ -15,7 +15,6 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
 from transfusion_jax.config import DataConfig, Experiment, MeshConfig
 from transfusion_jax.data.pipeline import Data, read
@@ -25,6 +24,7 @@ from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.model.attention.visits import VISIBLE, visible_blocks, visits
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
+from transfusion_jax.planning.topology import find_topology
 
 
 def arguments() -> argparse.Namespace:
@@ -73,7 +73,7 @@ def print_blocks(intervals: Intervals, block: int) -> None:
 
 def temporaries(args: argparse.Namespace, implementation: str, block: int) -> float:
     """MiB beside arguments and results, of the gradients of one row on one chip."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    devices = find_topology(args.topology).devices
     mesh = make_mesh(MeshConfig(), list(devices))
 
     def loss(q, k, v, intervals):
@@ -97,7 +97,7 @@ def main() -> None:
     for block in args.blocks:
         print_blocks(intervals, block)
     if importlib.util.find_spec("libtpu") is None:
-        print("memory: not measured, compiling for TPU needs libtpu (pip install libtpu)")
+        print("memory: not measured, compiling for TPU needs libtpu (pip install '.[tpu]')")
         return
     print(
         f"temporaries of forward and backward, one row on a chip of {args.topology}, {args.heads} heads of "

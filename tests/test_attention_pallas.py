@@ -1,6 +1,5 @@
 import functools
 import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from attention_cases import LENGTH, QUICK, ROWS, any_intervals, assert_close, inputs, packed, random_packings
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from transfusion_jax.config import MeshConfig, ModelConfig
@@ -18,6 +16,7 @@ from transfusion_jax.model.attention.pallas import pallas_attention
 from transfusion_jax.model.attention.sharded import on_shards
 from transfusion_jax.model.attention.visits import FIRST, FULL, LAST, VISIBLE, visible_blocks, visits
 from transfusion_jax.parallel.mesh import make_mesh
+from transfusion_jax.planning.topology import find_topology
 
 
 @functools.cache
@@ -223,11 +222,10 @@ def test_blocks_that_do_not_fit_are_refused():
 def tpu_mesh():
     """A mesh of the devices of a TPU topology that is not there."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for TPU needs libtpu (pip install libtpu)")
+        pytest.skip("compiling for TPU needs libtpu (pip install '.[tpu]')")
 
     def mesh(topology):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices = find_topology(topology).devices
         return make_mesh(MeshConfig(data=1, fsdp=2, tensor=-1), list(devices))
 
     return mesh

@@ -1,16 +1,15 @@
 import functools
 import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from transfusion_jax.planning.program import Program, read_program
+from transfusion_jax.planning.topology import find_topology
 
 
 def text(function, *arrays) -> str:
@@ -235,9 +234,8 @@ ENTRY %main (stacked: f32[4,8,32], at: s32[], by: f32[64,32]) -> f32[1,8,64] {
 def tpu_mesh() -> Mesh:
     """Of devices that are not there."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for TPU needs libtpu (pip install libtpu)")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+        pytest.skip("compiling for TPU needs libtpu (pip install '.[tpu]')")
+    devices = find_topology("v5e:2x2").devices
     return jax.make_mesh((2, 2), ("a", "b"), devices=devices)
 
 

@@ -31,7 +31,7 @@ def page(plan: Plan) -> str:
         seconds = ", ".join(f"{what} {time:.4g}" for what, time in costs.seconds.items())
         tokens = experiment.data.batch_rows * experiment.data.row_length / plan.step_seconds
         lines |= {
-            "hardware": f"{costs.hardware_flops:.3e} FLOPs a step, {costs.hardware_flops / plan.model_flops:.2f} x model",
+            "hardware": f"{costs.hardware_flops:.3e} FLOPs a step ({costs.hardware_flops / plan.model_flops:.2f} x)",
             "collectives": f"sent by a chip in a step: {kinds or 'nothing'}",
             "roofline": f"{plan.step_seconds:.4g} s a step at best ({seconds}): {plan.mfu:.1%} of peak, "
             f"{tokens:,.0f} tokens/s",

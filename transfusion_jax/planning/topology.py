@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ CHIPS = {
     "v5p": Chip(int(95.73 * GIB), 459e12, 2.765e12, 100e9, 6.25e9, torus=3, ring=4),
     "v6e": Chip(int(31.24 * GIB), 918e12, 1.638e12, 100e9, 12.5e9, torus=2, ring=16),
     "tpu7x": Chip(int(189.48 * GIB), 2307e12, 7.38e12, 100e9, 12.5e9, torus=3, ring=4),
+}
+# libtpu asks a machine for its TPUs, of which it has none, and locks them. What it is told instead does not matter to a
+# topology with a name.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # and every AxBxC of multiples of 4
@@ -97,6 +106,8 @@ def find_topology(name: str, slices: int = 1) -> Topology:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("compiling for TPU needs libtpu: pip install 'transfusion-jax[tpu]'")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     more = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":  # one device a chip, as v4 hosts have it
         more["chip_config_name"] = "megacore"
