@@ -9,7 +9,6 @@ from transfusion_jax.model.attention import Intervals
 from transfusion_jax.model.attention.intervals import row_intervals
 
 ROWS, LENGTH = 16, packings.LENGTH
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes most of the time of these tests
 
 
 def random_packings() -> list[str]:

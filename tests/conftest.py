@@ -1,5 +1,10 @@
 """A strict process: eight CPU devices, no silent promotion, every warning an error, shapes checked at run time."""
 
+import os
+
+# Most of the time goes into compiling, half of it into making code fast that runs for milliseconds.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -7,6 +12,8 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.devices()  # takes the flags; the processes that tests start compile as a user's do
+del os.environ["XLA_FLAGS"]
 
 CHECKED = ["transfusion_jax.model.attention", "transfusion_jax.objective", "transfusion_jax.diffusion"]
 hook = install_import_hook(CHECKED, "beartype.beartype")

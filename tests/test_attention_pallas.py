@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import LENGTH, QUICK, ROWS, any_intervals, assert_close, inputs, packed, random_packings
+from attention_cases import LENGTH, ROWS, any_intervals, assert_close, inputs, packed, random_packings
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -32,7 +32,7 @@ def program(*blocks: int):
             out = attention(q, k, v, intervals, implementation="dense")
         return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
 
 
 def values(arrays, intervals, *blocks):
@@ -149,7 +149,7 @@ def test_rows_that_the_mesh_does_not_divide():
     few = Intervals(intervals.k_start_BL[:3], intervals.k_end_BL[:3])
     function = functools.partial(attention, implementation="pallas", block=16, interpret=True)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        out = jax.jit(function, compiler_options=QUICK)(*(x[:3] for x in arrays[:3]), few)
+        out = jax.jit(function)(*(x[:3] for x in arrays[:3]), few)
     assert_close(out, expected[:3])
 
 
@@ -171,7 +171,7 @@ def test_in_the_transformer_under_a_mesh(monkeypatch):
             return jnp.sum(nnx.merge(graph, parameters)(x_BLD, position_BL, intervals) ** 3)
 
         monkeypatch.setattr(transformer, "attention", patched)
-        return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(parameters)
+        return jax.jit(jax.value_and_grad(loss))(parameters)
 
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         assert_close(run(interpret=True), run(implementation="dense"), rtol=1e-4, atol=2e-4)

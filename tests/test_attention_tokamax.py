@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import LENGTH, QUICK, ROWS, any_intervals, assert_close, inputs, packed, random_packings
+from attention_cases import LENGTH, ROWS, any_intervals, assert_close, inputs, packed, random_packings
 from jax.extend import backend
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -27,7 +27,7 @@ def program(implementation: str = "tokamax", interpret: bool = True):
         out = attention(q, k, v, intervals, implementation=implementation, interpret=interpret)
         return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
 
 
 def values(arrays, intervals, *which):

@@ -68,7 +68,7 @@ def test_training_learns_and_advances_everything(single, experiment):
         pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=2, fsdp=2, sequence=2), marks=pytest.mark.slow),
-        MeshConfig(data=1, fsdp=4, tensor=2),
+        pytest.param(MeshConfig(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
         MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
     ],
     ids=str,
@@ -110,7 +110,7 @@ def program_text(experiment, mesh_config):
     mesh, plan = build(experiment, mesh_config)
     with jax.set_mesh(mesh):
         lowered = compiled_step(plan).lower(plan.abstract, abstract_batch(experiment, mesh))
-        return lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+        return lowered.compile().as_text()
 
 
 def test_positions_that_are_cut_share_the_work(experiment):
@@ -123,10 +123,10 @@ def test_positions_that_are_cut_share_the_work(experiment):
 
 def test_attention_that_is_kept_is_not_computed_again(experiment):
     flops = {}
-    for remat in ("full", "attention", "minimal"):
+    for remat in ("full", "attention"):
         config = replace(experiment, model=replace(experiment.model, remat=remat))
         flops[remat] = read_program(program_text(config, ONE), unknown_trips=2).flops
-    assert flops["minimal"] < flops["attention"] < flops["full"]
+    assert flops["attention"] < flops["full"]
 
 
 @pytest.mark.parametrize(
