@@ -142,13 +142,15 @@ def finish_shard(account: Account, path: Path, account_path: Path) -> None:
 @contextlib.contextmanager
 def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
     """A writer of ArrayRecord that is closed in the end; it says with a RuntimeError that the disk is full."""
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    writer = None  # the file is there before its writer, which may find the disk full
     try:
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         yield writer
         writer.close()
     except BaseException as error:
         with contextlib.suppress(RuntimeError):
-            writer.close()
+            if writer is not None:
+                writer.close()
         path.unlink(missing_ok=True)
         known = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         number = next((n for n in known if os.strerror(n) in str(error)), None)

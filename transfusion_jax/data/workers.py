@@ -61,7 +61,7 @@ def make_shards(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
                 yield done.value - seen
                 seen = done.value
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits, so that nobody writes any more
             raise
 
 

@@ -19,7 +19,7 @@ from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
 from transfusion_jax.parallel.mesh import make_mesh
-from transfusion_jax.parallel.rules import RULES, batch_sharding
+from transfusion_jax.parallel.rules import RULES, batch_sharding, mesh_axes
 from transfusion_jax.planning.program import Program, read_program
 from transfusion_jax.planning.rows import Rows, RowWork, model_flops, row_work
 from transfusion_jax.planning.topology import HOST, Topology
@@ -99,7 +99,7 @@ class Plan:
             "chips": self.topology.chips,
             "parameters": self.parameters,
             "mesh": self.mesh,
-            "rules": {axis: cut for axis, cut in RULES.items() if cut},
+            "rules": {axis: list(mesh_axes(axis)) for axis in RULES if mesh_axes(axis)},
             "unsharded_bytes": self.unsharded,
             "remat": self.experiment.model.remat,
             "attention": self.experiment.model.attention,

@@ -6,11 +6,13 @@ Two integers per position describe packing, causality and the bidirectional atte
 
 import functools
 
+import jax
+
 from transfusion_jax.model.attention.chunked import chunked_attention
 from transfusion_jax.model.attention.dense import dense_attention
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.pallas import pallas_attention
-from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK, PLATFORMS, checked
+from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK, PLATFORMS, best, checked
 from transfusion_jax.model.attention.sharded import on_shards
 from transfusion_jax.model.attention.tokamax import tokamax_attention
 from transfusion_jax.shapes import BLNH, BSKH
@@ -30,12 +32,15 @@ def attention(
 
     Query heads are grouped: heads [k * G, (k + 1) * G) share key head k, G = N / K. A query whose interval is
     empty gets zeros. Softmax is in float32, the result in q's dtype. Under a mesh every device works on its own rows,
-    positions and heads. Blocks are of `block` positions, 0 being the implementation's own choice. `interpret` lets
+    positions and heads. "auto" is what suits the default backend. Blocks are of `block` positions, 0 being the
+    implementation's own choice. `interpret` lets
     "pallas" and "tokamax" run anywhere, slowly, for tests.
 
     Raises:
       ValueError: the implementation is unknown or not installed, or, when lowered, it does not run on that platform.
     """
+    if implementation == "auto":  # a training step knows its platform and names one (`platforms.for_platform`)
+        implementation, block = best(jax.default_backend(), block)
     if implementation not in PLATFORMS:
         raise ValueError(f"{implementation=} is not one of {', '.join(map(repr, PLATFORMS))}")
     if PLATFORMS[implementation] is not None and not interpret:

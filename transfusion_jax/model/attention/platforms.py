@@ -36,20 +36,20 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
     if model.attention != "auto":
         require_platform(model.attention, platform)
     else:
-        model = _chosen(model, platform)
+        implementation, block = best(platform, model.attention_block)
+        model = replace(model, attention=implementation, attention_block=block)
     if model.remat == "attention" and model.attention not in DEFAULT_BLOCK:
         kinds = " and ".join(DEFAULT_BLOCK)
         raise ValueError(f"model.remat='attention' keeps what {kinds} attention give, and this is {model.attention}")
     return model
 
 
-def _chosen(model: ModelConfig, platform: str) -> ModelConfig:
-    """What `auto` stands for; a block that does not fit the kernel is left to it."""
+def best(platform: str, block: int) -> tuple[str, int]:
+    """The implementation, and its block, that "auto" stands for; a block that does not fit a kernel is left to it."""
     if platform == "tpu":
-        block = model.attention_block if model.attention_block % 128 == 0 else 0
-        return replace(model, attention="pallas", attention_block=block)
+        return "pallas", 0 if block % 128 else block
     on_gpu = platform in ("gpu", "cuda") and importlib.util.find_spec("tokamax") is not None
-    return replace(model, attention="tokamax" if on_gpu else "chunked")
+    return "tokamax" if on_gpu else "chunked", block
 
 
 def require_platform(implementation: str, platform: str) -> None:
