@@ -12,7 +12,6 @@ import resource
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from transfusion_jax.config import DataConfig, Experiment, ModelConfig, TrainConfig
@@ -22,6 +21,7 @@ from transfusion_jax.host import keep_freed_memory
 from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
+from transfusion_jax.planning.rows import Rows, model_flops, row_work
 from transfusion_jax.training.state import blueprint
 from transfusion_jax.training.step import compiled_step
 
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--attention", default="chunked", choices=("chunked", "dense", "pallas", "tokamax"))
     parser.add_argument("--block", type=int, default=128)
-    parser.add_argument("--remat", default="full", choices=("none", "minimal", "full"))
+    parser.add_argument("--remat", default="full", choices=("none", "minimal", "attention", "full"))
     parser.add_argument("--steps", type=int, default=10)
     return parser.parse_args()
 
@@ -55,12 +55,10 @@ def product_rate(dtype: str, size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
-def model_flops(experiment: Experiment, batch, matrices: int) -> float:
-    """FLOPs of forward and backward: 6 per matrix element and position, 12 H N per visible pair and layer."""
-    config = experiment.model
-    intervals = row_intervals(batch, experiment.image.patches)
-    pairs = float(jnp.maximum(intervals.k_end_BL - intervals.k_start_BL, 0).sum())
-    return 6.0 * matrices * batch.tokens_BL.size + 12.0 * pairs * config.width * config.layers
+def step_flops(parameters, experiment: Experiment, batch) -> float:
+    images = float(batch.image_weight_BM.sum()) / len(batch.tokens_BL)
+    rows = Rows(row_intervals(batch, experiment.image.patches), images, "of the batch")
+    return model_flops(parameters, experiment, row_work(rows, 0))
 
 
 def main() -> None:
@@ -81,10 +79,6 @@ def main() -> None:
     with jax.set_mesh(mesh):
         plan = blueprint(experiment, mesh)
         parameters = plan.abstract.parameters
-        # Every parameter but norms and the embedding table is a matrix that a position is multiplied with (the few
-        # of the patch layers by less than every position).
-        blocks = sum(x.size for x in jax.tree.leaves(parameters["transformer"]["blocks"]) if x.ndim > 2)
-        matrices = blocks + parameters["output_DV"].size
         state, batch = plan.initialise(), jax.device_put(next(batches), sharding)
         begin = time.perf_counter()
         step = compiled_step(plan).lower(state, batch).compile()
@@ -100,7 +94,7 @@ def main() -> None:
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - begin)
-            flops.append(model_flops(experiment, batch, matrices))
+            flops.append(step_flops(parameters, experiment, batch))
         rates.append(product_rate(args.dtype))
 
     rate, typical = max(rates), float(np.median(seconds))
