@@ -36,7 +36,7 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(int(30.5 * GIB), 275e12, 1.228e12, 50e9, 6.25e9, torus=3, ring=4),
+    "v4": Chip(int(30.75 * GIB), 275e12, 1.228e12, 50e9, 6.25e9, torus=3, ring=4),
     "v5e": Chip(int(15.75 * GIB), 197e12, 0.819e12, 50e9, 3.125e9, torus=2, ring=16),
     "v5p": Chip(int(95.73 * GIB), 459e12, 2.765e12, 100e9, 6.25e9, torus=3, ring=4),
     "v6e": Chip(int(31.24 * GIB), 918e12, 1.638e12, 100e9, 12.5e9, torus=2, ring=16),
