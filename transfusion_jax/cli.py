@@ -231,8 +231,11 @@ def plan(arguments: argparse.Namespace) -> int:
         say("trying what would fit")
         answer["remedies"] = []
         for change, found in remedies(planner, planned):
-            say(f"  {change}: fits in {size(found.memory.peak)}, {found.step_seconds:.4g} s a step at best")
-            answer["remedies"].append({"change": change, **found.json()})
+            if found.fits:
+                say(f"  {change}: fits in {size(found.memory.peak)}, {found.step_seconds:.4g} s a step at best")
+                answer["remedies"].append({"change": change, **found.json()})
+            else:
+                say(f"  {change}: does not fit, {size(found.memory.peak)}")
         if not answer["remedies"]:
             say("  nothing found")
     if arguments.json:

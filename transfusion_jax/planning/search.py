@@ -17,15 +17,15 @@ POLICIES = ("none", "minimal", "attention", "full", "offload")
 
 
 def remedies(planner: Planner, failed: Plan) -> Iterator[tuple[str, Plan]]:
-    """Changes that each alone make a plan fit, as (what to say on the command line, plan), as they are found."""
+    """Plans with one change each, as (what to say on the command line, plan): each kind of change until one fits."""
     for kind in (_policies, _parts, _more_chips):
         for change, experiment, topology in kind(failed):
             try:
                 plan = planner(experiment, topology)
             except ValueError:  # the mesh or the batch cannot be cut so
                 continue
+            yield change, plan
             if plan.fits:
-                yield change, plan
                 break
 
 
