@@ -33,8 +33,7 @@ def attention(
     Query heads are grouped: heads [k * G, (k + 1) * G) share key head k, G = N / K. A query whose interval is
     empty gets zeros. Softmax is in float32, the result in q's dtype. Under a mesh every device works on its own rows,
     positions and heads. "auto" is what suits the default backend. Blocks are of `block` positions, 0 being the
-    implementation's own choice. `interpret` lets
-    "pallas" and "tokamax" run anywhere, slowly, for tests.
+    implementation's own choice. `interpret` lets "pallas" and "tokamax" run anywhere, slowly, for tests.
 
     Raises:
       ValueError: the implementation is unknown or not installed, or, when lowered, it does not run on that platform.
