@@ -19,9 +19,9 @@ import numpy as np
 from transfusion_jax.config import DataConfig, Experiment, MeshConfig
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.tokenizer import train_tokenizer
-from transfusion_jax.model.attention import Intervals, attention
-from transfusion_jax.model.attention.intervals import row_intervals
-from transfusion_jax.model.attention.visits import VISIBLE, visible_blocks, visits
+from transfusion_jax.model.attention.attention import attention
+from transfusion_jax.model.attention.block_pairs import VISIBLE, visible_blocks, visits
+from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.planning.topology import find_topology
@@ -44,7 +44,9 @@ def arguments() -> argparse.Namespace:
 
 def packed(length: int, rows: int) -> Intervals:
     """Intervals of the first rows of an epoch."""
-    experiment = Experiment(name="benchmark", data=DataConfig(row_length=length, batch_rows=rows, prefetch=1))
+    experiment = Experiment(
+        name="benchmark", data=DataConfig(row_length=length, batch_rows=rows, prefetch=1)
+    )
     batches = read(Data(experiment, train_tokenizer(["synthetic text"], 300)).batches(), 0, 1)
     return row_intervals(jax.tree.map(jnp.asarray, next(batches)), experiment.image.patches)
 
@@ -52,7 +54,9 @@ def packed(length: int, rows: int) -> Intervals:
 def needed(intervals: Intervals, block: int) -> int:
     """Pairs of blocks in which any query may see any key, by looking at every position."""
     count, key = 0, np.arange(intervals.k_start_BL.shape[1])
-    for start, end in zip(np.asarray(intervals.k_start_BL), np.asarray(intervals.k_end_BL), strict=True):
+    for start, end in zip(
+        np.asarray(intervals.k_start_BL), np.asarray(intervals.k_end_BL), strict=True
+    ):
         seen = (key >= start[:, None]) & (key < end[:, None])
         count += seen.reshape(len(key) // block, block, len(key) // block, block).any((1, 3)).sum()
     return int(count)
@@ -61,7 +65,10 @@ def needed(intervals: Intervals, block: int) -> int:
 def print_blocks(intervals: Intervals, block: int) -> None:
     rows, length = intervals.k_start_BL.shape
     table = visible_blocks(intervals.k_start_BL, intervals.k_end_BL, block, block, length // block)
-    least, pairs = needed(intervals, block), float((intervals.k_end_BL - intervals.k_start_BL).sum())
+    least, pairs = (
+        needed(intervals, block),
+        float((intervals.k_end_BL - intervals.k_start_BL).sum()),
+    )
     for by in ("query", "key"):
         (_, _, _, flags), count = visits(*table, by=by)
         computed = int((flags[:count] & VISIBLE != 0).sum())
@@ -81,11 +88,19 @@ def temporaries(args: argparse.Namespace, implementation: str, block: int) -> fl
         return out.astype(jnp.float32).sum()
 
     def shape(*sizes, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct((len(devices), args.length, *sizes), dtype, sharding=batch_sharding(mesh))
+        return jax.ShapeDtypeStruct(
+            (len(devices), args.length, *sizes), dtype, sharding=batch_sharding(mesh)
+        )
 
-    q, k, bound = shape(args.heads, args.head_dim), shape(args.kv_heads, args.head_dim), shape(dtype=jnp.int32)
+    q, k, bound = (
+        shape(args.heads, args.head_dim),
+        shape(args.kv_heads, args.head_dim),
+        shape(dtype=jnp.int32),
+    )
     with jax.set_mesh(mesh):
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, Intervals(bound, bound)).compile()
+        compiled = (
+            jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, Intervals(bound, bound)).compile()
+        )
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 

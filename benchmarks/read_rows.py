@@ -21,11 +21,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from transfusion_jax.config import DataConfig, Experiment, ImageConfig, SourceConfig
-from transfusion_jax.data import records
 from transfusion_jax.data.pipeline import Data, read
-from transfusion_jax.data.prepare import FORMAT
+from transfusion_jax.data.sources import records
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.host import keep_freed_memory
+from transfusion_jax.preparation.prepare import FORMAT
 
 IMAGE = ImageConfig(32, 32, 8, 2)
 THREADS = 4  # that `read` uses
@@ -36,7 +36,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8, help="rows of a batch")
     parser.add_argument("--pairs", type=int, default=32_768, help="documents on disk, 32 kB each")
-    parser.add_argument("--directory", type=Path, help="where they are written (the system's temporary directory)")
+    parser.add_argument(
+        "--directory", type=Path, help="where they are written (the system's temporary directory)"
+    )
     return parser.parse_args()
 
 
@@ -47,14 +49,21 @@ def write_dataset(directory: Path, pairs: int, tokenizer: Tokenizer) -> None:
     pool = np.abs(rng.standard_normal((64, 2, *IMAGE.shape), np.float32)).astype(np.float16)
     (directory / "shards").mkdir()
     (directory / "tokenizer.model").write_bytes(tokenizer.model)
-    np.save(directory / "index.npy", np.stack([lengths, np.ones(pairs), np.zeros(pairs)]).astype(np.int32))
+    np.save(
+        directory / "index.npy",
+        np.stack([lengths, np.ones(pairs), np.zeros(pairs)]).astype(np.int32),
+    )
     shards = []
     for shard in np.array_split(lengths, -(-pairs // 4096)):
         path = directory / "shards" / f"{len(shards):06}.arrayrecord"
         writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         for number, length in enumerate(shard):
             caption = rng.integers(tokenizer.boi, size=length)
-            writer.write(records.encode(records.Record((caption,), ((records.IMAGE, pool[number % 64]),)), ids))
+            writer.write(
+                records.encode(
+                    records.Record((caption,), ((records.IMAGE, pool[number % 64]),)), ids
+                )
+            )
         writer.close()
         shards.append({"name": path.name, "documents": len(shard), "bytes": path.stat().st_size})
     info = {
@@ -68,7 +77,9 @@ def write_dataset(directory: Path, pairs: int, tokenizer: Tokenizer) -> None:
     (directory / "dataset.json").write_text(json.dumps(info))
 
 
-def bound(directory: Path, row_bytes: float, record: int, seconds: float = 2.0) -> tuple[float, float]:
+def bound(
+    directory: Path, row_bytes: float, record: int, seconds: float = 2.0
+) -> tuple[float, float]:
     """Bytes/s of reading records at random with as many threads, and of copying a row."""
     files = [os.open(path, os.O_RDONLY) for path in sorted((directory / "shards").iterdir())]
     sizes = [os.fstat(file).st_size for file in files]
@@ -126,10 +137,14 @@ def main() -> None:
     limit = 1 / (stored / read_rate + row_bytes / copy_rate)
     print(f"rows       {rate:,.0f} rows/s of 4,096 positions, {per_row:.1f} images each")
     print(f"processor  {worked / rows * 1e3:.2f} ms for a row, {worked / seconds:.2f} cores busy")
-    print(f"disk       {read_rate / 2**30:.2f} GiB/s at random, {stored / 2**20:.2f} MiB stored for a row")
+    print(
+        f"disk       {read_rate / 2**30:.2f} GiB/s at random, {stored / 2**20:.2f} MiB stored for a row"
+    )
     print(f"copies     {copy_rate / 2**30:.2f} GiB/s, {row_bytes / 2**20:.2f} MiB in a row")
     print(f"bound      {limit:,.0f} rows/s by disk and one copy: {rate / limit:.1%} of it")
-    print(f"memory     {peak:,.0f} MiB at most over {rows} rows, {peak - before:+,.0f} MiB since the first {warm}")
+    print(
+        f"memory     {peak:,.0f} MiB at most over {rows} rows, {peak - before:+,.0f} MiB since the first {warm}"
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.planning.rows import Rows, model_flops, row_work
-from transfusion_jax.training.state import blueprint
-from transfusion_jax.training.step import compiled_step
+from transfusion_jax.pretraining.state import blueprint
+from transfusion_jax.pretraining.step import compiled_step
 
 
 def arguments() -> argparse.Namespace:
@@ -35,7 +35,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--attention", default="chunked", choices=("chunked", "dense", "pallas", "tokamax"))
+    parser.add_argument(
+        "--attention", default="chunked", choices=("chunked", "dense", "pallas", "tokamax")
+    )
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--remat", default="full", choices=("none", "minimal", "attention", "full"))
     parser.add_argument("--steps", type=int, default=10)
@@ -101,14 +103,22 @@ def main() -> None:
     achieved = float(np.median(np.asarray(flops) / np.asarray(seconds)))
     memory = step.memory_analysis()
     count = sum(x.size for x in jax.tree.leaves(parameters))
-    print(f"model             {count / 1e6:.1f} M parameters, {args.layers} layers of {args.width}, {args.dtype}")
-    print(f"rows              {args.batch} of {args.length} positions, attention {args.attention}, remat {args.remat}")
+    print(
+        f"model             {count / 1e6:.1f} M parameters, {args.layers} layers of {args.width}, {args.dtype}"
+    )
+    print(
+        f"rows              {args.batch} of {args.length} positions, attention {args.attention}, remat {args.remat}"
+    )
     print(f"tokens/s          {args.batch * args.length / typical:,.0f} ({typical:.3f} s a step)")
     print(f"matrix product    {rate / 1e9:,.0f} GFLOP/s")
     print(f"model FLOPs       {achieved / 1e9:,.0f} GFLOP/s: utilisation {achieved / rate:.1%}")
     print(f"waiting for data  {waited / sum(seconds):.2%}")
-    print(f"temporaries       {memory.temp_size_in_bytes / 2**30:.2f} GiB of one step, by the compiler")
-    print(f"peak memory       {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process")
+    print(
+        f"temporaries       {memory.temp_size_in_bytes / 2**30:.2f} GiB of one step, by the compiler"
+    )
+    print(
+        f"peak memory       {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
+    )
     print(f"compile           {compile_seconds:.1f} s")
 
 

@@ -19,7 +19,7 @@ from transfusion_jax.config import (
     SourceConfig,
     TrainConfig,
 )
-from transfusion_jax.data.prepared import image_config, vocab_size
+from transfusion_jax.data.sources.prepared import image_config, vocab_size
 
 PICTURES, TEXT = "data/emoji", "data/speeches"
 
@@ -48,6 +48,8 @@ def config() -> Experiment:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=200),
         train=TrainConfig(steps=1500, ema_decay=0.998, checkpoint_every=250),
-        sampler=SamplerConfig("ddim", steps=50, clip=1.0, context_timestep=20, max_tokens=image.span + 64),
+        sampler=SamplerConfig(
+            "ddim", steps=50, clip=1.0, context_timestep=20, max_tokens=image.span + 64
+        ),
         evaluation=("likelihood", "pairs"),
     )

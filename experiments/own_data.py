@@ -16,7 +16,7 @@ from transfusion_jax.config import (
     SourceConfig,
     TrainConfig,
 )
-from transfusion_jax.data.prepared import image_config, vocab_size
+from transfusion_jax.data.sources.prepared import image_config, vocab_size
 
 DATA = "data/mine"
 
@@ -36,11 +36,21 @@ def config() -> Experiment:
             timestep="after",
             patch_position="learned",
         ),
-        data=DataConfig(sources=(SourceConfig(DATA),), row_length=4 * image.span + 64, batch_rows=8, max_epochs=100.0),
+        data=DataConfig(
+            sources=(SourceConfig(DATA),),
+            row_length=4 * image.span + 64,
+            batch_rows=8,
+            max_epochs=100.0,
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100),
         train=TrainConfig(steps=1000, ema_decay=0.995, checkpoint_every=250),
         sampler=SamplerConfig(
-            kind="ddim", steps=50, guidance=3.0, clip=1.0, context_timestep=50, max_tokens=image.span + 64
+            kind="ddim",
+            steps=50,
+            guidance=3.0,
+            clip=1.0,
+            context_timestep=50,
+            max_tokens=image.span + 64,
         ),
         evaluation=("likelihood", "pairs"),
     )

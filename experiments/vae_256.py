@@ -23,7 +23,12 @@ def config() -> AutoencoderExperiment:
         name="vae_256",
         data="",  # a directory of prepared pictures
         optimizer=OptimizerConfig(
-            learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=1000, b1=0.5, b2=0.9, weight_decay=0.0
+            learning_rate=1e-4,
+            final_learning_rate=1e-5,
+            warmup_steps=1000,
+            b1=0.5,
+            b2=0.9,
+            weight_decay=0.0,
         ),
     )
 

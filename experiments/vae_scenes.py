@@ -37,9 +37,16 @@ def config() -> AutoencoderExperiment:
         ),
         loss=LossConfig(lpips_network="alexnet", gan_start=900, discriminator_width=16),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=30, b1=0.9, b2=0.99, weight_decay=0.0
+            learning_rate=3e-3,
+            final_learning_rate=1e-4,
+            warmup_steps=30,
+            b1=0.9,
+            b2=0.99,
+            weight_decay=0.0,
         ),
-        train=AutoencoderTrainConfig(steps=1000, batch=16, ema_decay=0.99, checkpoint_every=500, sample_every=200),
+        train=AutoencoderTrainConfig(
+            steps=1000, batch=16, ema_decay=0.99, checkpoint_every=500, sample_every=200
+        ),
     )
 
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import packings
 
-from transfusion_jax.model.attention import Intervals
-from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 
 ROWS, LENGTH = 16, packings.LENGTH
 

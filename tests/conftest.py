@@ -15,7 +15,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.devices()  # takes the flags; the processes that tests start compile as a user's do
 del os.environ["XLA_FLAGS"]
 
-CHECKED = ["transfusion_jax.model.attention", "transfusion_jax.objective", "transfusion_jax.diffusion"]
+CHECKED = [
+    "transfusion_jax.model.attention",
+    "transfusion_jax.pretraining.objective",
+    "transfusion_jax.diffusion",
+]
 hook = install_import_hook(CHECKED, "beartype.beartype")
 hook.__enter__()
 
@@ -30,7 +34,7 @@ from transfusion_jax.config import (  # noqa: E402  (after the hook)
     TokenizerConfig,
     TrainConfig,
 )
-from transfusion_jax.data.sources import load_sources  # noqa: E402
+from transfusion_jax.data.sources.registry import load_sources  # noqa: E402
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
 

@@ -53,7 +53,9 @@ def batch(packings: list[str], seed: int = 0, vocabulary: int = 32) -> Batch:
     rng = np.random.default_rng(seed)
     kinds = np.asarray([_kinds(packing) for packing in packings])
     segment, image = kinds[..., 0].astype(np.int32), kinds[..., 1]
-    first = np.concatenate([np.ones((len(packings), 1), bool), segment[:, 1:] != segment[:, :-1]], axis=1)
+    first = np.concatenate(
+        [np.ones((len(packings), 1), bool), segment[:, 1:] != segment[:, :-1]], axis=1
+    )
     index = np.arange(LENGTH)[None]
     position = (index - np.maximum.accumulate(np.where(first, index, 0), axis=1)).astype(np.int32)
     start = np.full((len(packings), SLOTS), LENGTH, np.int32)

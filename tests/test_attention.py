@@ -9,15 +9,18 @@ import pytest
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import MeshConfig, ModelConfig
-from transfusion_jax.model.attention import Intervals, attention
-from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.attention.attention import attention
+from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.model.attention.platforms import for_platform, require_platform
 from transfusion_jax.parallel.mesh import make_mesh
 
 
 def qkv(shape_q, shape_k, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, (shape_q, shape_k, shape_k), strict=True))
+    return tuple(
+        jax.random.normal(k, s, dtype)
+        for k, s in zip(keys, (shape_q, shape_k, shape_k), strict=True)
+    )
 
 
 def loops(q, k, v, seen):
@@ -36,13 +39,19 @@ def loops(q, k, v, seen):
 
 def all_packings() -> tuple[Batch, np.ndarray]:
     names = list(packings.PACKINGS.values())
-    return jax.tree.map(jnp.asarray, packings.batch(names)), np.stack([packings.mask(p) for p in names])
+    return jax.tree.map(jnp.asarray, packings.batch(names)), np.stack(
+        [packings.mask(p) for p in names]
+    )
 
 
 def test_intervals_are_the_mask_of_the_recipe():
     batch, seen = all_packings()
     intervals = row_intervals(batch, packings.P)
-    start, end, key = np.asarray(intervals.k_start_BL), np.asarray(intervals.k_end_BL), np.arange(packings.LENGTH)
+    start, end, key = (
+        np.asarray(intervals.k_start_BL),
+        np.asarray(intervals.k_end_BL),
+        np.arange(packings.LENGTH),
+    )
     inside = (key >= start[..., None]) & (key < end[..., None])
     np.testing.assert_array_equal(inside, seen)
 
@@ -121,7 +130,9 @@ def test_arbitrary_intervals_over_a_longer_cache(implementation):
 def test_bfloat16_accumulates_in_float32():
     batch, seen = all_packings()
     intervals = row_intervals(batch, packings.P)
-    q, k, v = qkv((len(seen), packings.LENGTH, 2, 8), (len(seen), packings.LENGTH, 2, 8), jnp.bfloat16)
+    q, k, v = qkv(
+        (len(seen), packings.LENGTH, 2, 8), (len(seen), packings.LENGTH, 2, 8), jnp.bfloat16
+    )
     for implementation in ("dense", "chunked"):
         out = attention(q, k, v, intervals, implementation=implementation, block=16)
         assert out.dtype == jnp.bfloat16
@@ -163,7 +174,9 @@ def test_an_implementation_that_is_not_installed_is_refused(monkeypatch):
 def test_a_gpu_is_cuda_to_lowering():
     require_platform("tokamax", "cuda")
     require_platform("tokamax", "gpu")
-    with pytest.raises(ValueError, match="model.attention='tokamax' runs on cuda; on tpu: chunked, dense, pallas"):
+    with pytest.raises(
+        ValueError, match="model.attention='tokamax' runs on cuda; on tpu: chunked, dense, pallas"
+    ):
         require_platform("tokamax", "tpu")
 
 
@@ -177,7 +190,9 @@ def test_auto_is_chosen_by_platform(platform, block, chosen):
 
 
 def test_what_a_platform_cannot_run_is_refused_before_anything_is_built():
-    with pytest.raises(ValueError, match="model.attention='pallas' runs on tpu; on cpu: chunked, dense"):
+    with pytest.raises(
+        ValueError, match="model.attention='pallas' runs on tpu; on cpu: chunked, dense"
+    ):
         for_platform(ModelConfig(attention="pallas"), "cpu")
     with pytest.raises(ValueError, match="model.remat='offload' moves arrays from an accelerator"):
         for_platform(ModelConfig(remat="offload"), "cpu")

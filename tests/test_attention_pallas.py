@@ -5,16 +5,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import LENGTH, ROWS, any_intervals, assert_close, inputs, packed, random_packings
+from attention_cases import (
+    LENGTH,
+    ROWS,
+    any_intervals,
+    assert_close,
+    inputs,
+    packed,
+    random_packings,
+)
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from transfusion_jax.config import MeshConfig, ModelConfig
 from transfusion_jax.model import transformer
-from transfusion_jax.model.attention import Intervals, attention
+from transfusion_jax.model.attention.attention import attention
+from transfusion_jax.model.attention.block_pairs import (
+    FIRST,
+    FULL,
+    LAST,
+    VISIBLE,
+    visible_blocks,
+    visits,
+)
+from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.pallas import pallas_attention
 from transfusion_jax.model.attention.sharded import on_shards
-from transfusion_jax.model.attention.visits import FIRST, FULL, LAST, VISIBLE, visible_blocks, visits
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.planning.topology import find_topology
 
@@ -26,7 +42,9 @@ def program(*blocks: int):
     def loss(q, k, v, weight, k_start_BL, k_end_BL):
         intervals = Intervals(k_start_BL, k_end_BL)
         if blocks:
-            kernel = functools.partial(pallas_attention, block_q=blocks[0], block_k=blocks[1], interpret=True)
+            kernel = functools.partial(
+                pallas_attention, block_q=blocks[0], block_k=blocks[1], interpret=True
+            )
             out = on_shards(kernel, q, k, v, intervals)
         else:
             out = attention(q, k, v, intervals, implementation="dense")
@@ -40,7 +58,9 @@ def values(arrays, intervals, *blocks):
     return out, *gradients
 
 
-@pytest.mark.parametrize("N, K, blocks", [(4, 2, (16, 8)), (2, 2, (8, 16)), (3, 1, (5, 7))], ids=["GQA", "MHA", "MQA"])
+@pytest.mark.parametrize(
+    "N, K, blocks", [(4, 2, (16, 8)), (2, 2, (8, 16)), (3, 1, (5, 7))], ids=["GQA", "MHA", "MQA"]
+)
 def test_equals_dense_forward_and_backward_over_random_packings(N, K, blocks):
     arrays, intervals = inputs(N=N, K=K), packed(random_packings())
     assert_close(values(arrays, intervals, *blocks), values(arrays, intervals))
@@ -93,14 +113,22 @@ def test_blocks_outside_every_interval_are_not_computed():
     q, k, v, weight = inputs()
     outside = jnp.asarray((index < 8) | (index >= 16))[None, :, None, None]
     spoilt = q, jnp.where(outside, jnp.nan, k), jnp.where(outside, jnp.nan, v), weight
-    assert_close(values(spoilt, intervals, 16, 8), values((q, k, v, weight), intervals, 16, 8), atol=0)
+    assert_close(
+        values(spoilt, intervals, 16, 8), values((q, k, v, weight), intervals, 16, 8), atol=0
+    )
 
 
 @pytest.mark.parametrize("by", ["query", "key"])
-@pytest.mark.parametrize("intervals", [packed(random_packings()), any_intervals((5, 36), 36)], ids=["packings", "any"])
+@pytest.mark.parametrize(
+    "intervals", [packed(random_packings()), any_intervals((5, 36), 36)], ids=["packings", "any"]
+)
 def test_visits_are_the_visible_blocks_sorted(by, intervals):
     block_q, block_k = 4, 6
-    start, end, key = np.asarray(intervals.k_start_BL), np.asarray(intervals.k_end_BL), np.arange(36)
+    start, end, key = (
+        np.asarray(intervals.k_start_BL),
+        np.asarray(intervals.k_end_BL),
+        np.arange(36),
+    )
     inside = (key >= start[..., None]) & (key < end[..., None])
     inside = inside.reshape(len(start), 9, block_q, 6, block_k)
     listed = jax.jit(lambda *bounds: visits(*visible_blocks(*bounds, block_q, block_k, 6), by=by))
@@ -109,7 +137,8 @@ def test_visits_are_the_visible_blocks_sorted(by, intervals):
     pairs = list(zip(row, query, key, strict=True))
     visible, full = flags & VISIBLE != 0, flags & FULL != 0
     assert [p for p, yes in zip(pairs, visible, strict=True) if yes] == sorted(
-        zip(*np.nonzero(inside.any((2, 4))), strict=True), key=lambda p: p if by == "query" else (p[0], p[2], p[1])
+        zip(*np.nonzero(inside.any((2, 4))), strict=True),
+        key=lambda p: p if by == "query" else (p[0], p[2], p[1]),
     )
     assert {p for p, yes in zip(pairs, full, strict=True) if yes} == set(
         zip(*np.nonzero(inside.all((2, 4))), strict=True)
@@ -127,7 +156,9 @@ def test_visits_are_the_visible_blocks_sorted(by, intervals):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=2, sequence=4)], ids=["heads", "positions"]
+    "mesh",
+    [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=2, sequence=4)],
+    ids=["heads", "positions"],
 )
 def test_sharded_equals_dense(mesh):
     """Over rows and heads of eight devices, which exchange nothing; and over positions, whose keys are gathered."""
@@ -138,8 +169,17 @@ def test_sharded_equals_dense(mesh):
         spec = PartitionSpec(("data", "fsdp"), "sequence", "tensor")
         arrays = jax.device_put(arrays, NamedSharding(mesh, spec))
         assert_close(values(arrays, intervals, 16, 8), expected)
-        text = program(16, 8).lower(*arrays, intervals.k_start_BL, intervals.k_end_BL).compile().as_text()
-    exchanged = {kind for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter") if kind in text}
+        text = (
+            program(16, 8)
+            .lower(*arrays, intervals.k_start_BL, intervals.k_end_BL)
+            .compile()
+            .as_text()
+        )
+    exchanged = {
+        kind
+        for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+        if kind in text
+    }
     assert exchanged == (set() if mesh.shape["sequence"] == 1 else {"all-gather", "reduce-scatter"})
 
 
@@ -156,7 +196,13 @@ def test_rows_that_the_mesh_does_not_divide():
 def test_in_the_transformer_under_a_mesh(monkeypatch):
     """Scanned and rematerialised layers give the loss and gradients that they give with the reference."""
     config = ModelConfig(
-        layers=2, width=32, heads=4, kv_heads=2, mlp_width=32, compute_dtype="float32", attention="pallas"
+        layers=2,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        mlp_width=32,
+        compute_dtype="float32",
+        attention="pallas",
     )
     graph, parameters = nnx.split(transformer.Transformer(config, rngs=nnx.Rngs(0)))
     intervals = packed(random_packings()[:4])
@@ -186,17 +232,23 @@ def abstract(B, L, N, K, H, dtype, sharding=None):
 
 def gradients_of(implementation="pallas", block=128):
     def loss(q, k, v, k_start_BL, k_end_BL):
-        out = attention(q, k, v, Intervals(k_start_BL, k_end_BL), implementation=implementation, block=block)
+        out = attention(
+            q, k, v, Intervals(k_start_BL, k_end_BL), implementation=implementation, block=block
+        )
         return out.astype(jnp.float32).sum()
 
     return jax.jit(jax.grad(loss, (0, 1, 2)))
 
 
-@pytest.mark.parametrize("platform, others", [("cpu", "chunked, dense"), ("cuda", "chunked, dense, tokamax")])
+@pytest.mark.parametrize(
+    "platform, others", [("cpu", "chunked, dense"), ("cuda", "chunked, dense, tokamax")]
+)
 def test_a_platform_that_cannot_run_it_is_refused(platform, others):
     traced = gradients_of().trace(*abstract(1, 256, 2, 1, 64, jnp.float32))
     traced.lower(lowering_platforms=("tpu",))
-    with pytest.raises(ValueError, match=f"model.attention='pallas' runs on tpu; on {platform}: {others}$"):
+    with pytest.raises(
+        ValueError, match=f"model.attention='pallas' runs on tpu; on {platform}: {others}$"
+    ):
         traced.lower(lowering_platforms=(platform,))
 
 
@@ -213,7 +265,8 @@ def test_blocks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="block_q=64 and block_k=64 must be multiples of 128"):
         gradients_of(block=64).trace(*abstract(1, 256, 2, 1, 64, jnp.float32))
     with pytest.raises(
-        ValueError, match="65536 visits, and there is room for 64000: take a model.attention_block above 128"
+        ValueError,
+        match="65536 visits, and there is room for 64000: take a model.attention_block above 128",
     ):
         gradients_of().trace(*abstract(64, 4096, 2, 1, 64, jnp.bfloat16))
 
@@ -262,7 +315,9 @@ def test_memory_is_linear_in_the_row(tpu_mesh):
     """It keeps no more than the output, lse, delta and the list of visits; the reference keeps all the scores."""
 
     def temporaries(implementation, length):
-        _, program = compiled(tpu_mesh("v5e:2x2"), 4, length, 8, 8, 128, implementation=implementation)
+        _, program = compiled(
+            tpu_mesh("v5e:2x2"), 4, length, 8, 8, 128, implementation=implementation
+        )
         return program.memory_analysis().temp_size_in_bytes
 
     for length in (4096, 8192):

@@ -5,12 +5,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import LENGTH, ROWS, any_intervals, assert_close, inputs, packed, random_packings
+from attention_cases import (
+    LENGTH,
+    ROWS,
+    any_intervals,
+    assert_close,
+    inputs,
+    packed,
+    random_packings,
+)
 from jax.extend import backend
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from transfusion_jax.config import MeshConfig
-from transfusion_jax.model.attention import Intervals, attention
+from transfusion_jax.model.attention.attention import attention
+from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.parallel.mesh import make_mesh
 
 # jax is going to give up Triton in Pallas.
@@ -46,13 +55,17 @@ def test_any_intervals_over_a_longer_cache():
     arrays, intervals = inputs(3, 7, S=50), any_intervals((3, 7), 50)
     expected = values(arrays, intervals, "dense")
     assert_close(values(arrays, intervals), expected)
-    beyond = Intervals(intervals.k_start_BL, jnp.where(intervals.k_end_BL == 50, 90, intervals.k_end_BL))
+    beyond = Intervals(
+        intervals.k_start_BL, jnp.where(intervals.k_end_BL == 50, 90, intervals.k_end_BL)
+    )
     assert_close(values(arrays, beyond), expected)
 
 
 def test_bfloat16_accumulates_in_float32():
     arrays, intervals = inputs(dtype=jnp.bfloat16), packed(random_packings())
-    with jax.numpy_dtype_promotion("standard"):  # the products of "xla" mix types when they are lowered
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # the products of "xla" mix types when they are lowered
         results = values(arrays, intervals)
     assert {x.dtype for x in results} == {jnp.dtype(jnp.bfloat16)}
     exact = values([x.astype(jnp.float32) for x in arrays], intervals, "dense")
@@ -64,7 +77,9 @@ def test_padding_gets_zeros_and_documents_do_not_leak():
     *arrays, weight = inputs()
     seen = np.zeros((ROWS, LENGTH), bool)
     seen[0, 8:16] = True
-    weight = jnp.where(seen[:, :, None, None] | (np.arange(LENGTH) >= 21)[None, :, None, None], weight, 0.0)
+    weight = jnp.where(
+        seen[:, :, None, None] | (np.arange(LENGTH) >= 21)[None, :, None, None], weight, 0.0
+    )
     intervals = packed(["tttIt|Itttt|ttttt"] + [""] * (ROWS - 1))
     out, *gradients = (np.asarray(x) for x in values([*arrays, weight], intervals))
     np.testing.assert_array_equal(out[0, 21:], 0)
@@ -84,14 +99,20 @@ def test_sharded_equals_dense(rows):
         spec = PartitionSpec(("data", "fsdp") if rows == ROWS else None, None, "tensor")
         arrays = jax.device_put(arrays, NamedSharding(mesh, spec))
         assert_close(values(arrays, intervals), expected)
-        text = program().lower(*arrays, intervals.k_start_BL, intervals.k_end_BL).compile().as_text()
-    assert not any(collective in text for collective in ("all-gather", "all-to-all", "collective-permute"))
+        text = (
+            program().lower(*arrays, intervals.k_start_BL, intervals.k_end_BL).compile().as_text()
+        )
+    assert not any(
+        collective in text for collective in ("all-gather", "all-to-all", "collective-permute")
+    )
 
 
 def test_it_is_refused_where_there_is_no_gpu():
     q, k, v, weight = inputs(1, 8, 1, 1)
     intervals = any_intervals((1, 8), 8)
-    traced = program("tokamax", False).trace(q, k, v, weight, intervals.k_start_BL, intervals.k_end_BL)
+    traced = program("tokamax", False).trace(
+        q, k, v, weight, intervals.k_start_BL, intervals.k_end_BL
+    )
     message = "model.attention='tokamax' runs on cuda; on cpu: chunked, dense$"
     with pytest.raises(ValueError, match=message):
         traced.lower(lowering_platforms=("cpu",))
@@ -129,9 +150,18 @@ def test_it_lowers_to_kernels_for_a_gpu_that_is_not_there(monkeypatch, gpu, dtyp
     q, k = (jax.ShapeDtypeStruct((2, L, heads, H), dtype) for heads in (N, 2))
     bound = jax.ShapeDtypeStruct((2, L), jnp.int32)
     device = AbstractDevice(gpu.device_kind, gpu.core_count, gpu.platform)
-    mesh = AbstractMesh((1,) * 4, ("data", "fsdp", "sequence", "tensor"), (AxisType.Auto,) * 4, abstract_device=device)
+    mesh = AbstractMesh(
+        (1,) * 4,
+        ("data", "fsdp", "sequence", "tensor"),
+        (AxisType.Auto,) * 4,
+        abstract_device=device,
+    )
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = program("tokamax", False).trace(q, k, k, q, bound, bound).lower(lowering_platforms=("cuda",))
+        lowered = (
+            program("tokamax", False)
+            .trace(q, k, k, q, bound, bound)
+            .lower(lowering_platforms=("cuda",))
+        )
     text = lowered.as_text()
     assert text.count(f"custom_call @{kernel}") >= 2
     assert f"custom_call @{other}" not in text

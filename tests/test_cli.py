@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion_jax import config as config_lib
-from transfusion_jax.cli import load_experiment, main
-from transfusion_jax.data.images import read_image, write_image
+from transfusion_jax.commands.main import load_experiment, main
+from transfusion_jax.config import stored as stored_config
+from transfusion_jax.images import read_image, write_image
 
 DIGITS = str(Path(__file__).parent.parent / "experiments" / "digits.py")
 
@@ -75,7 +75,9 @@ def test_points_of_a_sweep(tmp_path):
         "from transfusion_jax.config import paper\ndef sweep():\n    yield paper('0.16B')\n    yield paper('7B')\n"
     )
     assert load_experiment(f"{path}:transfusion_7B").model.width == 4096
-    with pytest.raises(ValueError, match="has no point '3B', only transfusion_0.16B, transfusion_7B"):
+    with pytest.raises(
+        ValueError, match="has no point '3B', only transfusion_0.16B, transfusion_7B"
+    ):
         load_experiment(f"{path}:3B")
     with pytest.raises(ValueError, match=r"has no function config\(\)"):
         load_experiment(str(path))
@@ -89,7 +91,7 @@ def test_overrides_reach_every_kind_of_field():
 
 
 def test_a_run_directory_of_another_config_is_never_touched(capsys, tmp_path):
-    stored = config_lib.dumps(load_experiment(DIGITS))
+    stored = stored_config.dumps(load_experiment(DIGITS))
     (tmp_path / "config.json").write_text(stored)
     arguments = ("--optimizer.learning-rate", "0.1", "--train.steps", "7", "--mesh.fsdp", "2")
     line = fails(capsys, "train", DIGITS, "--run-dir", str(tmp_path), *arguments)
@@ -107,23 +109,27 @@ def test_a_foreign_directory_is_never_touched(capsys, tmp_path):
 
 def test_config_survives_json_and_says_what_differs():
     experiment = load_experiment(DIGITS)
-    assert config_lib.loads(config_lib.dumps(experiment), "x") == experiment
+    assert stored_config.loads(stored_config.dumps(experiment), "x") == experiment
     other = load_experiment(DIGITS, ["--data.sources.0.weight", "3", "--mesh.fsdp", "2"])
-    assert config_lib.differences(experiment, other) == ["data.sources.0.weight: 1.0 -> 3.0"]
+    assert stored_config.differences(experiment, other) == ["data.sources.0.weight: 1.0 -> 3.0"]
     with pytest.raises(ValueError, match=r"broken\.json does not hold an experiment"):
-        config_lib.loads("{}", "broken.json")
-    later = json.loads(config_lib.dumps(experiment))
+        stored_config.loads("{}", "broken.json")
+    later = json.loads(stored_config.dumps(experiment))
     later["model"]["moe"] = 3
     with pytest.raises(ValueError, match="moe"):
-        config_lib.loads(json.dumps(later), "later.json")
+        stored_config.loads(json.dumps(later), "later.json")
 
 
 def test_generate_refuses_bad_input(capsys, tmp_path):
     out = ("--out", str(tmp_path / "out"))
     assert "the prompt is empty" in fails(capsys, "generate", str(tmp_path), "--prompt", "", *out)
     assert "not a run directory" in fails(capsys, "generate", str(tmp_path), "--prompt", "x", *out)
-    assert "--num 0" in fails(capsys, "generate", str(tmp_path), "--prompt", "x", "--num", "0", *out)
-    assert "--frobnicate" in fails(capsys, "generate", str(tmp_path), "--prompt", "x", "--frobnicate", *out)
+    assert "--num 0" in fails(
+        capsys, "generate", str(tmp_path), "--prompt", "x", "--num", "0", *out
+    )
+    assert "--frobnicate" in fails(
+        capsys, "generate", str(tmp_path), "--prompt", "x", "--frobnicate", *out
+    )
     assert "--out" in fails(capsys, "generate", str(tmp_path), "--prompt", "x")
     assert "'fid' is not one of" in fails(capsys, "evaluate", str(tmp_path), "--suite", "fid")
     assert not (tmp_path / "out").exists()
@@ -154,7 +160,9 @@ def test_images_survive_a_file_and_are_cropped_and_resized(tmp_path):
     wide = np.zeros((8, 24), np.uint8)
     wide[:, 8:16] = 255
     Image.fromarray(wide).convert("RGBA").save(tmp_path / "wide.png")
-    np.testing.assert_allclose(read_image(tmp_path / "wide.png", 8, 8, 1), np.ones((8, 8, 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        read_image(tmp_path / "wide.png", 8, 8, 1), np.ones((8, 8, 1)), atol=1e-6
+    )
 
 
 def test_unreadable_images(tmp_path):

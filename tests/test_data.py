@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from transfusion_jax.config import DataConfig, DiffusionConfig, ImageConfig, SourceConfig
-from transfusion_jax.data import digits, sums
 from transfusion_jax.data.documents import Document, Image, Text, pair_document, sequence
 from transfusion_jax.data.packing import pack, plan
 from transfusion_jax.data.pipeline import Data, read
-from transfusion_jax.data.sources import load_sources
+from transfusion_jax.data.sources import digits, sums
+from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -38,7 +38,9 @@ def best_fit_decreasing(lengths, capacity):
 def held(packed):
     """Every piece, and the positions used in every row."""
     rows = [packed.row(r) for r in range(len(packed))]
-    return sorted(piece for row in rows for piece in row), [sum(e - b for _, b, e in row) for row in rows]
+    return sorted(piece for row in rows for piece in row), [
+        sum(e - b for _, b, e in row) for row in rows
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,11 +71,20 @@ def test_text_alone_fills_every_row(seed):
 
 
 def test_plan_cuts_long_text_beside_images_and_rejects_long_images():
-    lengths, cut = np.asarray([25, 3, 10, 0, 7, 11]), np.asarray([True, False, False, True, False, False])
+    lengths, cut = (
+        np.asarray([25, 3, 10, 0, 7, 11]),
+        np.asarray([True, False, False, True, False, False]),
+    )
     packed = plan(lengths, 10, cut)
     pieces, used = held(packed)
-    assert pieces == [(0, 0, 10), (0, 10, 20), (0, 20, 25), (1, 0, 3), (2, 0, 10), (4, 0, 7)] and max(used) == 10
-    assert {k: v.tolist() for k, v in packed.rejected.items()} == {"empty": [3], "longer than a row": [5]}
+    assert (
+        pieces == [(0, 0, 10), (0, 10, 20), (0, 20, 25), (1, 0, 3), (2, 0, 10), (4, 0, 7)]
+        and max(used) == 10
+    )
+    assert {k: v.tolist() for k, v in packed.rejected.items()} == {
+        "empty": [3],
+        "longer than a row": [5],
+    }
     assert len(plan(np.zeros(0), 10, cut=True)) == len(plan(np.zeros(3), 10, cut=False)) == 0
 
 
@@ -83,7 +94,11 @@ def test_plan_fills_rows_of_web_like_lengths(spread):
     pairs = 260 + np.clip(rng.lognormal(np.log(30), spread, 20_000).astype(int), 1, 500)
     text = np.clip(rng.lognormal(np.log(500), 1.0, 20_000).astype(int), 1, 100_000)
     both, is_text = np.concatenate([pairs, text]), np.repeat([False, True], 20_000)
-    for lengths, cut, least in ((pairs, False, 0.985), (text, True, 0.9999), (both, is_text, 0.999)):
+    for lengths, cut, least in (
+        (pairs, False, 0.985),
+        (text, True, 0.9999),
+        (both, is_text, 0.999),
+    ):
         assert plan(lengths, 4096, cut).filled(4096) > least
 
 
@@ -116,7 +131,8 @@ def test_pairs_come_in_the_shares_of_the_recipe(tokenizer):
     rng = np.random.default_rng(0)
     latent = np.zeros((8, 8, 1), np.float32)
     documents = [
-        pair_document([[7], [8, 9]], latent, tokenizer, DataConfig(), DiffusionConfig(), rng) for _ in range(4000)
+        pair_document([[7], [8, 9]], latent, tokenizer, DataConfig(), DiffusionConfig(), rng)
+        for _ in range(4000)
     ]
     first = [d for d in documents if d.spans[1].noise_limit == 500]
     dropped = [d for d in documents if not d.learn_text]
@@ -135,12 +151,18 @@ def test_data_order_is_the_same_for_any_hosts_batches_and_restarts(experiment, t
     for hosts in (2, 4):
         parts = [[data.batches(h, hosts)[s] for h in range(hosts)] for s in range(4)]
         for step, expected in enumerate(whole):
-            joined = {k: np.concatenate([fields(p)[k] for p in parts[step]]) for k in fields(expected)}
+            joined = {
+                k: np.concatenate([fields(p)[k] for p in parts[step]]) for k in fields(expected)
+            }
             for name, value in fields(expected).items():
                 np.testing.assert_array_equal(joined[name], value)
     # Another batch size cuts the same stream of rows elsewhere.
-    small = Data(replace(experiment, data=replace(experiment.data, batch_rows=4)), tokenizer).batches()
-    np.testing.assert_array_equal(np.concatenate([small[0].tokens_BL, small[1].tokens_BL]), whole[0].tokens_BL)
+    small = Data(
+        replace(experiment, data=replace(experiment.data, batch_rows=4)), tokenizer
+    ).batches()
+    np.testing.assert_array_equal(
+        np.concatenate([small[0].tokens_BL, small[1].tokens_BL]), whole[0].tokens_BL
+    )
     # A restart reads on from its step, in a process of its own making.
     again = read(Data(experiment, tokenizer).batches(), 2, prefetch=4)
     for expected in whole[2:]:
@@ -154,7 +176,10 @@ def test_another_seed_is_another_order(experiment, tokenizer):
 
 
 def test_every_document_is_in_a_row_every_epoch(experiment, tokenizer):
-    data = Data(replace(experiment, data=replace(experiment.data, sources=(SourceConfig("digits"),))), tokenizer)
+    data = Data(
+        replace(experiment, data=replace(experiment.data, sources=(SourceConfig("digits"),))),
+        tokenizer,
+    )
     epoch = len(data.sources[0])
     seen = [data.rows()[i].image_start_BM for i in range(epoch)]
     assert sum((start < experiment.data.row_length).sum() for start in seen) == 1500
@@ -208,14 +233,20 @@ def test_tokenizer_errors():
 
 def test_source_and_vocabulary_errors(experiment, tokenizer):
     with pytest.raises(ValueError, match="'digit' is not one of"):
-        load_sources(replace(experiment, data=replace(experiment.data, sources=(SourceConfig("digit"),))), "train")
+        load_sources(
+            replace(experiment, data=replace(experiment.data, sources=(SourceConfig("digit"),))),
+            "train",
+        )
     small = replace(experiment, model=replace(experiment.model, vocab_size=64))
     with pytest.raises(ValueError, match=r"model\.vocab_size=64"):
         Data(small, tokenizer)
 
 
 def test_synthetic_rows_need_no_data(experiment, tokenizer):
-    data = Data(replace(experiment, data=replace(experiment.data, sources=(SourceConfig("synthetic"),))), tokenizer)
+    data = Data(
+        replace(experiment, data=replace(experiment.data, sources=(SourceConfig("synthetic"),))),
+        tokenizer,
+    )
     rows = [data.rows()[i] for i in range(50)]
     assert any((r.image_start_BM < 96).any() for r in rows)
     assert all(np.isfinite(r.latents_BMhwc).all() for r in itertools.chain(rows))

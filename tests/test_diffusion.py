@@ -45,7 +45,9 @@ def test_ancestral_step_is_the_posterior():
     sampler = Sampler(Process(COSINE, "epsilon"), steps=10, eta=1.0)
     t, s = jnp.int32(600), jnp.int32(437)
     x_t, epsilon = jax.random.normal(jax.random.key(0), (2, 1000))
-    a_t, s_t, a_s, s_s = (float(x) for x in (COSINE.alpha(t), COSINE.sigma(t), COSINE.alpha(s), COSINE.sigma(s)))
+    a_t, s_t, a_s, s_s = (
+        float(x) for x in (COSINE.alpha(t), COSINE.sigma(t), COSINE.alpha(s), COSINE.sigma(s))
+    )
     clean = (x_t - s_t * epsilon) / a_t
     between = s_t**2 - (a_t / a_s) ** 2 * s_s**2  # variance of q(x_t | x_s)
     mean = (a_t / a_s * s_s**2 * x_t + a_s * between * clean) / s_t**2
@@ -77,7 +79,9 @@ def test_sampler_returns_the_data_distribution_for_the_optimal_predictor(eta, ki
     shape = (20_000, 3)
     sampler = Sampler(diffusion, steps=500, eta=eta)
     fresh = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
-    samples = jax.jit(lambda x: sampler.sample(x, predict, fresh))(jax.random.normal(jax.random.key(1), shape))
+    samples = jax.jit(lambda x: sampler.sample(x, predict, fresh))(
+        jax.random.normal(jax.random.key(1), shape)
+    )
     np.testing.assert_allclose(samples.mean(0), mean, atol=0.04)
     np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.04)
 

@@ -136,12 +136,19 @@ def test_generate_and_evaluate(workplace):
         "seen": ["--image", picture],
     }.items():
         finish(start("generate", path / "whole", *arguments, "--steps", "2", "--out", path / name))
-        lines = [json.loads(line) for line in (path / name / "outputs.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (path / name / "outputs.jsonl").read_text().splitlines()
+        ]
         assert len(lines) == (2 if name == "text" else 1)
         pictures = [span["image"] for line in lines for span in line["spans"] if "image" in span]
         assert pictures == [f"{i}.png" for i in range(len(pictures))]
         assert all(size_of(path / name / p) == (8, 8) for p in pictures)
         assert all(set(span) in ({"text"}, {"image"}) for line in lines for span in line["spans"])
-    finish(start("evaluate", path / "whole", "--suite", "likelihood", "--out", path / "numbers.json"))
+    finish(
+        start("evaluate", path / "whole", "--suite", "likelihood", "--out", path / "numbers.json")
+    )
     stored = json.loads((path / "whole" / "summary.json").read_text())
-    assert json.loads((path / "numbers.json").read_text())["text_perplexity"] == stored["text_perplexity"]
+    assert (
+        json.loads((path / "numbers.json").read_text())["text_perplexity"]
+        == stored["text_perplexity"]
+    )

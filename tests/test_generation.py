@@ -29,7 +29,9 @@ def liking(engine, token, amount=1.0):
     parameters = jax.tree.map(jnp.asarray, engine.parameters)
     output = parameters["output_DV"].at[:, token].set(amount)
     embedding = parameters["embedding_VD"] + 1.0
-    return replace(engine, parameters={**parameters, "output_DV": output, "embedding_VD": embedding})
+    return replace(
+        engine, parameters={**parameters, "output_DV": output, "embedding_VD": embedding}
+    )
 
 
 def uncached(engine, spans):
@@ -53,7 +55,9 @@ def test_greedy_text_is_the_argmax_of_the_uncached_model(engine):
         prompt_length = len(ids)
         while len(ids) < prompt_length + 6:
             logits = np.array(uncached(engine, [Text(ids)]))
-            logits[[tokenizer.bos, tokenizer.boi, tokenizer.eoi]] = -np.inf  # no room for an image in 6 positions
+            logits[
+                [tokenizer.bos, tokenizer.boi, tokenizer.eoi]
+            ] = -np.inf  # no room for an image in 6 positions
             token = int(logits[: tokenizer.size].argmax())
             if token == tokenizer.eos:
                 break
@@ -68,11 +72,17 @@ def test_an_image_in_the_prompt_is_seen_as_in_training(engine, experiment):
     batch, length = rows._prompts([(image, "the digit")])
     keys = jax.random.split(jax.random.key(0), 1)
     got = rows._prefill(rows.parameters, batch, length, keys, capacity=64).logits_BV[0]
-    spans = [Text([engine.tokenizer.bos]), Image(image, 1), Text(engine.tokenizer.encode("the digit"))]
+    spans = [
+        Text([engine.tokenizer.bos]),
+        Image(image, 1),
+        Text(engine.tokenizer.encode("the digit")),
+    ]
     np.testing.assert_allclose(got, uncached(engine, spans), atol=1e-4)
 
 
-def test_a_drawn_image_equals_denoising_with_the_whole_uncached_sequence(engine, experiment, tokenizer):
+def test_a_drawn_image_equals_denoising_with_the_whole_uncached_sequence(
+    engine, experiment, tokenizer
+):
     """Cached denoising in place, guidance included, is the textbook loop over the full sequence."""
     drawing = liking(engine, tokenizer.boi)
     prompt, seed = "a handwritten three", 5
@@ -84,21 +94,30 @@ def test_a_drawn_image_equals_denoising_with_the_whole_uncached_sequence(engine,
     key, length = jax.random.fold_in(jax.random.key(seed), 0), len(before) + 1
 
     def predict_after(ids, x, t):
-        document = sequence(Document((Text(ids), Image(np.zeros(x.shape), 1))), tokenizer, experiment.image.patches)
+        document = sequence(
+            Document((Text(ids), Image(np.zeros(x.shape), 1))), tokenizer, experiment.image.patches
+        )
         row = pack([(document, 0, len(document.tokens))], 96, experiment.image)
         batch = jax.tree.map(jnp.asarray, stack([row]))
         noisy = jnp.zeros_like(batch.latents_BMhwc).at[0, 0].set(x)
         return model(batch, noisy, jnp.full_like(batch.image_start_BM, t))[1][0, 0]
 
     def predict(x, t):
-        conditional, unconditional = predict_after(before, x, t), predict_after([tokenizer.bos], x, t)
+        conditional, unconditional = (
+            predict_after(before, x, t),
+            predict_after([tokenizer.bos], x, t),
+        )
         return unconditional + experiment.sampler.guidance * (conditional - unconditional)
 
     def noise(i):
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, length), i), experiment.image.shape)
+        return jax.random.normal(
+            jax.random.fold_in(jax.random.fold_in(key, length), i), experiment.image.shape
+        )
 
     steps = sampler(experiment.sampler, diffusion)
-    np.testing.assert_allclose(spans[0], steps.sample(noise(steps.steps), predict, noise), atol=1e-4)
+    np.testing.assert_allclose(
+        spans[0], steps.sample(noise(steps.steps), predict, noise), atol=1e-4
+    )
 
 
 def test_text_and_images_alternate_until_the_budget(engine, tokenizer):

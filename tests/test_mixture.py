@@ -24,7 +24,9 @@ def random_case(seed: int):
     """Weights, phases, the row at which each begins, and their mixture."""
     rng = np.random.default_rng(seed)
     sources, phases = int(rng.integers(1, 6)), int(rng.integers(0, 4))
-    weights = rng.lognormal(0, 1.5, (phases + 1, sources)) * (rng.random((phases + 1, sources)) < 0.8)
+    weights = rng.lognormal(0, 1.5, (phases + 1, sources)) * (
+        rng.random((phases + 1, sources)) < 0.8
+    )
     weights[:, rng.integers(sources)] += 0.1  # no phase without a source
     weights[0] += 1e-3 * (weights.sum(0) == 0)  # and no source without a phase
     starts = np.sort(rng.choice(np.arange(1, 100), phases, replace=False)) / 100
@@ -51,7 +53,14 @@ def test_every_prefix_of_a_phase_has_its_shares_and_no_row_is_skipped_or_repeate
 
 
 def test_rows_of_two_sources_interleave():
-    assert [mixture((2, 1))[row] for row in range(6)] == [(0, 0), (1, 0), (0, 1), (0, 2), (1, 1), (0, 3)]
+    assert [mixture((2, 1))[row] for row in range(6)] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+        (0, 2),
+        (1, 1),
+        (0, 3),
+    ]
 
 
 def test_a_phase_begins_at_its_step():
@@ -63,7 +72,12 @@ def test_a_phase_begins_at_its_step():
 
 def test_one_source_is_read_in_order():
     mixed = mixture((0.3,))
-    assert [mixed[row] for row in (0, 1, 10**6, 10**12)] == [(0, 0), (0, 1), (0, 10**6), (0, 10**12)]
+    assert [mixed[row] for row in (0, 1, 10**6, 10**12)] == [
+        (0, 0),
+        (0, 1),
+        (0, 10**6),
+        (0, 10**12),
+    ]
 
 
 def test_shares_hold_after_billions_of_rows():

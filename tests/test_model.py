@@ -11,9 +11,8 @@ import pytest
 from flax import nnx
 
 from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig
-from transfusion_jax.model.attention import Intervals
-from transfusion_jax.model.attention.intervals import row_intervals
-from transfusion_jax.model.patches import patchify, unpatchify
+from transfusion_jax.model.attention.intervals import Intervals, row_intervals
+from transfusion_jax.model.patches.linear import patchify, unpatchify
 from transfusion_jax.model.rope import rotate, rotation
 from transfusion_jax.model.transformer import KVCache
 from transfusion_jax.model.transfusion import abstract_model, build
@@ -38,20 +37,28 @@ def rows(*names: str):
 
 
 def timesteps(batch):
-    return jnp.asarray(np.random.default_rng(0).integers(0, 1000, batch.image_start_BM.shape), jnp.int32)
+    return jnp.asarray(
+        np.random.default_rng(0).integers(0, 1000, batch.image_start_BM.shape), jnp.int32
+    )
 
 
-@pytest.mark.parametrize("name", ["documents with images", "several images", "image at both ends", "padding"])
+@pytest.mark.parametrize(
+    "name", ["documents with images", "several images", "image at both ends", "padding"]
+)
 def test_gradients_reach_exactly_the_visible_positions(name):
     """d hidden_i / d input_j is zero where i may not see j, and not zero where it may."""
     batch = rows(name)
     net = model()
     x_BLD = jax.random.normal(jax.random.key(2), (1, packings.LENGTH, 32))
     intervals = row_intervals(batch, packings.P)
-    jacobian = jax.jit(jax.jacrev(lambda x: net.transformer(x, batch.position_BL, intervals)[0].sum(-1)))(x_BLD)
+    jacobian = jax.jit(
+        jax.jacrev(lambda x: net.transformer(x, batch.position_BL, intervals)[0].sum(-1))
+    )(x_BLD)
     reached = np.abs(np.asarray(jacobian))[:, 0].sum(-1) > 0
     seen = packings.mask(packings.PACKINGS[name])
-    np.testing.assert_array_equal(reached, seen | np.eye(packings.LENGTH, dtype=bool))  # padding has its residual
+    np.testing.assert_array_equal(
+        reached, seen | np.eye(packings.LENGTH, dtype=bool)
+    )  # padding has its residual
 
 
 def test_every_patch_of_an_image_sees_all_of_it_and_no_later_image():
@@ -79,7 +86,9 @@ def test_packed_equals_unpacked():
         length, images = len(document) + (packings.P - 1) * document.count("I"), document.count("I")
         here, slots = slice(at, at + length), slice(slot, slot + images)
         tokens = jnp.pad(packed.tokens_BL[:, here], ((0, 0), (0, packings.LENGTH - length)))
-        latents = jnp.zeros_like(alone.latents_BMhwc).at[:, :images].set(packed.latents_BMhwc[:, slots])
+        latents = (
+            jnp.zeros_like(alone.latents_BMhwc).at[:, :images].set(packed.latents_BMhwc[:, slots])
+        )
         t_alone = jnp.zeros_like(t).at[:, :images].set(t[:, slots])
         alone = replace(alone, tokens_BL=tokens, latents_BMhwc=latents)
         hidden_alone, predicted_alone = net(alone, latents, t_alone)
@@ -90,7 +99,8 @@ def test_packed_equals_unpacked():
 
 
 @pytest.mark.parametrize(
-    "variant", [("dense", "none"), ("chunked", "full"), ("chunked", "minimal"), ("chunked", "attention")]
+    "variant",
+    [("dense", "none"), ("chunked", "full"), ("chunked", "minimal"), ("chunked", "attention")],
 )
 def test_attention_and_remat_do_not_change_the_model(variant):
     batch = rows(*packings.PACKINGS)
@@ -105,7 +115,9 @@ def test_attention_and_remat_do_not_change_the_model(variant):
 
         return jax.jit(jax.grad(loss))(nnx.to_pure_dict(parameters))
 
-    for got, expected in zip(*(jax.tree.leaves(gradient(net)) for net in (model(*variant), model())), strict=True):
+    for got, expected in zip(
+        *(jax.tree.leaves(gradient(net)) for net in (model(*variant), model())), strict=True
+    ):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -122,7 +134,9 @@ def test_cached_equals_uncached(chunks):
         here = slice(at, at + length)
         intervals = Intervals(whole.k_start_BL[:, here], whole.k_end_BL[:, here])
         start = jnp.full((2,), at, jnp.int32)
-        hidden, cache = net.transformer.extend(x_BLD[:, here], position[:, here], intervals, cache, start)
+        hidden, cache = net.transformer.extend(
+            x_BLD[:, here], position[:, here], intervals, cache, start
+        )
         pieces.append(hidden)
         at += length
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=1e-5)

@@ -5,7 +5,7 @@ import optax
 import packings
 import pytest
 
-from transfusion_jax.objective import image_loss, text_loss, total
+from transfusion_jax.pretraining.objective import image_loss, text_loss, total
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 36, 100])
@@ -21,7 +21,9 @@ def test_chunked_text_loss_equals_cross_entropy(chunk):
         return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, target)
 
     np.testing.assert_allclose(ours(hidden, kernel), whole(hidden, kernel), rtol=1e-5, atol=1e-6)
-    gradients = [jax.grad(lambda *a, f=f: f(*a).sum(), (0, 1))(hidden, kernel) for f in (ours, whole)]
+    gradients = [
+        jax.grad(lambda *a, f=f: f(*a).sum(), (0, 1))(hidden, kernel) for f in (ours, whole)
+    ]
     for got, expected in zip(*gradients, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from transfusion_jax.autoencoder.codec import save_codec
 from transfusion_jax.autoencoder.config import tiny
-from transfusion_jax.autoencoder.pretrained import save_codec
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
-from transfusion_jax.cli import main
+from transfusion_jax.commands.main import main
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 EXPERIMENT = """
@@ -69,19 +69,40 @@ def codec(tmp_path_factory) -> Path:
 def prepare(folder: Path, out: Path, *more: str) -> int:
     size = ("--height", "32", "--width", "32", "--vocab-size", "300")
     return main(
-        ["prepare", str(folder), "--out", str(out), *size, "--held-out", "0.2", "--reject-limit", "0.05", *more]
+        [
+            "prepare",
+            str(folder),
+            "--out",
+            str(out),
+            *size,
+            "--held-out",
+            "0.2",
+            "--reject-limit",
+            "0.05",
+            *more,
+        ]
     )
 
 
 @pytest.mark.parametrize("kind", [pytest.param("pixels", marks=pytest.mark.slow), "latents"])
 def test_from_a_folder_to_a_sample(kind, folder, codec, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert prepare(folder, Path("data/mine"), *(["--autoencoder", str(codec)] if kind == "latents" else [])) == 0
+    assert (
+        prepare(
+            folder, Path("data/mine"), *(["--autoencoder", str(codec)] if kind == "latents" else [])
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "1 files that the captions" in said and "61 read = 60 written + 1 rejected (1 missing file" in said
+    assert (
+        "1 files that the captions" in said
+        and "61 read = 60 written + 1 rejected (1 missing file" in said
+    )
     assert (tmp_path / "data/mine/contact_sheet.png").exists()
 
-    Path("mine.py").write_text(EXPERIMENT.format(data="data/mine", patch=8 if kind == "pixels" else 2))
+    Path("mine.py").write_text(
+        EXPERIMENT.format(data="data/mine", patch=8 if kind == "pixels" else 2)
+    )
     assert main(["inspect", "mine.py", "--row", "2"]) == 0
     said = capsys.readouterr().out
     assert "picture [image t < 1000]" in said and "first 256 rows" in said
@@ -94,7 +115,9 @@ def test_from_a_folder_to_a_sample(kind, folder, codec, tmp_path, monkeypatch, c
     summary = json.loads(Path("runs/mine/summary.json").read_text())
     assert np.isfinite(summary["text_perplexity"]) and 0 <= summary["drawn_share"] <= 1
     logged = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
-    assert logged[-1]["epochs/data/mine"] == pytest.approx(2 * logged[1]["epochs/data/mine"], abs=1e-3)
+    assert logged[-1]["epochs/data/mine"] == pytest.approx(
+        2 * logged[1]["epochs/data/mine"], abs=1e-3
+    )
 
     if kind == "latents":  # what a run decodes with is what its data were scaled with
         stored = json.loads(Path("data/mine/dataset.json").read_text())["image"]
@@ -103,8 +126,25 @@ def test_from_a_folder_to_a_sample(kind, folder, codec, tmp_path, monkeypatch, c
 
     # The run directory is enough: the data and the autoencoder may be gone.
     shutil.move("data", "elsewhere")
-    assert main(["generate", "runs/mine", "--image", str(folder / "0.png"), "--prompt", "a", "--out", "out"]) == 0
-    assert main(["generate", "runs/mine", "--prompt", "a red picture", "--seed", "3", "--out", "out2"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "runs/mine",
+                "--image",
+                str(folder / "0.png"),
+                "--prompt",
+                "a",
+                "--out",
+                "out",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(["generate", "runs/mine", "--prompt", "a red picture", "--seed", "3", "--out", "out2"])
+        == 0
+    )
     for path in tmp_path.glob("out*/*.png"):
         with Image.open(path) as picture:
             assert picture.size == (32, 32)
@@ -151,7 +191,12 @@ def test_sources_prepared_with_other_tokenizers_are_refused(folder, tmp_path, mo
     Path("both.py").write_text(both)
     capsys.readouterr()
     assert main(["train", "both.py"]) == 2
-    assert "data/mine and data/text were prepared with different tokenizers" in capsys.readouterr().err
+    assert (
+        "data/mine and data/text were prepared with different tokenizers" in capsys.readouterr().err
+    )
     shutil.rmtree("data/text")
-    assert prepare(tmp_path / "text", Path("data/text"), "--tokenizer", "data/mine/tokenizer.model") == 0
+    assert (
+        prepare(tmp_path / "text", Path("data/text"), "--tokenizer", "data/mine/tokenizer.model")
+        == 0
+    )
     assert main(["inspect", "both.py"]) == 0

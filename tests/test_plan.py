@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from transfusion_jax.cli import load_experiment, main
+from transfusion_jax.commands.main import load_experiment, main
 from transfusion_jax.config import TABLE_2, DataConfig, Experiment, MeshConfig, ModelConfig
 from transfusion_jax.data.packing import pack
-from transfusion_jax.model.attention import Intervals
+from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.transfusion import abstract_model
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
@@ -30,12 +30,15 @@ from transfusion_jax.planning.topology import CHIPS, find_topology, larger
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu (pip install '.[tpu]')"
+    importlib.util.find_spec("libtpu") is None,
+    reason="compiling for TPU needs libtpu (pip install '.[tpu]')",
 )
 
 
 def paper_experiment(size: str) -> Experiment:
-    return runpy.run_path(str(ROOT / f"experiments/transfusion_{size.replace('.', '_').lower()}.py"))["config"]()
+    return runpy.run_path(
+        str(ROOT / f"experiments/transfusion_{size.replace('.', '_').lower()}.py")
+    )["config"]()
 
 
 SMALL = """
@@ -65,7 +68,9 @@ def refused(capsys, *arguments: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e:3x3", "v5p:4x4", "v5p:4x4x5", "v5p:0x4x4", "v5p", "nonsense"])
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v5e:3x3", "v5p:4x4", "v5p:4x4x5", "v5p:0x4x4", "v5p", "nonsense"]
+)
 def test_unknown_topologies_are_refused_with_those_known(capsys, small, name):
     line = refused(capsys, small, "--topology", name)
     assert name in line and all(kind in line for kind in CHIPS) and "16x16" in line
@@ -88,11 +93,20 @@ def test_meshes_and_batches_that_do_not_fit_are_refused(capsys, small):
     assert "mesh.fsdp=3, mesh.sequence=1, mesh.tensor=1 do not fit the 4 devices" in refused(
         capsys, small, "--mesh.fsdp", "3"
     )
-    assert "data.batch_rows=6 is not divisible by the 4 shards" in refused(capsys, small, "--data.batch-rows", "6")
+    assert "data.batch_rows=6 is not divisible by the 4 shards" in refused(
+        capsys, small, "--data.batch-rows", "6"
+    )
     line = refused(capsys, small, "--train.accumulation", "4")
-    assert "data.batch_rows=8 is not divisible by the 4 shards" in line and "train.accumulation=4" in line
-    assert "data=1 is not divisible by the 2 slices" in refused(capsys, small, "--slices", "2", "--mesh.data", "1")
-    line = refused(capsys, small, "--mesh.fsdp", "1", "--mesh.sequence", "4", "--data.row-length", "1022")
+    assert (
+        "data.batch_rows=8 is not divisible by the 4 shards" in line
+        and "train.accumulation=4" in line
+    )
+    assert "data=1 is not divisible by the 2 slices" in refused(
+        capsys, small, "--slices", "2", "--mesh.data", "1"
+    )
+    line = refused(
+        capsys, small, "--mesh.fsdp", "1", "--mesh.sequence", "4", "--data.row-length", "1022"
+    )
     assert "mesh.sequence * mesh.tensor = 4 must divide data.row_length=1022" in line
 
 
@@ -119,8 +133,14 @@ def test_links_of_a_group_are_those_along_its_axes():
 
 
 def test_what_is_refused_for_another_memory_is_not_a_verdict_on_hbm():
-    assert _bytes_asked_for("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", 1) == 20 * 2**30
-    assert _bytes_asked_for("the total memory required for HLO temporaries (2.00M) exceeds", 5) == 5 + 2**21
+    assert (
+        _bytes_asked_for("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", 1)
+        == 20 * 2**30
+    )
+    assert (
+        _bytes_asked_for("the total memory required for HLO temporaries (2.00M) exceeds", 5)
+        == 5 + 2**21
+    )
     with pytest.raises(ValueError, match="not for the size of HBM"):
         _bytes_asked_for("Ran out of memory in memory space vmem. Used 24.00M of 16.00M vmem.", 1)
 
@@ -163,7 +183,9 @@ def test_model_flops_are_those_of_the_products_with_parameters():
     )  # fmt: skip
     graph, parameters = abstract_model(experiment)
     parameters = nnx.to_pure_dict(parameters)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), pack([], 512, experiment.image))
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), pack([], 512, experiment.image)
+    )
 
     def forward(parameters, batch):
         model = nnx.merge(graph, parameters)
@@ -173,7 +195,9 @@ def test_model_flops_are_those_of_the_products_with_parameters():
     program = read_program(jax.jit(forward).lower(parameters, batch).compile().as_text())
     square = Intervals(jnp.zeros((2, 512), jnp.int32), jnp.full((2, 512), 512, jnp.int32))
     # The slots are computed whether they hold an image or not.
-    ours = model_flops(parameters, experiment, row_work(Rows(square, float(experiment.image_slots), "by hand"), 0))
+    ours = model_flops(
+        parameters, experiment, row_work(Rows(square, float(experiment.image_slots), "by hand"), 0)
+    )
     assert ours / 3 == pytest.approx(program.flops, rel=1e-3)
 
 
@@ -186,7 +210,13 @@ def test_plan_of_a_small_experiment(capsys, small, tmp_path):
     assert plan["fits"] and plan["chips"] == 4 and plan["topology"] == "v5e:2x2"
     assert plan["mesh"] == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
     memory = plan["bytes_per_chip"]
-    assert 0 < memory["arguments"] + memory["temporaries"] <= memory["peak"] < memory["memory"] == 15.75 * 2**30
+    assert (
+        0
+        < memory["arguments"] + memory["temporaries"]
+        <= memory["peak"]
+        < memory["memory"]
+        == 15.75 * 2**30
+    )
     # float32 parameters, average and two moments, cut in four; heads of 64 are padded to the 128 lanes.
     assert 1 < memory["arguments"] / (16 * plan["parameters"] / 4) < 1.5
     # Layers and the vocabulary's chunks are computed twice forward; blocks hold more pairs than are seen.
@@ -194,7 +224,9 @@ def test_plan_of_a_small_experiment(capsys, small, tmp_path):
     assert 4 / 3 < ratio < 2
     assert set(plan["collective_bytes"]) & {"all-gather", "all-reduce", "collective-permute"}
     # Bound by computing, as 2,048 positions a chip are enough for.
-    assert plan["roofline_step_seconds"] == pytest.approx(plan["hardware_flops_per_step"] / (4 * 197e12))
+    assert plan["roofline_step_seconds"] == pytest.approx(
+        plan["hardware_flops_per_step"] / (4 * 197e12)
+    )
     assert plan["roofline_mfu"] == pytest.approx(1 / ratio)
     assert plan["compile_seconds"] > 0
 
@@ -217,7 +249,9 @@ def test_what_the_compiler_refuses_does_not_fit(small):
     experiment = load_experiment(small, TOO_MUCH)
     plan = make_plan(experiment, find_topology("v5e:2x2"), sample_rows(experiment))
     assert not plan.fits and plan.memory.peak > plan.memory.memory
-    assert plan.memory.temporaries > 64 * 4 * 4096**2 * 2  # the scores of a layer, in bfloat16 at least
+    assert (
+        plan.memory.temporaries > 64 * 4 * 4096**2 * 2
+    )  # the scores of a layer, in bfloat16 at least
     said = plan.json()
     assert said["hardware_flops_per_step"] is None and said["model_flops_per_step"] > 0
     assert json.loads(json.dumps(said)) == said
@@ -230,7 +264,10 @@ def test_what_does_not_fit_is_said_with_what_would(capsys, small, tmp_path):
     assert main(("plan", small, "--json", str(path), *TOO_MUCH)) == 1
     said, plan = capsys.readouterr().out, json.loads(path.read_text())
     assert "does not fit" in said and not plan["fits"]
-    assert [remedy["change"].split()[0] for remedy in plan["remedies"]] == ["--train.accumulation", "--topology"]
+    assert [remedy["change"].split()[0] for remedy in plan["remedies"]] == [
+        "--train.accumulation",
+        "--topology",
+    ]
     assert all(remedy["fits"] and remedy["change"] in said for remedy in plan["remedies"])
 
 
@@ -240,19 +277,29 @@ def test_search_keeps_the_batch_and_ranks_by_time():
     class Fake:
         def __init__(self, experiment):
             # As in a plan, what "auto" stands for is known.
-            self.experiment = replace(experiment, model=replace(experiment.model, attention="pallas"))
+            self.experiment = replace(
+                experiment, model=replace(experiment.model, attention="pallas")
+            )
             self.mesh, self.topology = experiment.mesh.axes, topology_of(16)
             self.fits, self.memory = experiment.mesh.tensor != 8, Memory(0, 0, 0, 0)
             time = abs(experiment.mesh.tensor - 2) + (experiment.model.remat != "attention")
             self.step_seconds = 1 + time + abs(experiment.train.accumulation - 2)
 
     model = ModelConfig(heads=16, width=256)
-    experiment = Experiment("x", data=DataConfig(batch_rows=64), model=model, mesh=MeshConfig(1, 16))
+    experiment = Experiment(
+        "x", data=DataConfig(batch_rows=64), model=model, mesh=MeshConfig(1, 16)
+    )
     found = list(search(lambda e, t: Fake(e), Fake(experiment)))
     best = min((plan for plan in found if plan.fits), key=lambda plan: plan.step_seconds).experiment
     assert (best.mesh.tensor, best.model.remat, best.train.accumulation) == (2, "attention", 2)
     tried = [
-        (p.mesh["tensor"], p.mesh["data"], p.experiment.model.remat, p.experiment.train.accumulation) for p in found
+        (
+            p.mesh["tensor"],
+            p.mesh["data"],
+            p.experiment.model.remat,
+            p.experiment.train.accumulation,
+        )
+        for p in found
     ]
     assert len({(1, 1, "full", 1), *tried}) == len(tried) + 1
 
@@ -267,7 +314,9 @@ def test_remedies_are_tried_one_by_one():
             self.experiment, self.topology, self.mesh = experiment, topology, experiment.mesh.axes
             self.fits = experiment.model.remat == "offload" or experiment.train.accumulation >= 4
 
-    failed = Fake(Experiment("x", data=DataConfig(batch_rows=64), mesh=MeshConfig(1, 16)), topology_of(16))
+    failed = Fake(
+        Experiment("x", data=DataConfig(batch_rows=64), mesh=MeshConfig(1, 16)), topology_of(16)
+    )
     none = replace(failed.topology, name="v5e:16x16")  # there is no larger one
     failed.topology = none
     assert [(change, plan.fits) for change, plan in remedies(Fake, failed)] == [
@@ -287,7 +336,9 @@ def shardings(size: str) -> dict:
     placed = jax.tree.leaves_with_path(parameter_shardings(parameters, mesh))
     shapes = jax.tree.leaves(nnx.to_pure_dict(parameters))
     rows = {
-        ".".join(key.key for key in path): f"{x.shape} cut {tuple(s.spec)} to {s.shard_shape(x.shape)}"
+        ".".join(
+            key.key for key in path
+        ): f"{x.shape} cut {tuple(s.spec)} to {s.shard_shape(x.shape)}"
         for (path, s), x in zip(placed, shapes, strict=True)
     }
     return {"topology": experiment.mesh.topology, "mesh": axes, "parameters": rows}
@@ -317,7 +368,9 @@ def test_the_papers_sizes_fit_and_use_the_collectives_that_they_should(size):
 
 
 if __name__ == "__main__":
-    (GOLDEN / "shardings.json").write_text(json.dumps({size: shardings(size) for size in TABLE_2}, indent=1) + "\n")
+    (GOLDEN / "shardings.json").write_text(
+        json.dumps({size: shardings(size) for size in TABLE_2}, indent=1) + "\n"
+    )
     if "--collectives" in sys.argv:
         found = {size: collectives(size) for size in TABLE_2}
         (GOLDEN / "collectives.json").write_text(json.dumps(found, indent=1) + "\n")

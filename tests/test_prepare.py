@@ -18,21 +18,22 @@ import sentencepiece
 from flax import nnx
 from PIL import Image
 
+from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.autoencoder.config import tiny
-from transfusion_jax.autoencoder.pretrained import load_codec, save_codec
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
-from transfusion_jax.cli import main
+from transfusion_jax.commands.main import main
 from transfusion_jax.config import DataConfig, SourceConfig
-from transfusion_jax.data import prepare as prepare_lib
-from transfusion_jax.data import records, shards
-from transfusion_jax.data.accounts import Account, gather
 from transfusion_jax.data.packing import kept_plan, plan
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.data.prepare import Preparation, PreparationFailed, parse_part, prepare
-from transfusion_jax.data.prepared import image_config, open_dataset
-from transfusion_jax.data.readers.raw import Rejected
-from transfusion_jax.data.shards import ENCODED
+from transfusion_jax.data.sources import records
+from transfusion_jax.data.sources.prepared import image_config, open_dataset
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
+from transfusion_jax.preparation import prepare as prepare_lib
+from transfusion_jax.preparation import shards
+from transfusion_jax.preparation.ledger import Account, gather
+from transfusion_jax.preparation.prepare import Preparation, PreparationFailed, parse_part, prepare
+from transfusion_jax.preparation.readers.raw import Rejected
+from transfusion_jax.preparation.shards import ENCODED
 
 PICTURES = 60
 DAMAGES = ("decompression bomb", "empty caption", "empty image file", "huge caption", "invalid JSON", "invalid UTF-8",
@@ -53,7 +54,9 @@ def inputs(tmp_path_factory) -> Path:
     rng, pairs = np.random.default_rng(0), []
     for i in range(PICTURES):
         low = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
-        (photos / f"{i}.jpg").write_bytes(encoded(low.resize((50, 40), Image.Resampling.BICUBIC), "JPEG"))
+        (photos / f"{i}.jpg").write_bytes(
+            encoded(low.resize((50, 40), Image.Resampling.BICUBIC), "JPEG")
+        )
         pairs.append({"file": f"{i}.jpg", "caption": f"picture number {i}"})
         pairs += [{"file": f"{i}.jpg", "caption": f"the other words of {i}"}] * (i % 3 == 0)
     jpeg = (photos / "1.jpg").read_bytes()
@@ -64,13 +67,23 @@ def inputs(tmp_path_factory) -> Path:
     for name, content in damaged.items():
         (photos / name).write_bytes(content)
     pairs += [{"file": name, "caption": "a caption"} for name in (*list(damaged)[:4], "gone.jpg")]
-    pairs += [{"file": "blank.jpg", "caption": " \n"}, {"file": "huge.jpg", "caption": "long " * 5000}]
-    lines = [json.dumps(pair).encode() for pair in pairs] + [b"{no json", b'{"file": "1.jpg", "caption": "\xff"}']
+    pairs += [
+        {"file": "blank.jpg", "caption": " \n"},
+        {"file": "huge.jpg", "caption": "long " * 5000},
+    ]
+    lines = [json.dumps(pair).encode() for pair in pairs] + [
+        b"{no json",
+        b'{"file": "1.jpg", "caption": "\xff"}',
+    ]
     (photos / "captions.jsonl").write_bytes(b"\n".join(lines))
     words = "the quick brown fox jumps over a lazy dog and many more words are written here".split()
     with (root / "mixed.jsonl").open("w") as file:
         for i in range(10):
-            spans = [{"image": f"photos/{i}.jpg"}, {"text": "make it another"}, {"image": f"photos/{i + 1}.jpg"}]
+            spans = [
+                {"image": f"photos/{i}.jpg"},
+                {"text": "make it another"},
+                {"image": f"photos/{i + 1}.jpg"},
+            ]
             file.write(json.dumps({"spans": spans}) + "\n")
             file.write(json.dumps({"text": " ".join(rng.choice(words, 30))}) + "\n")
     return root
@@ -97,12 +110,19 @@ def uninterrupted(settings, tmp_path_factory) -> Path:
 
 def content(out: Path) -> dict[str, str]:
     """Digest of every file that makes the data set."""
-    files = [*sorted((out / "shards").iterdir()), *(out / n for n in ("index.npy", "dataset.json", "tokenizer.model"))]
+    files = [
+        *sorted((out / "shards").iterdir()),
+        *(out / n for n in ("index.npy", "dataset.json", "tokenizer.model")),
+    ]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def tree(out: Path) -> dict[Path, tuple]:
-    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    return {
+        p: (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in out.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def flags(settings: Preparation, out: Path) -> list[str]:
@@ -132,17 +152,33 @@ def test_what_was_read_is_written_or_rejected_with_its_reason(uninterrupted, inp
     assert total["items"] == total["written"] + total["rejected"] == PICTURES + 9 + 20
     assert total["reasons"] == {reason: 1 for reason in DAMAGES}
     assert (info["documents"], info["images"]) == (PICTURES + 20, PICTURES + 20)
-    lines = [json.loads(line) for line in (uninterrupted / "rejected.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (uninterrupted / "rejected.jsonl").read_text().splitlines()
+    ]
     assert sorted(line["reason"] for line in lines) == sorted(DAMAGES)
     names = {line["reason"]: line["item"] for line in lines}
-    assert names["missing file"] == "gone.jpg" and names["invalid JSON"].startswith("captions.jsonl:")
-    kept = {line["reason"]: (uninterrupted / line["kept"]).read_bytes() for line in lines if "kept" in line}
+    assert names["missing file"] == "gone.jpg" and names["invalid JSON"].startswith(
+        "captions.jsonl:"
+    )
+    kept = {
+        line["reason"]: (uninterrupted / line["kept"]).read_bytes()
+        for line in lines
+        if "kept" in line
+    }
     assert kept["not an image"] == b"no picture" and kept["invalid JSON"].strip() == b"{no json"
     ledger = json.loads((uninterrupted / "ledger.json").read_text())
     assert sum(entry["items"] for entry in ledger["inputs"].values()) == total["items"]
     for shard in info["shards"]:
         assert content(uninterrupted)[shard["name"]] == shard["sha256"]
-    left = {"shards", "dataset.json", "index.npy", "ledger.json", "rejected.jsonl", "rejected", "tokenizer.model"}
+    left = {
+        "shards",
+        "dataset.json",
+        "index.npy",
+        "ledger.json",
+        "rejected.jsonl",
+        "rejected",
+        "tokenizer.model",
+    }
     assert {path.name for path in uninterrupted.iterdir()} == left | {".lock"}
 
 
@@ -151,14 +187,22 @@ def test_records_hold_what_the_inputs_say(uninterrupted, inputs):
     decode = dataset.tokenizer.decode
     for number in range(PICTURES):
         record = dataset.record(number)
-        expected = [f"picture number {number}"] + [f"the other words of {number}"] * (number % 3 == 0)
+        expected = [f"picture number {number}"] + [f"the other words of {number}"] * (
+            number % 3 == 0
+        )
         assert [decode(caption) for caption in record.captions] == expected
         ((kind, pixels),) = record.spans
-        wanted = Image.open(inputs / "photos" / f"{number}.jpg").resize((16, 16), 3, (5, 0, 45, 40), reducing_gap=3)
+        wanted = Image.open(inputs / "photos" / f"{number}.jpg").resize(
+            (16, 16), 3, (5, 0, 45, 40), reducing_gap=3
+        )
         assert kind == records.IMAGE and np.array_equal(pixels, np.asarray(wanted))
         assert index.text[number] == max(map(len, record.captions)) and index.images[number] == 1
     edit = dataset.record(PICTURES)
-    assert [kind for kind, _ in edit.spans] == [records.IMAGE, records.TEXT, records.IMAGE] and not edit.captions
+    assert [kind for kind, _ in edit.spans] == [
+        records.IMAGE,
+        records.TEXT,
+        records.IMAGE,
+    ] and not edit.captions
     assert decode(edit.spans[1][1]) == "make it another" and index.images[PICTURES] == 2
     np.testing.assert_array_equal(edit.spans[0][1], dataset.record(0).spans[0][1])
 
@@ -170,7 +214,9 @@ def test_records_survive_bytes():
         images = (rng.random((2, *shape)) * 100).astype(image)
         texts = [rng.integers(entries, size=n) for n in (0, 3, 50)]
         spans = ((1, images[0]), (0, texts[1]), (1, images[1]))
-        got = records.decode(records.encode(records.Record(tuple(texts), spans), ids), ids, np.dtype(image), shape)
+        got = records.decode(
+            records.encode(records.Record(tuple(texts), spans), ids), ids, np.dtype(image), shape
+        )
         assert all(np.array_equal(a, b) for a, b in zip(got.captions, texts, strict=True))
         assert [kind for kind, _ in got.spans] == [1, 0, 1] and records.entry(got) == (53, 2)
         assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(got.spans, spans, strict=True))
@@ -181,14 +227,19 @@ def test_accounts_add_up(tmp_path):
         account = Account()
         for number in range(10):
             account.read["a" if number % 2 else "b", ""] += 1
-            account.reject("a", Rejected("bad", f"\ud800{number}", b"content")) if number < 6 else None
+            account.reject(
+                "a", Rejected("bad", f"\ud800{number}", b"content")
+            ) if number < 6 else None
             account.index.append([number, k, False])
         account.written["b", ""] += 4
         account.save(tmp_path / str(k), 100 + k, "digest")
     got = gather(tmp_path / str(k) for k in range(3))
     assert got.ledger["total"] | {"captions": 0, "captions_dropped": {}} == got.ledger["total"]
     assert (got.ledger["total"]["items"], got.ledger["inputs"]["a"]["reasons"]) == (30, {"bad": 18})
-    assert [shard["bytes"] for shard in got.shards] == [100, 101, 102] and got.index.shape == (3, 30)
+    assert [shard["bytes"] for shard in got.shards] == [100, 101, 102] and got.index.shape == (
+        3,
+        30,
+    )
     assert got.index[0].tolist() == [*range(10)] * 3
     assert len(got.rejections) == 18 and sum(bool(content) for *_, content in got.rejections) == 5
 
@@ -199,14 +250,19 @@ def test_the_held_out_split_follows_content_not_order_or_names(tmp_path):
     def split(name: str, texts: list[str]) -> set[str]:
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        run(Preparation((str(path),), vocab_size=400, held_out=0.25, shard_items=50), tmp_path / name)
+        run(
+            Preparation((str(path),), vocab_size=400, held_out=0.25, shard_items=50),
+            tmp_path / name,
+        )
         dataset = open_dataset(tmp_path / name)
         chosen = np.flatnonzero(dataset.index.held_out)
         return {dataset.tokenizer.decode(dataset.record(int(n)).spans[0][1]) for n in chosen}
 
     held_out = split("a", texts)
     assert 60 < len(held_out) < 140
-    assert split("b", texts[::-1] + texts[:50]) == held_out  # and a document that comes twice is on one side
+    assert (
+        split("b", texts[::-1] + texts[:50]) == held_out
+    )  # and a document that comes twice is on one side
     assert split("c", texts[::2]) == held_out & set(texts[::2])
 
 
@@ -286,7 +342,9 @@ def test_parts_are_counted_from_nought_or_one():
 
 def test_a_full_disk_is_named_and_survived(capsys, settings, uninterrupted, tmp_path):
     (disk := tmp_path / "disk").mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(disk)], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(disk)], capture_output=True
+    )
     if mount.returncode:
         pytest.skip("mounting a small disk is not permitted here")
     try:
@@ -302,7 +360,9 @@ def test_a_full_disk_is_named_and_survived(capsys, settings, uninterrupted, tmp_
 
 
 @pytest.mark.parametrize("method", ["write", "close"])
-def test_a_writer_that_finds_the_disk_full(capsys, settings, uninterrupted, tmp_path, monkeypatch, method):
+def test_a_writer_that_finds_the_disk_full(
+    capsys, settings, uninterrupted, tmp_path, monkeypatch, method
+):
     class Full:
         """The second shard's writer fails as the real one does: with a RuntimeError."""
 
@@ -322,7 +382,9 @@ def test_a_writer_that_finds_the_disk_full(capsys, settings, uninterrupted, tmp_
 
         def fail(self, where):
             if self.number == 2 and where == method:
-                raise RuntimeError("write() failed: No space left on device; writing x; Failed to close chunk_writer")
+                raise RuntimeError(
+                    "write() failed: No space left on device; writing x; Failed to close chunk_writer"
+                )
 
     writer = shards.ArrayRecordWriter
     monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
@@ -355,7 +417,10 @@ def test_another_data_set_is_never_touched(capsys, settings, uninterrupted, inpu
         captions.write_bytes(original)
     assert tree(uninterrupted) == before
     said = []
-    assert run(settings, uninterrupted, said=said)["documents"] == PICTURES + 20 and "prepared already" in said[-1]
+    assert (
+        run(settings, uninterrupted, said=said)["documents"] == PICTURES + 20
+        and "prepared already" in said[-1]
+    )
     assert tree(uninterrupted) == before
 
 
@@ -376,7 +441,9 @@ def test_foreign_directories_and_impossible_inputs(settings, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(replace(settings, **change), out)
         assert not out.exists() or not [p for p in out.iterdir() if p.name != ".lock"]
-    assert run(settings, tmp_path / "out", (1, 3)) is None  # a refused setting has not claimed the place
+    assert (
+        run(settings, tmp_path / "out", (1, 3)) is None
+    )  # a refused setting has not claimed the place
 
 
 def test_missing_pictures_are_listed(capsys, tmp_path):
@@ -384,18 +451,29 @@ def test_missing_pictures_are_listed(capsys, tmp_path):
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     assert main(["prepare", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     line = the_error(capsys)
-    assert "7 files that the captions of" in line and ": 0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg, ..." in line
+    assert (
+        "7 files that the captions of" in line
+        and ": 0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg, ..." in line
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_higher_limit_finishes_without_making_shards_again(capsys, settings, uninterrupted, tmp_path):
+def test_a_higher_limit_finishes_without_making_shards_again(
+    capsys, settings, uninterrupted, tmp_path
+):
     out = tmp_path / "out"
-    with pytest.raises(PreparationFailed, match=r"9 of 89 items were rejected \(1 decompression bomb, .*reject_limit"):
+    with pytest.raises(
+        PreparationFailed,
+        match=r"9 of 89 items were rejected \(1 decompression bomb, .*reject_limit",
+    ):
         run(replace(settings, reject_limit=0.05), out)
     before = tree(out / "shards")
     assert len(before) == 13 and not (out / "dataset.json").exists()
     run(replace(settings, reject_limit=0.2), out)
-    assert tree(out / "shards") == before and content(out)["index.npy"] == content(uninterrupted)["index.npy"]
+    assert (
+        tree(out / "shards") == before
+        and content(out)["index.npy"] == content(uninterrupted)["index.npy"]
+    )
 
 
 def test_damage_is_found_when_a_data_set_is_opened(settings, tmp_path):
@@ -404,7 +482,9 @@ def test_damage_is_found_when_a_data_set_is_opened(settings, tmp_path):
     shard, index = out / "shards" / "000003.arrayrecord", out / "index.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=f"000003.arrayrecord has {len(whole) - 1} bytes, and {len(whole)}"):
+    with pytest.raises(
+        ValueError, match=f"000003.arrayrecord has {len(whole) - 1} bytes, and {len(whole)}"
+    ):
         open_dataset(out)
     shard.unlink()
     with pytest.raises(ValueError, match="lost the shard 000003.arrayrecord"):
@@ -444,7 +524,15 @@ def test_a_tokenizer_without_its_marks_is_refused(settings, tmp_path, lacking):
 def test_ids_are_those_of_sentencepiece(uninterrupted):
     model = (uninterrupted / "tokenizer.model").read_bytes()
     theirs, ours = sentencepiece.SentencePieceProcessor(model_proto=model), Tokenizer(model)
-    for text in ("the quick brown fox", "two  spaces", "lines\n\n\tand tabs\n", " ends ", "é 日本 🙂", "", "\n"):
+    for text in (
+        "the quick brown fox",
+        "two  spaces",
+        "lines\n\n\tand tabs\n",
+        " ends ",
+        "é 日本 🙂",
+        "",
+        "\n",
+    ):
         assert ours.encode(text) == theirs.encode(text, out_type=int)
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)) == text
     assert ours.boi == theirs.get_piece_size() and ours.eoi == ours.boi + 1
@@ -456,7 +544,11 @@ def test_ids_are_those_of_sentencepiece(uninterrupted):
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory) -> Path:
     """A tiny one with random weights."""
-    directory, config, rng = tmp_path_factory.mktemp("autoencoder"), tiny(), np.random.default_rng(0)
+    directory, config, rng = (
+        tmp_path_factory.mktemp("autoencoder"),
+        tiny(),
+        np.random.default_rng(0),
+    )
     _, abstract = abstract_autoencoder(config)
     weights = jax.tree.map(
         lambda x: rng.standard_normal(x.shape, np.float32) / max(np.prod(x.shape[:-1]), 4) ** 0.5,
@@ -466,24 +558,36 @@ def autoencoder(tmp_path_factory) -> Path:
     return directory
 
 
-def test_latents_are_stored_as_mean_and_deviation_and_scaled_to_unit_variance(settings, autoencoder, tmp_path):
+def test_latents_are_stored_as_mean_and_deviation_and_scaled_to_unit_variance(
+    settings, autoencoder, tmp_path
+):
     out = tmp_path / "out"
     run(replace(settings, autoencoder=str(autoencoder)), out)
     dataset = open_dataset(out)
     info, codec = dataset.info["image"], load_codec(autoencoder)
     kept = load_codec(out / "autoencoder")
-    assert info["autoencoder"] == codec.digest and (kept.scale, kept.shift) == (info["scale"], info["shift"])
+    assert info["autoencoder"] == codec.digest and (kept.scale, kept.shift) == (
+        info["scale"],
+        info["shift"],
+    )
     assert (info["stored"], dataset.image_shape) == ("latents", (4, 4, 4))
     all_records = [dataset.record(n) for n in range(dataset.info["documents"])]
-    stored = np.stack([x for record in all_records for kind, x in record.spans if kind == records.IMAGE])
+    stored = np.stack(
+        [x for record in all_records for kind, x in record.spans if kind == records.IMAGE]
+    )
     mean, deviation = stored[:, 0].astype(np.float64), stored[:, 1].astype(np.float64)
     std = np.sqrt((mean**2 + deviation**2).mean() - mean.mean() ** 2)
-    assert info["shift"] == pytest.approx(mean.mean(), abs=1e-6) and info["scale"] == pytest.approx(1 / std, rel=1e-4)
+    assert info["shift"] == pytest.approx(mean.mean(), abs=1e-6) and info["scale"] == pytest.approx(
+        1 / std, rel=1e-4
+    )
     rng = np.random.default_rng(0)
     drawn = np.stack([dataset.image(x, rng) for x in stored for _ in range(40)])
     assert drawn.dtype == np.float32
     assert drawn.mean() == pytest.approx(0, abs=0.01) and drawn.std() == pytest.approx(1, rel=0.01)
-    one, expected = np.stack([dataset.image(stored[0], rng) for _ in range(4000)]), dataset.image(stored[0])
+    one, expected = (
+        np.stack([dataset.image(stored[0], rng) for _ in range(4000)]),
+        dataset.image(stored[0]),
+    )
     np.testing.assert_allclose(expected, (mean[0] - info["shift"]) * info["scale"], atol=1e-3)
     np.testing.assert_allclose(one.mean(0), expected, atol=0.1 * info["scale"] * deviation[0].max())
     np.testing.assert_allclose(one.std(0), deviation[0] * info["scale"], rtol=0.06)
@@ -497,7 +601,10 @@ def test_a_batch_is_encoded_by_all_devices_as_by_one(autoencoder):
 
 
 def test_an_autoencoder_that_does_not_fit_is_refused(settings, autoencoder, tmp_path):
-    for change, message in (({"height": 18}, "reduces by 4"), ({"channels": 1}, "takes 3 channels")):
+    for change, message in (
+        ({"height": 18}, "reduces by 4"),
+        ({"channels": 1}, "takes 3 channels"),
+    ):
         with pytest.raises(ValueError, match=message):
             run(replace(settings, autoencoder=str(autoencoder), **change), tmp_path / "out")
     with pytest.raises(ValueError, match="no such directory"):

@@ -59,7 +59,9 @@ NESTED_FLOPS = 5 * 3 * 2 * 8 * 16 * 16
     ],
 )
 def test_a_product_is_two_operations_for_each_pair(equation, shapes, multiplied):
-    program = read_program(text(functools.partial(jnp.einsum, equation), *(f32(*shape) for shape in shapes)))
+    program = read_program(
+        text(functools.partial(jnp.einsum, equation), *(f32(*shape) for shape in shapes))
+    )
     assert program.flops == 2 * multiplied
     assert program.collectives == () and program.kernels == {}
 
@@ -68,22 +70,35 @@ def test_a_product_is_two_operations_for_each_pair(equation, shapes, multiplied)
     "window",
     [
         dict(padding="VALID", window_strides=(2, 1)),
-        dict(padding=[(2, 1), (3, 0)], window_strides=(2, 3), lhs_dilation=(2, 1), rhs_dilation=(1, 2)),
+        dict(
+            padding=[(2, 1), (3, 0)],
+            window_strides=(2, 3),
+            lhs_dilation=(2, 1),
+            rhs_dilation=(1, 2),
+        ),
         dict(padding="SAME", window_strides=(1, 1), feature_group_count=2),
         dict(padding="SAME", window_strides=(1, 1), batch_group_count=2),
     ],
 )
 def test_a_convolution_multiplies_neither_padding_nor_holes(window):
     convolution = functools.partial(jax.lax.conv_general_dilated, **window)
-    x, kernel = jnp.ones((4, 6, 9, 8)), jnp.ones((10, 6 // window.get("feature_group_count", 1), 3, 2))
-    assert read_program(text(convolution, x, kernel)).flops == 2 * float(convolution(x, kernel).sum())
+    x, kernel = (
+        jnp.ones((4, 6, 9, 8)),
+        jnp.ones((10, 6 // window.get("feature_group_count", 1), 3, 2)),
+    )
+    assert read_program(text(convolution, x, kernel)).flops == 2 * float(
+        convolution(x, kernel).sum()
+    )
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["count written", "count found"])
 def test_nested_loops_multiply(written):
     program = text(nested, *NESTED)
     assert program.count("known_trip_count") == 2
-    assert read_program(program if written else program.replace("known_trip_count", "")).flops == NESTED_FLOPS
+    assert (
+        read_program(program if written else program.replace("known_trip_count", "")).flops
+        == NESTED_FLOPS
+    )
 
 
 def test_a_loop_may_start_and_step_anywhere():
@@ -116,9 +131,17 @@ def test_each_branch_counts_once():
 
 
 COLLECTIVES = {  # of a float32[64] on each device of a 2x4 mesh
-    "all-gather": (lambda x: jax.lax.all_gather(x, "b", tiled=True).reshape(4, 64)[0], 3 * 256, (0, 1, 2, 3)),
+    "all-gather": (
+        lambda x: jax.lax.all_gather(x, "b", tiled=True).reshape(4, 64)[0],
+        3 * 256,
+        (0, 1, 2, 3),
+    ),
     "all-reduce": (lambda x: jax.lax.psum(x, "a"), 2 * 256 / 2, (0, 4)),
-    "reduce-scatter": (lambda x: jnp.tile(jax.lax.psum_scatter(x, "b", tiled=True), 4), 256 * 3 / 4, (0, 1, 2, 3)),
+    "reduce-scatter": (
+        lambda x: jnp.tile(jax.lax.psum_scatter(x, "b", tiled=True), 4),
+        256 * 3 / 4,
+        (0, 1, 2, 3),
+    ),
     "all-to-all": (
         lambda x: jax.lax.all_to_all(x.reshape(8, 8), ("a", "b"), 0, 0).reshape(64),
         256 * 7 / 8,
@@ -227,7 +250,9 @@ ENTRY %main (stacked: f32[4,8,32], at: s32[], by: f32[64,32]) -> f32[1,8,64] {
   ROOT %layer = f32[1,8,64]{2,1,0} fusion(%stacked, %at, %by), kind=kOutput, calls=%sliced
 }
 """
-    assert read_program(program) == Program(2 * 8 * 32 * 64, 4 * (8 * 32 + 1 + 64 * 32 + 8 * 64), (), {})
+    assert read_program(program) == Program(
+        2 * 8 * 32 * 64, 4 * (8 * 32 + 1 + 64 * 32 + 8 * 64), (), {}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +268,11 @@ def test_products_on_a_tpu(tpu_mesh):
     """Convolutions there, whose windows slide over padding where there is a batch."""
 
     def products(a, b, c):
-        return jnp.einsum("bij,bkj->bki", a, b), jnp.einsum("bij,bkj->ikj", a, b), jnp.einsum("bij,jk->kbi", a, c)
+        return (
+            jnp.einsum("bij,bkj->bki", a, b),
+            jnp.einsum("bij,bkj->ikj", a, b),
+            jnp.einsum("bij,jk->kbi", a, c),
+        )
 
     arrays = (sharded(tpu_mesh, P(), *shape) for shape in [(6, 128, 256), (6, 64, 256), (256, 512)])
     program = text(products, *arrays)
@@ -278,8 +307,12 @@ def tpu_gradient(tpu_mesh) -> str:
         return jax.lax.pmean(jnp.sum(x.astype(jnp.float32)), ("a", "b"))
 
     gradient = jax.shard_map(jax.grad(loss), mesh=tpu_mesh, out_specs=(along, across))
-    weights = (sharded(tpu_mesh, spec, 6, 1024, 4096, dtype=jnp.bfloat16) for spec in (along, across))
-    return text(gradient, tuple(weights), sharded(tpu_mesh, P(("a", "b")), 4096, 1024, dtype=jnp.bfloat16))
+    weights = (
+        sharded(tpu_mesh, spec, 6, 1024, 4096, dtype=jnp.bfloat16) for spec in (along, across)
+    )
+    return text(
+        gradient, tuple(weights), sharded(tpu_mesh, P(("a", "b")), 4096, 1024, dtype=jnp.bfloat16)
+    )
 
 
 def test_a_scanned_gradient_on_a_tpu(tpu_gradient):
@@ -288,7 +321,9 @@ def test_a_scanned_gradient_on_a_tpu(tpu_gradient):
     # Two products a layer, forward, once more, and backward to the input and to the weight; 1,024 rows a device.
     assert program.flops == pytest.approx(6 * 2 * 4 * 2 * 1024 * weight, rel=0.01)
     stacks = 6 * 2 * weight * (1 / 2 + 1 / 4)
-    assert 2 * stacks < program.hbm_bytes < 6 * stacks  # the weights read, the gradients written; not all in each loop
+    assert (
+        2 * stacks < program.hbm_bytes < 6 * stacks
+    )  # the weights read, the gradients written; not all in each loop
 
 
 def test_collectives_on_a_tpu(tpu_gradient):

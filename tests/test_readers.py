@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from transfusion_jax.data.images import decode
-from transfusion_jax.data.readers import files, open_input
-from transfusion_jax.data.readers.raw import Columns, Picture, Rejected
+from transfusion_jax.images import decode
+from transfusion_jax.preparation.readers.inputs import files, open_input
+from transfusion_jax.preparation.readers.raw import Columns, Picture, Rejected
 
 
 def png(color=(200, 30, 30), size=(6, 5)) -> bytes:
@@ -52,7 +52,9 @@ def items(reader) -> list:
 
 
 def lines(path: Path, *values, end: bytes = b"\n") -> Path:
-    path.write_bytes(end.join(v if isinstance(v, bytes) else json.dumps(v).encode() for v in values))
+    path.write_bytes(
+        end.join(v if isinstance(v, bytes) else json.dumps(v).encode() for v in values)
+    )
     return path
 
 
@@ -142,7 +144,12 @@ def test_folders_without_pairs(tmp_path, content, message):
 
 
 def test_files_of_unknown_kind(tmp_path):
-    for name, message in (("a.csv", "none of"), ("a.tar", "no tar"), ("a.tar.gz", "none of"), ("a.parquet", "Parquet")):
+    for name, message in (
+        ("a.csv", "none of"),
+        ("a.tar", "no tar"),
+        ("a.tar.gz", "none of"),
+        ("a.parquet", "Parquet"),
+    ):
         (tmp_path / name).write_bytes(b"x" * 2000)
         with pytest.raises(ValueError, match=message):
             open_input(str(tmp_path / name), PLAIN)
@@ -158,7 +165,9 @@ def tar(path: Path, *members: tuple[str, bytes], mode: str = "w", **options) -> 
 
 
 SAMPLES = [
-    (f"{i}.{kind}", png() if kind == "png" else f"caption {i}".encode()) for i in range(5) for kind in ("png", "txt")
+    (f"{i}.{kind}", png() if kind == "png" else f"caption {i}".encode())
+    for i in range(5)
+    for kind in ("png", "txt")
 ]
 
 
@@ -215,14 +224,30 @@ def test_parquet(tmp_path):
     captions = [["a", "b"], ["c"], None, [], ["e"], ["f"]]
     table = pyarrow.table({"image": pictures, "caption": captions, "other": range(6)})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=4)
-    expected = [(("a", "b"), (png(),)), (("c",), (png(),)), "no caption", "no caption", "no image", "no image"]
+    expected = [
+        (("a", "b"), (png(),)),
+        (("c",), (png(),)),
+        "no caption",
+        "no caption",
+        "no image",
+        "no image",
+    ]
     assert items(the_reader(tmp_path / "x.parquet")) == expected
     table = pyarrow.table({"jpg": [png(), b""], "t": ["one", "two"]})
     pyarrow.parquet.write_table(table, tmp_path / "y.parquet")
     named = Columns(image="jpg", caption="t", text="t")
-    assert items(the_reader(tmp_path / "y.parquet", named)) == [(("one",), (png(),)), (("two",), (b"",))]
-    assert items(the_reader(tmp_path / "y.parquet", Columns(text="t"))) == [((), ("one",)), ((), ("two",))]
-    for columns, message in ((Columns(), "no column image or text, only jpg, t"), (Columns(image="jpg"), "caption")):
+    assert items(the_reader(tmp_path / "y.parquet", named)) == [
+        (("one",), (png(),)),
+        (("two",), (b"",)),
+    ]
+    assert items(the_reader(tmp_path / "y.parquet", Columns(text="t"))) == [
+        ((), ("one",)),
+        ((), ("two",)),
+    ]
+    for columns, message in (
+        (Columns(), "no column image or text, only jpg, t"),
+        (Columns(image="jpg"), "caption"),
+    ):
         with pytest.raises(ValueError, match=message):
             the_reader(tmp_path / "y.parquet", columns)
 
@@ -231,7 +256,11 @@ def test_a_damaged_row_group_is_counted_and_the_others_are_read(tmp_path):
     path = tmp_path / "x.parquet"
     texts = [f"text {i} " * 50 for i in range(12)]
     pyarrow.parquet.write_table(
-        pyarrow.table({"text": texts}), path, row_group_size=4, compression="zstd", use_dictionary=False
+        pyarrow.table({"text": texts}),
+        path,
+        row_group_size=4,
+        compression="zstd",
+        use_dictionary=False,
     )
     column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
     content = bytearray(path.read_bytes())
@@ -259,7 +288,9 @@ def tiny_tfds(tmp_path_factory):
                 "label": tfds.features.ClassLabel(names=["cat", "dog"]),
                 "captions": tfds.features.Sequence(tfds.features.Text()),
             }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}
@@ -267,7 +298,15 @@ def tiny_tfds(tmp_path_factory):
         def _generate_examples(self):
             for i in range(4):
                 image, label = png((10 * i,) * 3), i % 2 if i else -1
-                yield i, {"image": image, "caption": f"picture {i}", "label": label, "captions": ["a", "b"]}
+                yield (
+                    i,
+                    {
+                        "image": image,
+                        "caption": f"picture {i}",
+                        "label": label,
+                        "captions": ["a", "b"],
+                    },
+                )
 
     Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
     with pytest.MonkeyPatch.context() as patched:
@@ -277,7 +316,10 @@ def tiny_tfds(tmp_path_factory):
 
 def test_tfds_without_tensorflow(tiny_tfds):
     def decoded(columns: Columns) -> list[tuple[str, list[int]]]:
-        return sorted((captions[0], flat(shown(data))) for captions, (data,) in items(the_reader("tfds:tiny", columns)))
+        return sorted(
+            (captions[0], flat(shown(data)))
+            for captions, (data,) in items(the_reader("tfds:tiny", columns))
+        )
 
     assert decoded(PLAIN) == [(f"picture {i}", [10 * i] * 3) for i in range(4)]
     labelled = items(the_reader("tfds:tiny", Columns(caption="label")))
@@ -287,10 +329,15 @@ def test_tfds_without_tensorflow(tiny_tfds):
         "dog",
         "no caption",
     ]
-    assert {item[0] for item in items(the_reader("tfds:tiny", Columns(caption="captions")))} == {("a", "b")}
+    assert {item[0] for item in items(the_reader("tfds:tiny", Columns(caption="captions")))} == {
+        ("a", "b")
+    }
     assert len(the_reader("tfds:tiny:train[:3]")) == 3
     assert the_reader("tfds:tiny").digest() != the_reader("tfds:tiny:train[:3]").digest()
-    assert sorted(items(the_reader("tfds:tiny", Columns(image="none", text="caption"))))[0] == ((), ("picture 0",))
+    assert sorted(items(the_reader("tfds:tiny", Columns(image="none", text="caption"))))[0] == (
+        (),
+        ("picture 0",),
+    )
     for name, columns, message in (
         ("tfds:nowhere", PLAIN, "cannot open tfds:nowhere"),
         ("tfds:tiny:test", PLAIN, "cannot open tfds:tiny:test"),
@@ -326,7 +373,11 @@ def test_long_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, monkeypatch
 
 def test_digests_tell_changed_inputs_apart(tmp_path):
     def digests() -> list[str]:
-        return [reader.digest() for path in sorted(tmp_path.iterdir()) for _, reader in open_input(str(path), PLAIN)]
+        return [
+            reader.digest()
+            for path in sorted(tmp_path.iterdir())
+            for _, reader in open_input(str(path), PLAIN)
+        ]
 
     lines(tmp_path / "a.jsonl", {"text": "cat"})
     tar(tmp_path / "b.tar", *SAMPLES)
@@ -367,9 +418,9 @@ def test_every_mode_becomes_rgb_or_grey():
     assert flat(shown(encoded(Image.new("L", (8, 8), 77), "PNG"))) == [77] * 3
     assert flat(shown(encoded(Image.new("RGB", (8, 8), (77, 77, 77)), "PNG"), channels=1)) == [77]
     assert flat(shown(encoded(Image.new("LA", (8, 8), (0, 0)), "PNG"))) == [255] * 3
-    assert flat(shown(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))) == pytest.approx(
-        [255, 0, 0], abs=9
-    )
+    assert flat(
+        shown(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    ) == pytest.approx([255, 0, 0], abs=9)
     assert flat(shown(encoded(Image.new("1", (8, 8), 1), "PNG"))) == [255] * 3
 
 
@@ -397,7 +448,8 @@ def test_the_orientation_of_the_camera_is_applied(orientation):
 
 
 @pytest.mark.parametrize(
-    ("w", "h", "width", "height"), [(90, 40, 16, 16), (40, 90, 16, 16), (64, 48, 8, 24), (10, 10, 16, 16)]
+    ("w", "h", "width", "height"),
+    [(90, 40, 16, 16), (40, 90, 16, 16), (64, 48, 8, 24), (10, 10, 16, 16)],
 )
 def test_the_crop_is_centred_and_the_resize_averages(w, h, width, height):
     pixels = np.random.default_rng(0).integers(64, 192, (h, w, 3), np.uint8)

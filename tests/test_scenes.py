@@ -8,10 +8,18 @@ import pytest
 
 from transfusion_jax.config import Experiment, ImageConfig
 from transfusion_jax.data.documents import Image, Text, sequence
-from transfusion_jax.data.scenes import COUNTS, NOVEL_PAIRS, Pair, Scenes, example, examples, pictures
-from transfusion_jax.data.scenes.judge import holds, judge, parse, residual
-from transfusion_jax.data.scenes.scene import COLOURS, KINDS, SIZES, Object, Scene, render
-from transfusion_jax.data.scenes.words import BESIDE, DIRECTIONS, Edit, captions
+from transfusion_jax.data.sources.scenes.judge import holds, judge, parse, residual
+from transfusion_jax.data.sources.scenes.scene import COLOURS, KINDS, SIZES, Object, Scene, render
+from transfusion_jax.data.sources.scenes.source import (
+    COUNTS,
+    NOVEL_PAIRS,
+    Pair,
+    Scenes,
+    example,
+    examples,
+    pictures,
+)
+from transfusion_jax.data.sources.scenes.words import BESIDE, DIRECTIONS, Edit, captions
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.evaluation import scenes as evaluation
 
@@ -23,7 +31,11 @@ def of(side: int) -> Experiment:
 @pytest.fixture(scope="module")
 def shown() -> list[Scene]:
     """2,000 scenes of all splits, compositional ones first."""
-    return [example(split, i).scene for split in ("compositional", "held_out", "train") for i in range(667)][:2000]
+    return [
+        example(split, i).scene
+        for split in ("compositional", "held_out", "train")
+        for i in range(667)
+    ][:2000]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +48,9 @@ def blurred(image: np.ndarray, deviation: float) -> np.ndarray:
     reach = int(4 * deviation)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
     for axis in (0, 1):
-        padded = np.pad(image, [(reach, reach) if i == axis else (0, 0) for i in range(3)], mode="edge")
+        padded = np.pad(
+            image, [(reach, reach) if i == axis else (0, 0) for i in range(3)], mode="edge"
+        )
         views = [np.take(padded, range(i, i + image.shape[axis]), axis) for i in range(len(kernel))]
         image = sum(k * view for k, view in zip(kernel / kernel.sum(), views, strict=True))
     return image
@@ -52,7 +66,9 @@ def exactness(scenes: list[Scene], side: int, damage) -> float:
 @pytest.mark.parametrize("side", [32, 64])
 def test_pictures_are_plain_and_the_judge_inverts_them(shown, side):
     picture = render(shown[0], side)
-    assert picture.shape == (side, side, 3) and picture.dtype == np.float32 and abs(picture).max() <= 1
+    assert (
+        picture.shape == (side, side, 3) and picture.dtype == np.float32 and abs(picture).max() <= 1
+    )
     assert exactness(shown, side, lambda image: image) >= 0.995
     assert residual(picture) < 1e-6 < residual(np.clip(picture, -0.8, 0.8))
 
@@ -69,12 +85,22 @@ def test_the_judge_tells_every_object_on_every_place(side):
 @pytest.mark.parametrize("side", [32, 64])
 def test_the_judge_forgives_noise_and_blur_and_not_everything(shown, side, capsys):
     rng, some, pixel = np.random.default_rng(0), shown[::10], side / 32
-    noisy = {s: exactness(some, side, lambda x, s=s: x + s * rng.standard_normal(x.shape)) for s in (0.1, 0.2, 0.3, 1)}
-    soft = {s: exactness(some, side, lambda x, s=s: blurred(x, s * pixel)) for s in (0.5, 0.75, 1.0, 1.5, 3)}
-    both = exactness(some, side, lambda x: blurred(x, 0.75 * pixel) + 0.1 * rng.standard_normal(x.shape))
+    noisy = {
+        s: exactness(some, side, lambda x, s=s: x + s * rng.standard_normal(x.shape))
+        for s in (0.1, 0.2, 0.3, 1)
+    }
+    soft = {
+        s: exactness(some, side, lambda x, s=s: blurred(x, s * pixel))
+        for s in (0.5, 0.75, 1.0, 1.5, 3)
+    }
+    both = exactness(
+        some, side, lambda x: blurred(x, 0.75 * pixel) + 0.1 * rng.standard_normal(x.shape)
+    )
     moved = exactness(some, side, lambda x: np.roll(x, (1, -1), (0, 1)))
     with capsys.disabled():
-        print(f"\njudge exact at {side}: noise {noisy}; blur {soft}; noise 0.1 and blur 0.75 {both}; shifted {moved}")
+        print(
+            f"\njudge exact at {side}: noise {noisy}; blur {soft}; noise 0.1 and blur 0.75 {both}; shifted {moved}"
+        )
     assert min(noisy[0.1], noisy[0.2], soft[0.5], soft[0.75], both, moved) >= 0.99
     assert min(noisy[0.3], soft[1.0]) >= 0.95
     assert noisy[1] < 0.6 and soft[3] < 0.1, "such pictures show too little to be read"
@@ -101,7 +127,9 @@ def contradictions(scene: Scene) -> dict[str, Scene]:
     return {
         "too many": scene.plus(replace(scene.objects[0], place=free)),
         "too few": scene.without(scene.objects[-1]),
-        "mirrored": Scene(tuple(replace(o, place=(o.place[0], 2 - o.place[1])) for o in scene.objects)),
+        "mirrored": Scene(
+            tuple(replace(o, place=(o.place[0], 2 - o.place[1])) for o in scene.objects)
+        ),
         **{
             name: scene.without(scene.objects[0]).plus(
                 replace(scene.objects[0], **{name: table[getattr(scene.objects[0], name)]})
@@ -113,7 +141,11 @@ def contradictions(scene: Scene) -> dict[str, Scene]:
 
 def test_captions_are_false_of_a_scene_that_contradicts_them(shown):
     """And say nothing of what they leave open."""
-    words = {"colour": "|".join(COLOURS), "size": "small|large|little|big", "mirrored": "left of|right of"}
+    words = {
+        "colour": "|".join(COLOURS),
+        "size": "small|large|little|big",
+        "mirrored": "left of|right of",
+    }
     checked = Counter()
     for scene in shown[::40]:
         wrong = contradictions(scene)
@@ -159,9 +191,14 @@ def pairs_of(found: Pair | Edit) -> set[tuple[str, str]]:
 
 
 def test_splits_are_disjoint_and_novel_pairs_are_compositional():
-    found = {split: [example(split, i) for i in range(1000 if split != "train" else 5000)] for split in COUNTS}
+    found = {
+        split: [example(split, i) for i in range(1000 if split != "train" else 5000)]
+        for split in COUNTS
+    }
     scenes = {
-        split: {s for e in group for s in ([e.scene, e.target] if isinstance(e, Edit) else [e.scene])}
+        split: {
+            s for e in group for s in ([e.scene, e.target] if isinstance(e, Edit) else [e.scene])
+        }
         for split, group in found.items()
     }
     for one, other in itertools.combinations(COUNTS, 2):
@@ -170,7 +207,9 @@ def test_splits_are_disjoint_and_novel_pairs_are_compositional():
     every = set(itertools.product(COLOURS, KINDS))
     assert seen["train"] == seen["held_out"] == every - NOVEL_PAIRS
     assert seen["compositional"] == every
-    assert {c for c, _ in seen["train"]} == set(COLOURS) and {k for _, k in seen["train"]} == set(KINDS)
+    assert {c for c, _ in seen["train"]} == set(COLOURS) and {k for _, k in seen["train"]} == set(
+        KINDS
+    )
     for scene in scenes["compositional"]:
         assert {(o.colour, o.kind) for o in scene.objects} & NOVEL_PAIRS
     train = found["train"]
@@ -192,7 +231,11 @@ NOUN = f"(?:(small|large) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(KINDS)})"
 
 
 def named(scene: Scene, size: str, colour: str, kind: str) -> list[Object]:
-    return [o for o in scene.objects if o.kind == kind and size in (None, o.size) and colour in (None, o.colour)]
+    return [
+        o
+        for o in scene.objects
+        if o.kind == kind and size in (None, o.size) and colour in (None, o.colour)
+    ]
 
 
 def shifted(o: Object, step: tuple[int, int]) -> tuple[int, int]:
@@ -246,9 +289,14 @@ def test_documents_hold_the_pictures_and_words_of_their_example(words, side):
     source = Scenes(of(side), "train")
     kinds = Counter()
     for index in range(60):
-        found, document = example("train", index), source.document(index, words, np.random.default_rng(index))
+        found, document = (
+            example("train", index),
+            source.document(index, words, np.random.default_rng(index)),
+        )
         images = [span for span in document.spans if isinstance(span, Image)]
-        text = words.decode(i for span in document.spans if isinstance(span, Text) for i in span.ids)
+        text = words.decode(
+            i for span in document.spans if isinstance(span, Text) for i in span.ids
+        )
         np.testing.assert_array_equal(images[0].latent_hwc, pictures("train", [index], side)[0])
         kinds[type(found)] += 1
         if isinstance(found, Pair):
@@ -256,11 +304,16 @@ def test_documents_hold_the_pictures_and_words_of_their_example(words, side):
         else:
             assert [type(span) for span in document.spans] == [Text, Image, Text, Image, Text]
             assert text == found.instruction and judge(images[1].latent_hwc) == found.target
-            assert [i.noise_limit for i in images] == [source.experiment.diffusion.noise_limit, 1000]
+            assert [i.noise_limit for i in images] == [
+                source.experiment.diffusion.noise_limit,
+                1000,
+            ]
     assert min(kinds[Pair], kinds[Edit]) > 3
 
 
-@pytest.mark.parametrize("image", [ImageConfig(32, 32, 1, 2), ImageConfig(64, 32, 3, 2), ImageConfig(48, 48, 3, 2)])
+@pytest.mark.parametrize(
+    "image", [ImageConfig(32, 32, 1, 2), ImageConfig(64, 32, 3, 2), ImageConfig(48, 48, 3, 2)]
+)
 def test_other_pictures_are_refused(image):
     with pytest.raises(ValueError, match="scenes are pictures of 32x32x3 or 64x64x3, image says"):
         Scenes(replace(of(32), image=image), "train")
@@ -293,9 +346,15 @@ class Oracle:
     def scene(self, prompt):
         """Some scene of which the prompt is true."""
         claim = parse(prompt)
-        things = [(i.kind, i.colour or "blue", i.size or "large") for i in claim.items for _ in range(i.count)]
+        things = [
+            (i.kind, i.colour or "blue", i.size or "large")
+            for i in claim.items
+            for _ in range(i.count)
+        ]
         for places in itertools.permutations(itertools.product(range(3), repeat=2), len(things)):
-            scene = Scene(tuple(Object(*thing, place) for thing, place in zip(things, places, strict=True)))
+            scene = Scene(
+                tuple(Object(*thing, place) for thing, place in zip(things, places, strict=True))
+            )
             if holds(claim, scene):
                 return scene
 
@@ -313,7 +372,14 @@ def turned(scene):
     return Scene(tuple(replace(o, place=(2 - o.place[0], 2 - o.place[1])) for o in scene.objects))
 
 
-CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")
+CATEGORIES = (
+    "single_object",
+    "two_objects",
+    "counting",
+    "colours",
+    "position",
+    "colour_attribution",
+)
 
 
 def test_right_answers_score_one(tmp_path):
@@ -332,7 +398,10 @@ def test_right_answers_score_one(tmp_path):
     [
         (lambda scene: Scene(()), {*CATEGORIES, "compositional", "edit"}),
         (crowded, {*CATEGORIES, "compositional", "edit"}),
-        (changed(kind="ring", colour="purple"), {"two_objects", "position", "colour_attribution", "compositional"}),
+        (
+            changed(kind="ring", colour="purple"),
+            {"two_objects", "position", "colour_attribution", "compositional"},
+        ),
         (turned, {"position", "edit"}),
     ],
     ids=["nothing", "too many", "all the same", "turned"],
@@ -345,7 +414,9 @@ def test_wrong_pictures_score_low(spoil, wrong, tmp_path, monkeypatch):
     assert {name for name, share in shares.items() if share == 0} >= wrong
     if spoil is turned:
         assert shares["single_object"] == shares["counting"] == shares["colour_attribution"] == 1
-    assert scores["geneval_overall"] == pytest.approx(np.mean([shares[name] for name in CATEGORIES]))
+    assert scores["geneval_overall"] == pytest.approx(
+        np.mean([shares[name] for name in CATEGORIES])
+    )
     assert scores["caption_accuracy"] == 1
 
 
@@ -363,5 +434,7 @@ def test_prompts_can_be_met_and_keep_to_the_pairs_of_training():
     for category in evaluation.PROMPTS:
         asked = evaluation.prompts(category, 60)
         assert asked == evaluation.prompts(category, 60) and len(set(asked)) >= 6
-        novel = [any((i.colour, i.kind) in NOVEL_PAIRS for i in parse(prompt).items) for prompt in asked]
+        novel = [
+            any((i.colour, i.kind) in NOVEL_PAIRS for i in parse(prompt).items) for prompt in asked
+        ]
         assert all(novel) if category == "compositional" else not any(novel)

@@ -15,11 +15,11 @@ from transfusion_jax.parallel.rules import batch_sharding, partition_spec
 from transfusion_jax.planning.hlo import parse
 from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.planning.program import read_program
+from transfusion_jax.pretraining.state import blueprint
+from transfusion_jax.pretraining.step import compiled_step
 from transfusion_jax.training import checkpoint as checkpoint_lib
 from transfusion_jax.training.checkpoint import CheckpointError, Checkpoints
 from transfusion_jax.training.metrics import MetricsLog, read_metrics
-from transfusion_jax.training.state import blueprint
-from transfusion_jax.training.step import compiled_step
 from transfusion_jax.training.watchdog import TrainingFailed, check_finite
 
 ONE = MeshConfig(data=1)
@@ -95,7 +95,9 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
     ],
     ids=str,
 )
-def test_accumulated_gradients_are_those_of_the_whole_batch(single, experiment, tokenizer, parts, mesh_config):
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    single, experiment, tokenizer, parts, mesh_config
+):
     """Rows differ in how much text and how many images they have, so a mean of the parts' means would not do."""
     batch = Data(experiment, tokenizer).batches()[0]
     images = [batch.image_weight_BM[part::parts].sum() for part in range(parts)]
@@ -116,7 +118,8 @@ def program_text(experiment, mesh_config):
 def test_positions_that_are_cut_share_the_work(experiment):
     """Eight devices that cut rows in four compute no more, each, than eight that have rows of their own."""
     flops = [
-        read_program(program_text(experiment, MeshConfig(data=1, fsdp=8 // n, sequence=n)), 2).flops for n in (1, 4)
+        read_program(program_text(experiment, MeshConfig(data=1, fsdp=8 // n, sequence=n)), 2).flops
+        for n in (1, 4)
     ]
     assert flops[1] < 1.1 * flops[0]
 
@@ -140,10 +143,16 @@ def test_the_logits_of_all_positions_never_exist(experiment, mesh_config):
     def largest(chunk):
         parted = replace(experiment, train=replace(experiment.train, vocab_chunk=chunk))
         text = program_text(parted, mesh_config)
-        instructions = (x for computation in parse(text).values() for x in computation.instructions.values())
+        instructions = (
+            x for computation in parse(text).values() for x in computation.instructions.values()
+        )
         return max(math.prod(array.dims) for x in instructions for array in x.result)
 
-    rows, length, vocabulary = experiment.data.batch_rows, experiment.data.row_length, experiment.model.vocab_size
+    rows, length, vocabulary = (
+        experiment.data.batch_rows,
+        experiment.data.row_length,
+        experiment.model.vocab_size,
+    )
     here = rows * length * vocabulary // (1 if mesh_config == ONE else 8)
     assert largest(24) < here <= largest(length)
 
@@ -152,8 +161,12 @@ def test_the_state_is_donated(experiment, tokenizer):
     mesh, plan = build(experiment)
     with jax.set_mesh(mesh):
         state = plan.initialise()
-        compiled_step(plan)(state, jax.device_put(Data(experiment, tokenizer).batches()[0], batch_sharding(mesh)))
-    assert all(x.is_deleted() for x in jax.tree.leaves((state.parameters, state.ema, state.optimizer)))
+        compiled_step(plan)(
+            state, jax.device_put(Data(experiment, tokenizer).batches()[0], batch_sharding(mesh))
+        )
+    assert all(
+        x.is_deleted() for x in jax.tree.leaves((state.parameters, state.ema, state.optimizer))
+    )
 
 
 def test_non_finite_gradients_are_skipped_and_counted(experiment, tokenizer):
@@ -168,10 +181,16 @@ def test_non_finite_gradients_are_skipped_and_counted(experiment, tokenizer):
             state, metrics = step(state, poisoned)
             assert int(metrics["skipped_in_a_row"]) == int(metrics["skipped"]) == expected
         jax.tree.map(
-            np.testing.assert_array_equal, before, jax.device_get((state.parameters, state.ema, state.optimizer))
+            np.testing.assert_array_equal,
+            before,
+            jax.device_get((state.parameters, state.ema, state.optimizer)),
         )
         state, metrics = step(state, batch)
-        assert (int(metrics["skipped_in_a_row"]), int(metrics["skipped"]), int(state.step)) == (0, 2, 4)
+        assert (int(metrics["skipped_in_a_row"]), int(metrics["skipped"]), int(state.step)) == (
+            0,
+            2,
+            4,
+        )
 
 
 def test_training_stops_after_ten_skips_in_a_row():
@@ -184,7 +203,9 @@ def checkpoints(path, said=None, keep=3):
     return Checkpoints(path / "checkpoints", keep, (said if said is not None else []).append)
 
 
-def test_a_checkpoint_restores_on_another_mesh_and_trains_on(single, experiment, tokenizer, tmp_path):
+def test_a_checkpoint_restores_on_another_mesh_and_trains_on(
+    single, experiment, tokenizer, tmp_path
+):
     losses, _ = single
     _, state = run(experiment, tokenizer, MeshConfig(data=1, fsdp=4, tensor=2), 10)
     saved = checkpoints(tmp_path)
@@ -194,7 +215,9 @@ def test_a_checkpoint_restores_on_another_mesh_and_trains_on(single, experiment,
     restored, progress = saved.restore(plan.abstract)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(restored))
     wanted = jax.tree.leaves(plan.abstract)
-    assert all(x.sharding == w.sharding for x, w in zip(jax.tree.leaves(restored), wanted, strict=True))
+    assert all(
+        x.sharding == w.sharding for x, w in zip(jax.tree.leaves(restored), wanted, strict=True)
+    )
     assert float(progress["train_seconds"]) == 1.5 and progress["data"] == "x"
     more, _ = run(experiment, tokenizer, MeshConfig(data=2, fsdp=2, tensor=2), 10, restored)
     np.testing.assert_allclose(more, losses[10:], rtol=1e-4)
@@ -220,7 +243,9 @@ def _empty(step_dir):
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip_bits, _empty])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(single, experiment, tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    single, experiment, tmp_path, damage
+):
     _, state = single
     saved = checkpoints(tmp_path)
     older = replace(state, step=state.step - 5)
@@ -276,7 +301,9 @@ def test_a_save_that_fails_leaves_the_last_good_one(single, experiment, tmp_path
 def test_old_checkpoints_go_by_policy(single, tmp_path):
     saved = checkpoints(tmp_path, keep=2)
     for extra in range(4):
-        saved.save(replace(single[1], step=single[1].step + extra), {"train_seconds": 0.0, "data": "x"})
+        saved.save(
+            replace(single[1], step=single[1].step + extra), {"train_seconds": 0.0, "data": "x"}
+        )
     saved.close()
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [22, 23]
 
@@ -304,7 +331,12 @@ def test_metrics_are_cut_back_to_the_step_of_a_resumed_run(tmp_path):
 def test_mesh_errors_name_what_does_not_fit(experiment):
     with pytest.raises(ValueError, match=r"mesh\.fsdp=3.* do not fit the 8 devices"):
         make_mesh(MeshConfig(data=1, fsdp=3))
-    assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "sequence": 1,
+        "tensor": 2,
+    }
     with pytest.raises(ValueError, match=r"batch_rows=12 is not divisible by the 8 shards"):
         host_block(batch_sharding(make_mesh(MeshConfig(8))), 12)
     assert host_block(batch_sharding(make_mesh(MeshConfig(8))), 16) == (0, 1)

@@ -1,4 +1,4 @@
-from transfusion_jax.cli import main
+from transfusion_jax.commands.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Autoencoders: pixels to the latents that a transformer is fed, and back."""

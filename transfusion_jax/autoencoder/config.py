@@ -7,7 +7,8 @@ arXiv 2012.09841) from 256x256 pixels to 32x32 latents of 8 channels, L1 + LPIPS
 from dataclasses import dataclass
 from typing import Literal
 
-from transfusion_jax.config import MeshConfig, OptimizerConfig, require
+from transfusion_jax.config import MeshConfig, OptimizerConfig
+from transfusion_jax.errors import require
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,29 @@ class AutoencoderConfig:
     """Entries of the codebook of a "vq" autoencoder; their width is `latent_channels`."""
 
     def __post_init__(self):
-        sizes = (self.size, self.channels, self.latent_channels, self.width, self.groups, self.blocks, self.codes)
-        require(min(*sizes, *self.multipliers, len(self.multipliers)) > 0, f"sizes must be positive: {self}")
+        sizes = (
+            self.size,
+            self.channels,
+            self.latent_channels,
+            self.width,
+            self.groups,
+            self.blocks,
+            self.codes,
+        )
+        require(
+            min(*sizes, *self.multipliers, len(self.multipliers)) > 0,
+            f"sizes must be positive: {self}",
+        )
         require(
             self.size % self.downsampling == 0,
             f"model.size={self.size} must be a multiple of {self.downsampling}, which the {len(self.multipliers)} "
             "resolutions of model.multipliers reduce it by",
         )
         odd = [width for width in self.widths if width % min(self.groups, width)]
-        require(not odd, f"model.groups={self.groups} must divide the channels of each resolution, {self.widths}")
+        require(
+            not odd,
+            f"model.groups={self.groups} must divide the channels of each resolution, {self.widths}",
+        )
         require(self.kind in ("kl", "vq"), f"model.kind={self.kind!r} must be 'kl' or 'vq'")
 
     @property
@@ -67,7 +82,14 @@ class AutoencoderConfig:
 def tiny(kind: Literal["kl", "vq"] = "kl") -> AutoencoderConfig:
     """From 32x32 pixels to 8x8 latents of 4 channels, in 0.25 M parameters: learns on one CPU core."""
     return AutoencoderConfig(
-        size=32, latent_channels=4, width=16, multipliers=(1, 2, 2), groups=8, blocks=1, kind=kind, codes=256
+        size=32,
+        latent_channels=4,
+        width=16,
+        multipliers=(1, 2, 2),
+        groups=8,
+        blocks=1,
+        kind=kind,
+        codes=256,
     )
 
 
@@ -99,7 +121,9 @@ class LossConfig:
 
     def __post_init__(self):
         for name in ("l1", "lpips", "gan", "identity", "kl", "commitment"):
-            require(getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)} must not be negative")
+            require(
+                getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)} must not be negative"
+            )
         for name in ("discriminator_width", "discriminator_layers", "revive_every"):
             require(getattr(self, name) > 0, f"loss.{name}={getattr(self, name)} must be positive")
 
@@ -118,7 +142,14 @@ class AutoencoderTrainConfig:
     max_skipped_steps: int = 10
 
     def __post_init__(self):
-        names = ("steps", "batch", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+        names = (
+            "steps",
+            "batch",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "sample_every",
+        )
         for name in (*names, "max_skipped_steps"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1)")
@@ -133,6 +164,8 @@ class AutoencoderExperiment:
     """A source with pictures, by name, or the directory of data prepared as raw pixels."""
     model: AutoencoderConfig = AutoencoderConfig()
     loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-5, b1=0.5, b2=0.9)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-4, final_learning_rate=1e-5, b1=0.5, b2=0.9
+    )
     train: AutoencoderTrainConfig = AutoencoderTrainConfig()
     mesh: MeshConfig = MeshConfig()

@@ -23,7 +23,9 @@ class Quantizer(nnx.Module):
     """A codebook of `codes` vectors with `width` channels, trained by gradients."""
 
     def __init__(self, codes: int, width: int, *, rngs: nnx.Rngs):
-        value = jax.random.uniform(rngs.params(), (codes, width), jnp.float32, -1 / codes, 1 / codes)
+        value = jax.random.uniform(
+            rngs.params(), (codes, width), jnp.float32, -1 / codes, 1 / codes
+        )
         self.codebook = nnx.Param(value, out_sharding=(None, None), eager_sharding=False)
 
     def __call__(self, latent_Bhwz: Array, commitment: float = 0.25) -> Quantized:
@@ -31,7 +33,9 @@ class Quantizer(nnx.Module):
         codes_Bhw = nearest(latent_Bhwz, self.codebook[...])
         code_Bhwz = self.lookup(codes_Bhw)
         fixed = jax.lax.stop_gradient
-        squares_Bhwz = (fixed(latent_Bhwz) - code_Bhwz) ** 2 + commitment * (latent_Bhwz - fixed(code_Bhwz)) ** 2
+        squares_Bhwz = (fixed(latent_Bhwz) - code_Bhwz) ** 2 + commitment * (
+            latent_Bhwz - fixed(code_Bhwz)
+        ) ** 2
         straight_Bhwz = latent_Bhwz + fixed(code_Bhwz - latent_Bhwz)
         return Quantized(straight_Bhwz, codes_Bhw, jnp.mean(squares_Bhwz, axis=(1, 2, 3)))
 
@@ -48,7 +52,9 @@ def nearest(latent: Array, codebook: Array) -> Array:
     fill = -n % chunk
     codes_CKz = jnp.pad(codebook, ((0, fill), (0, 0))).reshape(-1, chunk, z)
     # |z - e|^2 without |z|^2, which all codes share.
-    squares_CK = jnp.pad(jnp.sum(codebook**2, axis=1), (0, fill), constant_values=jnp.inf).reshape(-1, chunk)
+    squares_CK = jnp.pad(jnp.sum(codebook**2, axis=1), (0, fill), constant_values=jnp.inf).reshape(
+        -1, chunk
+    )
 
     def compare(best, piece):
         distance, index = best

@@ -29,7 +29,9 @@ class Gaussian(NamedTuple):
     log_variance: Array
 
     def sample(self, key: Array) -> Array:
-        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(
+            key, self.mean.shape, self.mean.dtype
+        )
 
     def kl(self) -> Array:
         """KL divergence from the standard normal, [B], in nats (Kingma & Welling 2014, appendix B)."""
@@ -44,7 +46,9 @@ def zeros(width: int) -> nnx.Param:
 class Conv(nnx.Module):
     """A square convolution with bias: same padding, or one zero row and column after the end where it strides."""
 
-    def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1, *, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, size: int = 3, stride: int = 1, *, rngs: nnx.Rngs
+    ):
         shape = (size, size, inputs, outputs)
         self.kernel = parameter(rngs.params(), shape, (None,) * 4, math.prod(shape[:3]) ** -0.5)
         self.bias = zeros(outputs)
@@ -84,7 +88,9 @@ class GroupNorm(nnx.Module):
         """Mean of a channel's group, [B, 1, 1, c]; over the grid first, which keeps channels the last dimension."""
         B, _, _, c = x_Bhwc.shape
         mean = jnp.mean(x_Bhwc, axis=(1, 2)).reshape(B, self.groups, c // self.groups)
-        return jnp.broadcast_to(jnp.mean(mean, axis=2, keepdims=True), mean.shape).reshape(B, 1, 1, c)
+        return jnp.broadcast_to(jnp.mean(mean, axis=2, keepdims=True), mean.shape).reshape(
+            B, 1, 1, c
+        )
 
 
 class ResidualBlock(nnx.Module):
@@ -108,7 +114,9 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(width, groups)
-        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(width, width, rngs=rngs) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            Linear(width, width, rngs=rngs) for _ in range(4)
+        )
 
     def __call__(self, x_Bhwc: Array) -> Array:
         B, h, w, c = x_Bhwc.shape
@@ -136,13 +144,23 @@ class DownBlock(nnx.Module):
     """The encoder's blocks at one resolution, and the step to half of it."""
 
     def __init__(
-        self, inputs: int, outputs: int, config: AutoencoderConfig, attention: bool, halve: bool, *, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        config: AutoencoderConfig,
+        attention: bool,
+        halve: bool,
+        *,
+        rngs: nnx.Rngs,
     ):
         widths = (inputs, *(outputs,) * config.blocks)
         self.resnets = nnx.List(
-            ResidualBlock(widths[i], outputs, config.groups, rngs=rngs) for i in range(config.blocks)
+            ResidualBlock(widths[i], outputs, config.groups, rngs=rngs)
+            for i in range(config.blocks)
         )
-        self.attentions = nnx.List(Attention(outputs, config.groups, rngs=rngs) for _ in self.resnets if attention)
+        self.attentions = nnx.List(
+            Attention(outputs, config.groups, rngs=rngs) for _ in self.resnets if attention
+        )
         self.downsample = Conv(outputs, outputs, stride=2, rngs=rngs) if halve else None
 
     def __call__(self, x_Bhwc: Array) -> Array:
@@ -156,9 +174,13 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """The decoder's blocks at one resolution, and the step to twice it: nearest neighbours and a convolution."""
 
-    def __init__(self, inputs: int, outputs: int, config: AutoencoderConfig, double: bool, *, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, config: AutoencoderConfig, double: bool, *, rngs: nnx.Rngs
+    ):
         widths = (inputs, *(outputs,) * config.blocks)
-        self.resnets = nnx.List(ResidualBlock(width, outputs, config.groups, rngs=rngs) for width in widths)
+        self.resnets = nnx.List(
+            ResidualBlock(width, outputs, config.groups, rngs=rngs) for width in widths
+        )
         self.upsample = Conv(outputs, outputs, rngs=rngs) if double else None
 
     def __call__(self, x_Bhwc: Array) -> Array:
@@ -176,7 +198,14 @@ class Encoder(nnx.Module):
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = Conv(config.channels, widths[0], rngs=rngs)
         self.down_blocks = nnx.List(
-            DownBlock(widths[max(i - 1, 0)], width, config, i == last and config.encoder_attention, i < last, rngs=rngs)
+            DownBlock(
+                widths[max(i - 1, 0)],
+                width,
+                config,
+                i == last and config.encoder_attention,
+                i < last,
+                rngs=rngs,
+            )
             for i, width in enumerate(widths)
         )
         self.mid_block = MiddleBlock(widths[-1], config.groups, config.middle_attention, rngs=rngs)
@@ -198,7 +227,8 @@ class Decoder(nnx.Module):
         self.conv_in = Conv(config.latent_channels, widths[0], rngs=rngs)
         self.mid_block = MiddleBlock(widths[0], config.groups, config.middle_attention, rngs=rngs)
         self.up_blocks = nnx.List(
-            UpBlock(widths[max(i - 1, 0)], width, config, i < last, rngs=rngs) for i, width in enumerate(widths)
+            UpBlock(widths[max(i - 1, 0)], width, config, i < last, rngs=rngs)
+            for i, width in enumerate(widths)
         )
         self.conv_norm_out = GroupNorm(widths[-1], config.groups)
         self.conv_out = Conv(widths[-1], config.channels, rngs=rngs)
@@ -240,7 +270,9 @@ class Autoencoder(nnx.Module):
 
     def decode(self, latent_Bhwz: Array) -> Array:
         """Images [B, H, W, channels], not clipped."""
-        return self.decoder(latent_Bhwz if self.post_quant_conv is None else self.post_quant_conv(latent_Bhwz))
+        return self.decoder(
+            latent_Bhwz if self.post_quant_conv is None else self.post_quant_conv(latent_Bhwz)
+        )
 
     @property
     def last_kernel(self) -> nnx.Param:

@@ -44,7 +44,9 @@ class Sequenced:
 
 
 def sequence(document: Document, tokenizer: Tokenizer, patches: int) -> Sequenced:
-    length = sum(len(span.ids) if isinstance(span, Text) else patches + 2 for span in document.spans)
+    length = sum(
+        len(span.ids) if isinstance(span, Text) else patches + 2 for span in document.spans
+    )
     tokens, has_target, images, at = np.zeros(length, np.int32), np.zeros(length, np.float32), [], 0
     for span in document.spans:
         if isinstance(span, Text):
@@ -79,7 +81,9 @@ def pair_document(
     image_first, dropped = rng.random() < data.image_first, rng.random() < data.caption_dropout
     bos, eos = [tokenizer.bos], [tokenizer.eos]
     if image_first:
-        return Document((Text(bos), Image(latent_hwc, diffusion.noise_limit), Text([*caption, *eos])))
+        return Document(
+            (Text(bos), Image(latent_hwc, diffusion.noise_limit), Text([*caption, *eos]))
+        )
     image = Image(latent_hwc, diffusion.steps)
     if dropped:
         return Document((Text(bos), image, Text(eos)), learn_text=False)

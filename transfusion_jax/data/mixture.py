@@ -19,7 +19,10 @@ class Mixture(grain.python.DatasetSelectionMap):
     """
 
     def __init__(self, data: DataConfig, steps: int):
-        weights = [[source.weight for source in data.sources], *(phase.weights for phase in data.phases)]
+        weights = [
+            [source.weight for source in data.sources],
+            *(phase.weights for phase in data.phases),
+        ]
         starts = [0, *(math.ceil(phase.start * steps) * data.batch_rows for phase in data.phases)]
         self._phases = [(start, _shares(w)) for start, w in zip(starts, weights, strict=True)]
         self._before = [np.zeros(len(data.sources), np.int64)]

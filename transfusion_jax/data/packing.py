@@ -18,7 +18,7 @@ import numpy as np
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import ImageConfig
 from transfusion_jax.data.documents import Sequenced
-from transfusion_jax.data.whole import whole
+from transfusion_jax.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,28 @@ class Plan:
         """Writes the plan whole or not at all."""
         file.parent.mkdir(exist_ok=True)
         arrays = {name: getattr(self, name) for name in ("row_start", "document", "begin", "end")}
-        with whole(file) as partial, partial.open("wb") as out:
-            np.savez(out, **arrays, **{f"rejected:{reason}": x for reason, x in self.rejected.items()})
+        with atomic_path(file) as partial, partial.open("wb") as out:
+            np.savez(
+                out, **arrays, **{f"rejected:{reason}": x for reason, x in self.rejected.items()}
+            )
 
     @classmethod
     def load(cls, file: Path) -> "Plan":
         with file.open("rb") as opened, np.load(opened) as arrays:
             parts = {name: arrays[name] for name in arrays.files}
-        rejected = {name.partition(":")[2]: parts.pop(name) for name in list(parts) if name.startswith("rejected:")}
+        rejected = {
+            name.partition(":")[2]: parts.pop(name)
+            for name in list(parts)
+            if name.startswith("rejected:")
+        }
         return cls(**parts, rejected=rejected)
 
     def row(self, r: int) -> list[tuple[int, int, int]]:
         """(document, begin, end) of every piece of row r."""
         pieces = slice(self.row_start[r], self.row_start[r + 1])
-        return list(zip(*(x[pieces].tolist() for x in (self.document, self.begin, self.end)), strict=True))
+        return list(
+            zip(*(x[pieces].tolist() for x in (self.document, self.begin, self.end)), strict=True)
+        )
 
     def filled(self, row_length: int) -> float:
         """Share of positions that hold a document."""
@@ -78,7 +86,9 @@ def plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray) -> Plan:
     else:
         pieces = -(-lengths[document] // row_length)
         document = np.repeat(document, pieces)
-        begin = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * row_length
+        begin = (
+            np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        ) * row_length
         end = np.minimum(lengths[document], begin + row_length)
         row = _by_patterns(end - begin, row_length)
     order = np.argsort(row, kind="stable")
@@ -93,7 +103,9 @@ def kept_plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray, fold
     inputs.update(np.ascontiguousarray(lengths, "<i8").tobytes())
     inputs.update(np.broadcast_to(cut, np.shape(lengths)).tobytes())
     file = folder / f"{inputs.hexdigest()[:16]}.npz"
-    with contextlib.suppress(OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):  # if damaged
+    with contextlib.suppress(
+        OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile
+    ):  # if damaged
         return Plan.load(file)
     made = plan(lengths, row_length, cut)
     with contextlib.suppress(OSError):
@@ -101,7 +113,9 @@ def kept_plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray, fold
     return made
 
 
-def _concatenate(document: np.ndarray, lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, ...]:
+def _concatenate(
+    document: np.ndarray, lengths: np.ndarray, row_length: int
+) -> tuple[np.ndarray, ...]:
     """Row, document, begin and end of every piece when documents follow one another and rows cut freely."""
     stop = np.cumsum(lengths[document])
     start, total = stop - lengths[document], int(stop[-1]) if len(stop) else 0
@@ -171,7 +185,9 @@ def _pattern(count: list[int], left: int, capacity: int) -> dict[int, int]:
     return pattern if room < waste else greedy
 
 
-def pack(pieces: Sequence[tuple[Sequenced, int, int]], row_length: int, image: ImageConfig) -> Batch:
+def pack(
+    pieces: Sequence[tuple[Sequenced, int, int]], row_length: int, image: ImageConfig
+) -> Batch:
     """One row, as a `Batch` without its leading dimension, from [begin, end) of each sequenced document."""
     L, M = row_length, max(row_length // image.span, 1)
     tokens, segment, position, target = (np.zeros(L, np.int32) for _ in range(4))
@@ -187,7 +203,11 @@ def pack(pieces: Sequence[tuple[Sequenced, int, int]], row_length: int, image: I
         weight[here] = document.weight[begin:end]
         segment[here], position[here] = number, np.arange(end - begin)
         for first_patch, span in document.images:
-            latents[slot], start[slot], limit[slot] = span.latent_hwc, at + first_patch, span.noise_limit
+            latents[slot], start[slot], limit[slot] = (
+                span.latent_hwc,
+                at + first_patch,
+                span.noise_limit,
+            )
             slot += 1
         at += end - begin
     return Batch(tokens, segment, position, target, weight, latents, start, limit)

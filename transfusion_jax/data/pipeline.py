@@ -21,8 +21,9 @@ from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import sequence
 from transfusion_jax.data.mixture import Mixture
 from transfusion_jax.data.packing import Plan, kept_plan, pack, plan
-from transfusion_jax.data.prepared import Prepared
-from transfusion_jax.data.sources import Source, load_sources
+from transfusion_jax.data.sources.prepared import Prepared
+from transfusion_jax.data.sources.registry import load_sources
+from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.host import cores
 
@@ -58,14 +59,18 @@ class Data:
         self.experiment, self.tokenizer = experiment, tokenizer
         self.mixture = Mixture(experiment.data, experiment.train.steps)
         self.sources, row_length = [], experiment.data.row_length
-        for config, source in zip(experiment.data.sources, load_sources(experiment, split), strict=True):
+        for config, source in zip(
+            experiment.data.sources, load_sources(experiment, split), strict=True
+        ):
             lengths = source.lengths(tokenizer)
             if isinstance(source, Prepared):
                 packed = kept_plan(lengths, row_length, source.cut, source.plans)
             else:
                 packed = plan(lengths, row_length, source.cut)
             if len(packed) == 0 and split == "train":
-                raise ValueError(f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}")
+                raise ValueError(
+                    f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}"
+                )
             self.sources.append(PlannedSource(config.name, source, packed))
 
     def rows(self) -> grain.MapDataset:
@@ -76,7 +81,9 @@ class Data:
             stream_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
             streams.append(grain.MapDataset.source(source).seed(stream_seed).shuffle().repeat())
         mixed = grain.MapDataset.select_from_datasets(streams, self.mixture)
-        return mixed.map_with_index(lambda i, item: self.row(*item, np.random.default_rng((seed, i))))
+        return mixed.map_with_index(
+            lambda i, item: self.row(*item, np.random.default_rng((seed, i)))
+        )
 
     def batches(self, block: int = 0, blocks: int = 1) -> grain.MapDataset:
         """Item s is block `block` of the `blocks` equal parts of global batch s."""
@@ -92,7 +99,10 @@ class Data:
             yield stack(batch + [empty] * (batch_rows - len(batch)))
 
     def row(self, source: PlannedSource, r: int, rng: np.random.Generator) -> Batch:
-        patches, numbers = self.experiment.image.patches, [number for number, _, _ in source.plan.row(r)]
+        patches, numbers = (
+            self.experiment.image.patches,
+            [number for number, _, _ in source.plan.row(r)],
+        )
         if isinstance(source.source, Prepared):  # makes the images of a row at once
             documents = source.source.documents(numbers, self.tokenizer, rng)
         else:
@@ -106,7 +116,10 @@ class Data:
     def ledger(self) -> dict[str, dict]:
         """For every source: documents = in rows + rejected, by reason; rows; share of positions filled."""
         length = self.experiment.data.row_length
-        return {s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)} for s in self.sources}
+        return {
+            s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)}
+            for s in self.sources
+        }
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often the steps up to this one have read each source."""
@@ -117,8 +130,15 @@ class Data:
         """A digest of each source's documents and plan: another means that the data changed under a run."""
         digests = []
         for source in self.sources:
-            digest = hashlib.sha256(source.source.digest if isinstance(source.source, Prepared) else b"")
-            for array in (source.plan.row_start, source.plan.document, source.plan.begin, source.plan.end):
+            digest = hashlib.sha256(
+                source.source.digest if isinstance(source.source, Prepared) else b""
+            )
+            for array in (
+                source.plan.row_start,
+                source.plan.document,
+                source.plan.begin,
+                source.plan.end,
+            ):
                 digest.update(np.ascontiguousarray(array, np.int64).tobytes())
             digests.append(digest.hexdigest()[:16])
         return digests
@@ -128,7 +148,12 @@ def ledger(packed: Plan) -> dict:
     """Counts of a plan: documents, rows, and what was rejected, by reason."""
     rejected = {reason: len(documents) for reason, documents in packed.rejected.items()}
     placed = len(np.unique(packed.document))
-    return {"documents": placed + sum(rejected.values()), "in_rows": placed, "rejected": rejected, "rows": len(packed)}
+    return {
+        "documents": placed + sum(rejected.values()),
+        "in_rows": placed,
+        "rejected": rejected,
+        "rows": len(packed),
+    }
 
 
 def stack(rows: list[Batch]) -> Batch:

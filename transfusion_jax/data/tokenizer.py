@@ -55,5 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        raise ValueError(f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size}: {error}") from error
+        raise ValueError(
+            f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size}: {error}"
+        ) from error
     return Tokenizer(model.getvalue())

@@ -1,0 +1,1 @@
+"""Noise schedules, corruption and targets, samplers."""

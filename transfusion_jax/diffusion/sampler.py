@@ -40,7 +40,12 @@ class Sampler:
         """x_s from x_t; `t` and `s` are scalars, `z` is standard normal."""
         schedule = self.process.schedule
         clean, noise = self.process.split(x_t, predicted, t)
-        alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
+        alpha_t, sigma_t, alpha_s, sigma_s = (
+            schedule.alpha(t),
+            schedule.sigma(t),
+            schedule.alpha(s),
+            schedule.sigma(s),
+        )
         if self.clip:
             clean = jnp.clip(clean, -self.clip, self.clip)
             noise = (x_t - alpha_t * clean) / sigma_t
@@ -49,7 +54,10 @@ class Sampler:
         return alpha_s * clean + jnp.sqrt(jnp.maximum(sigma_s**2 - c**2, 0.0)) * noise + c * z
 
     def sample(
-        self, start: Array, predict: Callable[[Array, Array], Array], fresh_noise: Callable[[Array], Array]
+        self,
+        start: Array,
+        predict: Callable[[Array, Array], Array],
+        fresh_noise: Callable[[Array], Array],
     ) -> Array:
         """Runs all steps from `start`, standard normal noise of any shape; usable inside jit.
 

@@ -1,0 +1,1 @@
+"""Suites: prompts, running them on an engine, and pictures of the results."""

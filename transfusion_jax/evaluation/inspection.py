@@ -2,18 +2,21 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 
 from transfusion_jax.batch import Batch
-from transfusion_jax.data.figures import row_picture
-from transfusion_jax.data.look import to_picture
 from transfusion_jax.data.pipeline import Data, stack
-from transfusion_jax.data.prepared import Prepared
+from transfusion_jax.data.sources.prepared import Prepared
+from transfusion_jax.figures import INK, save, show, wrapped
 from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.preparation.preview import to_picture
 
 COUNTED = 256  # rows of the totals
 
@@ -26,12 +29,16 @@ def inspect_row(data: Data, number: int, path: Path) -> str:
     interval = np.asarray(intervals.k_start_BL[0]), np.asarray(intervals.k_end_BL[0])
     L, documents = len(row.tokens_BL), int(row.segment_BL.max())
     starts = row.image_start_BM[row.image_start_BM < L]
-    picture = to_picture(source.source.dataset) if isinstance(source.source, Prepared) else lambda x: x
+    picture = (
+        to_picture(source.source.dataset) if isinstance(source.source, Prepared) else lambda x: x
+    )
     lines = [f"{i:4}  {_words(data, row, i)}" for i in range(1, documents + 1)]
     texts = [_text(data, row, int(row.segment_BL[start])) for start in starts]
     filled = float((row.segment_BL > 0).mean())
     title = f"row {number}, from {source.name}: {documents} documents, {len(starts)} images, {filled:.1%} filled"
-    row_picture(row, interval, texts, [picture(x) for x in row.latents_BMhwc[: len(starts)]], title, path)
+    row_picture(
+        row, interval, texts, [picture(x) for x in row.latents_BMhwc[: len(starts)]], title, path
+    )
     return "\n".join([title, *lines])
 
 
@@ -52,7 +59,9 @@ def _words(data: Data, row: Batch, document: int) -> str:
 
 
 def _text(data: Data, row: Batch, document: int) -> str:
-    return " ".join(re.sub(r"\[image t < \d+\]|\(no text loss\)", "", _words(data, row, document)).split())
+    return " ".join(
+        re.sub(r"\[image t < \d+\]|\(no text loss\)", "", _words(data, row, document)).split()
+    )
 
 
 def totals(data: Data) -> str:
@@ -78,3 +87,73 @@ def totals(data: Data) -> str:
     for name, epochs in data.epochs(data.experiment.train.steps).items():
         lines.append(f"  {name:24}read {epochs:.2f} times in {data.experiment.train.steps} steps")
     return "\n".join(lines)
+
+
+def row_picture(
+    row: Batch, interval: tuple[np.ndarray, np.ndarray], texts: Sequence[str], pictures: Sequence[np.ndarray],
+    title: str, path: Path,
+) -> None:  # fmt: skip
+    """One packed row (a `Batch` without its leading dimension).
+
+    Left, the interval mask, query i down and keys [start, end) across. Right, the row's positions in reading order,
+    coloured by document, patches darker, padding white, and below where text is learned. Under both, the images with
+    the text of their documents and their noise limits. `interval` holds k_start [L] and k_end [L].
+    """
+    figure = plt.figure(figsize=(13, 9), layout="constrained")
+    figure.suptitle(title, color=INK)
+    grid = figure.add_gridspec(3, 2, height_ratios=(2, 1, 2.2))
+    keys = np.arange(len(row.tokens_BL))
+    mask = (keys >= interval[0][:, None]) & (keys < interval[1][:, None])
+    axes = figure.add_subplot(grid[:2, 0])
+    axes.imshow(
+        mask * (1 + row.segment_BL[:, None] % 9),
+        cmap=_COLOURS,
+        vmin=0,
+        vmax=9,
+        interpolation="nearest",
+    )
+    axes.set(title="who sees whom", xlabel="keys", ylabel="queries")
+
+    patches = np.zeros(len(keys), bool)
+    for start in row.image_start_BM[row.image_start_BM < len(keys)]:
+        patches[start : interval[1][start]] = True
+    shade = np.where(row.segment_BL > 0, 1 + row.segment_BL % 9, 0)
+    positions = figure.add_subplot(grid[0, 1])
+    positions.imshow(
+        _lines(shade), cmap=_COLOURS, vmin=0, vmax=9, interpolation="nearest", aspect="auto"
+    )
+    positions.imshow(
+        _lines(patches * 1.0), cmap="gray_r", alpha=0.45 * _lines(patches * 1.0), aspect="auto"
+    )
+    positions.set(title="documents (patches darker)", yticks=[])
+    learned = figure.add_subplot(grid[1, 1], sharex=positions)
+    learned.imshow(
+        _lines(row.text_weight_BL),
+        cmap="Greys",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        aspect="auto",
+    )
+    learned.set(title="text under the loss", yticks=[], xlabel="position, line by line")
+
+    below = figure.add_subfigure(grid[2, :])
+    for number, axes in enumerate(below.subplots(max(-(-len(pictures) // 8), 1), 8).flat):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        if number < len(pictures):
+            show(axes, pictures[number])
+            limit = int(row.image_limit_BM[number])
+            axes.set_xlabel(
+                f"{wrapped(texts[number], 26, 3)}\nt < {limit}", fontsize=6.5, color=INK
+            )
+    save(figure, path, 110)
+
+
+_COLOURS = ListedColormap(["white", *plt.get_cmap("tab10").colors[:9]])
+
+
+def _lines(values: np.ndarray) -> np.ndarray:
+    """A row of values as lines of a block about as wide as twice its height."""
+    width = -(-int(np.sqrt(2 * len(values))) // 8) * 8
+    return np.pad(values, (0, -len(values) % width)).reshape(-1, width)

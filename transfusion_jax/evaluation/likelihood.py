@@ -8,7 +8,7 @@ from flax import nnx
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.diffusion.process import process
 from transfusion_jax.generation.engine import Engine
-from transfusion_jax.objective import example_losses
+from transfusion_jax.pretraining.objective import example_losses
 
 BUCKETS = 10
 ROWS = 16
@@ -35,7 +35,9 @@ def likelihood(engine: Engine) -> dict:
         text_BL, _ = example_losses(model, diffusion, batch, clean, jnp.zeros_like(noise), chunk)
 
         def bucket(number):
-            t_BM = width * number + jax.random.randint(jax.random.fold_in(key, number), clean.shape, 0, width)
+            t_BM = width * number + jax.random.randint(
+                jax.random.fold_in(key, number), clean.shape, 0, width
+            )
             _, image_BM = example_losses(model, diffusion, batch, t_BM, noise, chunk)
             return jnp.sum(image_BM * batch.image_weight_BM)
 
@@ -50,7 +52,9 @@ def likelihood(engine: Engine) -> dict:
         text, images = text + text_sum, images + image_sums
         texts, image_count = texts + weights[0], image_count + weights[1]
     by_timestep = {
-        f"{i * width}-{(i + 1) * width - 1}": float(loss / image_count) for i, loss in enumerate(images) if image_count
+        f"{i * width}-{(i + 1) * width - 1}": float(loss / image_count)
+        for i, loss in enumerate(images)
+        if image_count
     }
     perplexity = {"text_perplexity": float(np.exp(text / texts))} if texts else {}
     return {**perplexity, "image_loss_by_timestep": by_timestep}

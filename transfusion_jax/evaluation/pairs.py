@@ -1,12 +1,14 @@
 """A look at any run: held-out captions drawn, and held-out pictures captioned."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.data.documents import Image, Text
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.evaluation.figures import pairs_grid
+from transfusion_jax.figures import INK, save, show, wrapped
 from transfusion_jax.generation.engine import Engine
 
 SHOWN = 16
@@ -31,7 +33,11 @@ def pairs(engine: Engine, samples: Path) -> dict:
 
 def _pairs(engine: Engine) -> list[tuple[str, np.ndarray]]:
     """Caption and picture of the first held-out documents of one image and a text."""
-    data, rng, found = Data(engine.experiment, engine.tokenizer, "held_out"), np.random.default_rng(0), []
+    data, rng, found = (
+        Data(engine.experiment, engine.tokenizer, "held_out"),
+        np.random.default_rng(0),
+        [],
+    )
     for source in data.sources:
         for number in np.unique(source.plan.document).tolist():
             document = source.source.document(number, engine.tokenizer, rng)
@@ -43,3 +49,23 @@ def _pairs(engine: Engine) -> list[tuple[str, np.ndarray]]:
             if len(found) == SHOWN:
                 return found
     return found
+
+
+def pairs_grid(
+    captions: Sequence[str], drawn: Sequence[np.ndarray | None], images: Sequence[np.ndarray], told: Sequence[str],
+    path: Path,
+) -> None:  # fmt: skip
+    """Left, what was drawn from held-out captions; right, held-out pictures with what was written about them."""
+    figure = plt.figure(figsize=(13, 7), layout="constrained")
+    titles = ("drawn from held-out captions", "held-out pictures, captions written by the model")
+    columns = zip(figure.subfigures(1, 2), titles, (drawn, images), (captions, told), strict=True)
+    for part, title, pictures, texts in columns:
+        part.suptitle(title, color=INK)
+        for axes in (grid := part.subplots(4, 4)).flat:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        for axes, picture, text in zip(grid.flat, pictures, texts, strict=False):
+            if picture is not None:
+                show(axes, picture)
+            axes.set_xlabel(wrapped(text or "(no caption)", 28, 3), fontsize=7, color=INK)
+    save(figure, path, 120)

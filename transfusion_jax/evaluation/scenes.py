@@ -17,13 +17,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from transfusion_jax.data.images import to_uint8
-from transfusion_jax.data.scenes import NOVEL_PAIRS, Pair, examples
-from transfusion_jax.data.scenes.judge import holds, judge, parse, residual
-from transfusion_jax.data.scenes.scene import COLOURS, KINDS, LARGEST, SIDES, Scene, render
-from transfusion_jax.data.scenes.words import RELATIONS, Edit, choose, counted
-from transfusion_jax.evaluation.figures import ACCENT, INK
+from transfusion_jax.data.sources.scenes.judge import holds, judge, parse, residual
+from transfusion_jax.data.sources.scenes.scene import COLOURS, KINDS, LARGEST, SIDES, Scene, render
+from transfusion_jax.data.sources.scenes.source import NOVEL_PAIRS, Pair, examples
+from transfusion_jax.data.sources.scenes.words import RELATIONS, Edit, choose, counted
+from transfusion_jax.figures import ACCENT, INK
 from transfusion_jax.generation.engine import Engine
+from transfusion_jax.images import to_uint8
 
 COUNT = 100
 """Requests of each category."""
@@ -55,7 +55,9 @@ def scenes(engine: Engine, samples: Path, count: int = COUNT) -> dict:
       ValueError: the model's images are no scenes.
     """
     if engine.picture_shape not in [(side, side, 3) for side in SIDES]:
-        raise ValueError(f"scenes are pictures of 32x32x3 or 64x64x3, the model's are {engine.picture_shape}")
+        raise ValueError(
+            f"scenes are pictures of 32x32x3 or 64x64x3, the model's are {engine.picture_shape}"
+        )
     answers = {name: draw(engine, prompts(name, count), seed) for seed, name in enumerate(PROMPTS)}
     drawn = [a.image for group in answers.values() for a in group if a.image is not None]
     reader = engine.using(temperature=0.0)
@@ -69,7 +71,10 @@ def scenes(engine: Engine, samples: Path, count: int = COUNT) -> dict:
         **geneval,
         "geneval_overall": float(np.mean(list(geneval.values()))),
         "compositional": shares["compositional"],
-        **{f"{name}_accuracy": shares[name] for name in ("caption", "compositional_caption", "edit")},
+        **{
+            f"{name}_accuracy": shares[name]
+            for name in ("caption", "compositional_caption", "edit")
+        },
         "drawing_residual": float(np.mean([residual(image) for image in drawn])) if drawn else None,
         "judge_accuracy": judge_accuracy(engine.picture_shape[0], count),
     }
@@ -83,8 +88,13 @@ def prompts(category: str, count: int) -> list[str]:
 
 def draw(engine: Engine, asked: Sequence[str], seed: int) -> list[Answer]:
     """Draws every prompt; the first span must be a picture."""
-    images = [_first_image(spans) for spans in engine.generate([(prompt,) for prompt in asked], seed)]
-    return [Answer(image, prompt, _meets(image, prompt)) for image, prompt in zip(images, asked, strict=True)]
+    images = [
+        _first_image(spans) for spans in engine.generate([(prompt,) for prompt in asked], seed)
+    ]
+    return [
+        Answer(image, prompt, _meets(image, prompt))
+        for image, prompt in zip(images, asked, strict=True)
+    ]
 
 
 def describe(engine: Engine, split: str, count: int) -> list[Answer]:
@@ -118,7 +128,11 @@ def edit(engine: Engine, count: int, seed: int) -> list[Answer]:
 
 def judge_accuracy(side: int, count: int) -> float:
     """Share of clean held-out pictures that the judge reads exactly."""
-    return float(np.mean([judge(render(p.scene, side)) == p.scene for p in examples("held_out", Pair, count)]))
+    return float(
+        np.mean(
+            [judge(render(p.scene, side)) == p.scene for p in examples("held_out", Pair, count)]
+        )
+    )
 
 
 def _first_image(spans: list) -> np.ndarray | None:
@@ -173,7 +187,9 @@ def _two_kinds(rng: Random) -> tuple[str, str]:
 
 def _two_pairs(first: tuple[str, str], rng: Random) -> str:
     """This pair and one seen in training, of another colour and another kind."""
-    second = choose([pair for pair in SEEN_PAIRS if pair[0] != first[0] and pair[1] != first[1]], rng)
+    second = choose(
+        [pair for pair in SEEN_PAIRS if pair[0] != first[0] and pair[1] != first[1]], rng
+    )
     return " and ".join(counted(" ".join(pair), 1) for pair in (first, second))
 
 
@@ -194,7 +210,9 @@ PROMPTS = {
 def figure(answers: dict[str, list[Answer]], path: Path) -> None:
     """A row of pictures for every category, framed by whether they are right."""
     picture = plt.figure(figsize=(13, 1.6 * len(answers)), layout="constrained")
-    for (name, group), row in zip(answers.items(), picture.subplots(len(answers), SHOWN), strict=True):
+    for (name, group), row in zip(
+        answers.items(), picture.subplots(len(answers), SHOWN), strict=True
+    ):
         for axes, answer in itertools.zip_longest(row, group[:SHOWN]):
             axes.set(xticks=[], yticks=[])
             colour = INK if answer is None else RIGHT if answer.right else ACCENT
@@ -202,9 +220,13 @@ def figure(answers: dict[str, list[Answer]], path: Path) -> None:
                 spine.set(visible=answer is not None, color=colour, linewidth=2)
             if answer is not None:
                 axes.set_title(_printable(answer.title), fontsize=6, color=INK, parse_math=False)
-                axes.imshow(to_uint8(np.zeros((8, 8, 3)) + 1 if answer.image is None else answer.image))
+                axes.imshow(
+                    to_uint8(np.zeros((8, 8, 3)) + 1 if answer.image is None else answer.image)
+                )
         share = np.mean([a.right for a in group])
-        label = f"{name.replace('_', ' ')}\n{share:.0%}".replace(" caption", "\ncaption").replace("colour ", "colour\n")
+        label = f"{name.replace('_', ' ')}\n{share:.0%}".replace(" caption", "\ncaption").replace(
+            "colour ", "colour\n"
+        )
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, color=INK)
     picture.savefig(path, dpi=150)
     plt.close(picture)
@@ -212,4 +234,6 @@ def figure(answers: dict[str, list[Answer]], path: Path) -> None:
 
 def _printable(title: str) -> str:
     """In lines, without what no font has: a model that has learned little writes any bytes."""
-    return textwrap.fill("".join(c if c.isascii() and c.isprintable() else "?" for c in title[:150]), 30)
+    return textwrap.fill(
+        "".join(c if c.isascii() and c.isprintable() else "?" for c in title[:150]), 30
+    )

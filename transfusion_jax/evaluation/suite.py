@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from transfusion_jax.evaluation import digits as digits_lib
-from transfusion_jax.evaluation.figures import digits_grid
+from transfusion_jax.evaluation.digits import digits_grid
 from transfusion_jax.evaluation.likelihood import likelihood
 from transfusion_jax.evaluation.pairs import pairs
 from transfusion_jax.evaluation.scenes import scenes
@@ -38,7 +38,9 @@ def check_suites(names: tuple[str, ...]) -> None:
             raise ValueError(f"evaluation suite {name!r} is not one of {sorted(SUITES)}")
 
 
-def evaluate(engine: Engine, names: tuple[str, ...], samples: Path, report: Callable[[str], None]) -> dict:
+def evaluate(
+    engine: Engine, names: tuple[str, ...], samples: Path, report: Callable[[str], None]
+) -> dict:
     """Runs the suites; one flat dict of their metrics, after the number of parameters."""
     samples.mkdir(parents=True, exist_ok=True)
     metrics = {"parameters": sum(x.size for x in jax.tree.leaves(engine.parameters))}

@@ -1,6 +1,6 @@
 """Exact completion of sums, those trained on and those held out apart."""
 
-from transfusion_jax.data.sums import problems
+from transfusion_jax.data.sources.sums import problems
 from transfusion_jax.generation.engine import Engine
 
 

@@ -1,0 +1,1 @@
+"""Text and images in any mix, written and drawn on one cache."""

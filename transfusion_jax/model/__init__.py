@@ -1,0 +1,1 @@
+"""The transformer and what is around it."""

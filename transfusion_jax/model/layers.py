@@ -11,7 +11,9 @@ from jax import Array
 from transfusion_jax.parallel.rules import gathered
 
 
-def parameter(key: Array, shape: Sequence[int], axes: Sequence[str | None], scale: float) -> nnx.Param:
+def parameter(
+    key: Array, shape: Sequence[int], axes: Sequence[str | None], scale: float
+) -> nnx.Param:
     """A float32 normal parameter whose dimensions carry logical axis names (`parallel/rules.py` places them).
 
     Every kernel with fan-in n starts at n^-1/2, so that widths from 128 to 4,096, and patches of 4 to 512 values,
@@ -22,7 +24,9 @@ def parameter(key: Array, shape: Sequence[int], axes: Sequence[str | None], scal
 
 
 def ones(shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
-    return nnx.Param(jnp.ones(tuple(shape), jnp.float32), out_sharding=tuple(axes), eager_sharding=False)
+    return nnx.Param(
+        jnp.ones(tuple(shape), jnp.float32), out_sharding=tuple(axes), eager_sharding=False
+    )
 
 
 def project(x: Array, kernel: nnx.Param, contracted: int = 1) -> Array:
@@ -62,7 +66,9 @@ class SwiGLU(nnx.Module):
     def __init__(self, width: int, hidden: int, out_gain: float, *, rngs: nnx.Rngs):
         self.gate_DF = parameter(rngs.params(), (width, hidden), ("embed", "mlp"), width**-0.5)
         self.up_DF = parameter(rngs.params(), (width, hidden), ("embed", "mlp"), width**-0.5)
-        self.down_FD = parameter(rngs.params(), (hidden, width), ("mlp", "embed"), out_gain * hidden**-0.5)
+        self.down_FD = parameter(
+            rngs.params(), (hidden, width), ("mlp", "embed"), out_gain * hidden**-0.5
+        )
 
     def __call__(self, x_BLD: Array) -> Array:
         hidden_BLF = jax.nn.silu(project(x_BLD, self.gate_DF)) * project(x_BLD, self.up_DF)

@@ -16,4 +16,6 @@ def rotation(position_BL: BL, head_dim: int, theta: float) -> tuple[Array, Array
 def rotate(x_BLNH: Array, cos: Array, sin: Array) -> Array:
     """Rotates the pairs (x_i, x_{i + H/2}) of every head; computed in float32, returned in the input's dtype."""
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BLNH.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
+        x_BLNH.dtype
+    )

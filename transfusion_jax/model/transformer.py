@@ -9,7 +9,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from transfusion_jax.config import ModelConfig
-from transfusion_jax.model.attention import Intervals, attention
+from transfusion_jax.model.attention.attention import attention
+from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.remat import KEPT
 from transfusion_jax.model.layers import RMSNorm, SwiGLU, parameter, project
 from transfusion_jax.model.rope import rotate, rotation
@@ -40,13 +41,17 @@ class KVCache:
     @staticmethod
     def zeros(config: ModelConfig, batch: int, length: int) -> "KVCache":
         shape = (config.layers, batch, length, config.num_kv_heads, config.head_dim)
-        return KVCache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+        return KVCache(
+            jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype)
+        )
 
 
 def _write(cache_BSKH: Array, new_BTKH: Array, start_B: Array) -> Array:
     """Puts T new entries at each row's own start; positions past the end of the cache are dropped."""
     at_BT = start_B[:, None] + jnp.arange(new_BTKH.shape[1])[None, :]
-    return jax.vmap(lambda cache, at, new: cache.at[at].set(new, mode="drop"))(cache_BSKH, at_BT, new_BTKH)
+    return jax.vmap(lambda cache, at, new: cache.at[at].set(new, mode="drop"))(
+        cache_BSKH, at_BT, new_BTKH
+    )
 
 
 class Attention(nnx.Module):
@@ -57,7 +62,9 @@ class Attention(nnx.Module):
         self.q_DNH = parameter(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), D**-0.5)
         self.k_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
         self.v_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
-        self.out_NHD = parameter(rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), out_gain * D**-0.5)
+        self.out_NHD = parameter(
+            rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), out_gain * D**-0.5
+        )
         self.config = config
 
     def __call__(

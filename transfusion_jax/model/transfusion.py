@@ -11,7 +11,7 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment, ImageConfig, ModelConfig
 from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.model.layers import parameter, product
-from transfusion_jax.model.patches import LinearPatches
+from transfusion_jax.model.patches.linear import LinearPatches
 from transfusion_jax.model.transformer import Transformer
 from transfusion_jax.parallel.rules import constrain, gathered
 from transfusion_jax.shapes import BLD, BM, BMhwc
@@ -22,7 +22,9 @@ class Transfusion(nnx.Module):
 
     def __init__(self, config: ModelConfig, image: ImageConfig, *, rngs: nnx.Rngs):
         D, V = config.width, config.vocab_size
-        self.embedding_VD = parameter(rngs.params(), (V, D), ("vocab", "embed"), 0.02)  # as in Llama
+        self.embedding_VD = parameter(
+            rngs.params(), (V, D), ("vocab", "embed"), 0.02
+        )  # as in Llama
         self.patches = LinearPatches(config, image, rngs=rngs)
         self.transformer = Transformer(config, rngs=rngs)
         self.output_DV = parameter(rngs.params(), (D, V), ("embed", "vocab"), D**-0.5)
@@ -34,9 +36,13 @@ class Transfusion(nnx.Module):
         Logits are `hidden_BLD @ output_DV`; they are left to `objective.py`, which never builds all of them.
         """
         x_BLD = self.embed_batch(batch, noisy_BMhwc, t_BM)
-        hidden_BLD = self.transformer(x_BLD, batch.position_BL, row_intervals(batch, self.image.patches))
+        hidden_BLD = self.transformer(
+            x_BLD, batch.position_BL, row_intervals(batch, self.image.patches)
+        )
         at_BQ = self._patch_positions(batch)
-        hidden_BQD = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(hidden_BLD, at_BQ)
+        hidden_BQD = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(
+            hidden_BLD, at_BQ
+        )
         B, M = batch.image_start_BM.shape
         return hidden_BLD, self.patches.decode(hidden_BQD.reshape(B, M, self.image.patches, -1))
 
@@ -62,7 +68,9 @@ class Transfusion(nnx.Module):
     def head(self) -> Callable[[Array], Array]:
         """From hidden states to logits in float32; made once, its kernel is gathered once for all calls."""
         kernel_DV = gathered(self.output_DV, jnp.float32)
-        return lambda hidden_BLD: product(hidden_BLD, kernel_DV.astype(hidden_BLD.dtype)).astype(jnp.float32)
+        return lambda hidden_BLD: product(hidden_BLD, kernel_DV.astype(hidden_BLD.dtype)).astype(
+            jnp.float32
+        )
 
     def logits(self, hidden_BLD: Array) -> Array:
         """Logits of every position, in float32."""

@@ -24,7 +24,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if -1 in sizes.values() and len(devices) % fixed == 0:
         sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"{asked} do not fit the {len(devices)} devices at hand ({devices[0].platform})")
+        raise ValueError(
+            f"{asked} do not fit the {len(devices)} devices at hand ({devices[0].platform})"
+        )
     on_tpu = devices[0].platform == "tpu"  # GPUs have a slice_index as well, one for each host
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if sizes["data"] % slices:
@@ -44,10 +46,14 @@ def check_rows(mesh: Mesh, rows: int, name: str = "data.batch_rows", parts: int 
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (shards * parts):
         turns = f" times train.accumulation={parts}" if parts > 1 else ""
-        raise ValueError(f"{name}={rows} is not divisible by the {shards} shards of mesh axes data * fsdp{turns}")
+        raise ValueError(
+            f"{name}={rows} is not divisible by the {shards} shards of mesh axes data * fsdp{turns}"
+        )
 
 
-def host_block(sharding: NamedSharding, rows: int, name: str = "data.batch_rows") -> tuple[int, int]:
+def host_block(
+    sharding: NamedSharding, rows: int, name: str = "data.batch_rows"
+) -> tuple[int, int]:
     """(block, blocks): the global batch of `rows` is cut into equal blocks, and this process feeds one.
 
     Raises:

@@ -62,10 +62,14 @@ def parameter_shardings(parameters: nnx.State, mesh: Mesh) -> dict:
             sharding.shard_shape(variable.shape)
         except ValueError:
             name = ".".join(map(str, path))
-            raise ValueError(f"mesh {dict(mesh.shape)} does not divide {name}{variable.shape}, placed {spec}") from None
+            raise ValueError(
+                f"mesh {dict(mesh.shape)} does not divide {name}{variable.shape}, placed {spec}"
+            ) from None
         return sharding
 
-    return nnx.to_pure_dict(nnx.from_flat_state({p: place(p, v) for p, v in nnx.to_flat_state(parameters)}))
+    return nnx.to_pure_dict(
+        nnx.from_flat_state({p: place(p, v) for p, v in nnx.to_flat_state(parameters)})
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -91,7 +95,9 @@ def gathered(parameter: nnx.Variable, dtype: jax.typing.DTypeLike) -> Array:
     because XLA for TPU would rather multiply by one part after another, and add up the products in main memory.
     """
     value = parameter[...].astype(dtype)
-    axes = parameter.get_metadata("out_sharding")[-value.ndim :]  # a layer of a stack has lost its first axis
+    axes = parameter.get_metadata("out_sharding")[
+        -value.ndim :
+    ]  # a layer of a stack has lost its first axis
     return _gathered(value, axes)
 
 

@@ -24,8 +24,12 @@ class Collective:
     kind: str  # one of SENT
     bytes_sent: float  # by one device, in one execution, at the least
     times: float  # executions in one run of the program
-    group: tuple[int, ...]  # devices, as their places in the mesh: the first group, or the first (source, target)
-    between_slices: bool = False  # over the network, each device with those of its place in other slices
+    group: tuple[
+        int, ...
+    ]  # devices, as their places in the mesh: the first group, or the first (source, target)
+    between_slices: bool = (
+        False  # over the network, each device with those of its place in other slices
+    )
 
 
 def continues(instruction: Instruction, computation: Computation) -> bool:
@@ -41,18 +45,30 @@ def continues(instruction: Instruction, computation: Computation) -> bool:
     )
 
 
-def read_collective(instruction: Instruction, computation: Computation, times: float) -> Collective | None:
+def read_collective(
+    instruction: Instruction, computation: Computation, times: float
+) -> Collective | None:
     """Or None, if it is none or was started elsewhere."""
     kind = instruction.operation
     if kind == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
         return read_transfer(instruction, computation, times)
-    if kind not in SENT or instruction.phase not in ("", "-start") or continues(instruction, computation):
+    if (
+        kind not in SENT
+        or instruction.phase not in ("", "-start")
+        or continues(instruction, computation)
+    ):
         return None
-    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):  # what XLA calls such a fusion
+    if kind == "all-reduce" and computation.name.startswith(
+        "all-reduce-scatter"
+    ):  # what XLA calls such a fusion
         kind = "reduce-scatter"
     group = first_group(instruction)
-    operands = (array for name in instruction.operands for array in computation.instructions[name].result)
-    return Collective(kind, SENT[kind](len(group)) * sum(array.bytes for array in operands), times, group)
+    operands = (
+        array for name in instruction.operands for array in computation.instructions[name].result
+    )
+    return Collective(
+        kind, SENT[kind](len(group)) * sum(array.bytes for array in operands), times, group
+    )
 
 
 def read_transfer(send: Instruction, computation: Computation, times: float) -> Collective:
@@ -72,7 +88,9 @@ def first_group(instruction: Instruction) -> tuple[int, ...]:
         return integers(listed[1])
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=(\S+?),? ", text + " "):
         return tuple(device_order(counted[2])[: int(counted[1])])
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((\S*)\))? \{(.*?)\}", text):
+    if mesh := re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((\S*)\))? \{(.*?)\}", text
+    ):
         return mesh_group(*mesh.groups(default=""))
     raise RuntimeError(f"cannot read the groups of {instruction.name}: {text[:200]}")
 

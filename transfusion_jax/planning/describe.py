@@ -8,13 +8,16 @@ def page(plan: Plan) -> str:
     """All that a plan says."""
     memory, costs, experiment = plan.memory, plan.costs, plan.experiment
     parts = experiment.train.accumulation
-    cut = {axis: [m for m in plan.mesh if plan.mesh[m] > 1 and m in mesh_axes(axis)] for axis in RULES}
+    cut = {
+        axis: [m for m in plan.mesh if plan.mesh[m] > 1 and m in mesh_axes(axis)] for axis in RULES
+    }
     axes = "; ".join(f"{axis} over {' and '.join(over)}" for axis, over in cut.items() if over)
     whole = ", ".join(f"{name} ({size(taken)})" for name, taken in plan.unsharded.items())
     lines = {
         "verdict": "fits" if plan.fits else "does not fit",
         "memory": f"{size(memory.peak)} of {size(memory.memory)} a chip: arguments {size(memory.arguments)}, "
-        f"temporaries {size(memory.temporaries)}" + (f"; host {size(memory.host)}" if memory.host else ""),
+        f"temporaries {size(memory.temporaries)}"
+        + (f"; host {size(memory.host)}" if memory.host else ""),
         "chips": f"{plan.topology.chips} in {plan.topology.slices} slice{'s' * (plan.topology.slices > 1)} of "
         f"{plan.topology.name}",
         "mesh": _mesh(plan),
@@ -27,7 +30,9 @@ def page(plan: Plan) -> str:
         "model": f"{plan.model_flops:.3e} FLOPs a step; attention as {plan.rows} have it",
     }
     if costs:
-        kinds = ", ".join(f"{kind} {size(sent)}" for kind, sent in sorted(costs.collective_bytes.items()))
+        kinds = ", ".join(
+            f"{kind} {size(sent)}" for kind, sent in sorted(costs.collective_bytes.items())
+        )
         seconds = ", ".join(f"{what} {time:.4g}" for what, time in costs.seconds.items())
         tokens = experiment.data.batch_rows * experiment.data.row_length / plan.step_seconds
         lines |= {
@@ -37,12 +42,16 @@ def page(plan: Plan) -> str:
             f"{tokens:,.0f} tokens/s",
         }
     lines["compiled"] = f"in {plan.compile_seconds:.0f} s"
-    return "\n".join([f"{experiment.name} on {plan.topology.name}", *(f"  {k:12}{v}" for k, v in lines.items())])
+    return "\n".join(
+        [f"{experiment.name} on {plan.topology.name}", *(f"  {k:12}{v}" for k, v in lines.items())]
+    )
 
 
 def table(plans: list[Plan]) -> str:
     """The plans, best first: those that fit by their time, then the others by their memory."""
-    lines = [f"{'mesh':44}{'remat':11}{'parts':>5}{'a chip':>12}{'s a step':>10}{'of peak':>9}  bound by"]
+    lines = [
+        f"{'mesh':44}{'remat':11}{'parts':>5}{'a chip':>12}{'s a step':>10}{'of peak':>9}  bound by"
+    ]
     for plan in ranked(plans):
         row = f"{_mesh(plan):44}{plan.experiment.model.remat:11}{plan.experiment.train.accumulation:5}"
         row += f"{size(plan.memory.peak):>12}"
@@ -55,11 +64,16 @@ def table(plans: list[Plan]) -> str:
 
 
 def ranked(plans: list[Plan]) -> list[Plan]:
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.step_seconds if plan.fits else plan.memory.peak))
+    return sorted(
+        plans,
+        key=lambda plan: (not plan.fits, plan.step_seconds if plan.fits else plan.memory.peak),
+    )
 
 
 def _mesh(plan: Plan) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    return (
+        ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    )
 
 
 def size(count: float) -> str:

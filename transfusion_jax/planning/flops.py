@@ -20,7 +20,9 @@ def flops(instruction: Instruction, computation: Computation) -> float:
 def dot_flops(dot: Instruction, computation: Computation) -> float:
     (left,) = computation.instructions[dot.operands[0]].result
     contracted = re.findall(r"\d+", dot.attribute("lhs_contracting_dims"))
-    return 2.0 * math.prod(dot.result[0].dims) * math.prod(left.dims[int(dim)] for dim in contracted)
+    return (
+        2.0 * math.prod(dot.result[0].dims) * math.prod(left.dims[int(dim)] for dim in contracted)
+    )
 
 
 def convolution_flops(convolution: Instruction, computation: Computation) -> float:
@@ -29,14 +31,25 @@ def convolution_flops(convolution: Instruction, computation: Computation) -> flo
     XLA for TPU writes a dot as a convolution, and a batched one with a window of the size of the batch that slides over
     so much padding that each output position meets one element.
     """
-    source, kernel = (computation.instructions[name].result[0].dims for name in convolution.operands)
+    source, kernel = (
+        computation.instructions[name].result[0].dims for name in convolution.operands
+    )
     output = convolution.result[0].dims
-    source_labels, kernel_labels, output_labels = re.split("_|->", convolution.attribute("dim_labels"))
+    source_labels, kernel_labels, output_labels = re.split(
+        "_|->", convolution.attribute("dim_labels")
+    )
     window = window_fields(convolution)
-    multiplied = output[output_labels.index("b")] * output[output_labels.index("f")] * kernel[kernel_labels.index("i")]
+    multiplied = (
+        output[output_labels.index("b")]
+        * output[output_labels.index("f")]
+        * kernel[kernel_labels.index("i")]
+    )
     for axis in range(len(output) - 2):
         label = str(axis)
-        lengths = (dims[labels.index(label)] for dims, labels in ((source, source_labels), (output, output_labels)))
+        lengths = (
+            dims[labels.index(label)]
+            for dims, labels in ((source, source_labels), (output, output_labels))
+        )
         multiplied *= meetings(*lengths, **{name: values[axis] for name, values in window.items()})
     return 2.0 * multiplied
 
@@ -44,7 +57,10 @@ def convolution_flops(convolution: Instruction, computation: Computation) -> flo
 def window_fields(convolution: Instruction) -> dict[str, list[int]]:
     """`{size=12x2 pad=11_11x0_0 rhs_reversal=1x0}`: each field by axis; of the padding the low side."""
     fields = dict(re.findall(r"(\w+)=([\d_x-]+)", convolution.attribute("window")))
-    return {name: [int(value.split("_")[0]) for value in values.split("x")] for name, values in fields.items()}
+    return {
+        name: [int(value.split("_")[0]) for value in values.split("x")]
+        for name, values in fields.items()
+    }
 
 
 def meetings(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) \(.*\{")
 # The operation is the first lower-case word between a space and a parenthesis; shapes have none.
-INSTRUCTION = re.compile(r"  (ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*?)(-start|-update|-done)?\(([^)]*)\)(.*)")
+INSTRUCTION = re.compile(
+    r"  (ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*?)(-start|-update|-done)?\(([^)]*)\)(.*)"
+)
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
 NAME = re.compile(r"%([\w.-]+)")
 
@@ -40,7 +42,9 @@ class Instruction:
     name: str
     operation: str  # of asynchronous ones without the phase
     phase: str  # "-start", "-update", "-done" or "" (synchronous)
-    result: tuple[Array, ...]  # what it computes, flat; of a start what will be there when it is done
+    result: tuple[
+        Array, ...
+    ]  # what it computes, flat; of a start what will be there when it is done
     operands: tuple[str, ...]
     literal: str  # what stands between the parentheses
     attributes: str
@@ -52,7 +56,9 @@ class Instruction:
 
     def calls(self, *attributes: str) -> tuple[str, ...]:
         """The computations that these attributes name."""
-        return tuple(name for attribute in attributes for name in NAME.findall(self.attribute(attribute)))
+        return tuple(
+            name for attribute in attributes for name in NAME.findall(self.attribute(attribute))
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,9 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, str]:
-        return {int(x.literal): x.name for x in self.instructions.values() if x.operation == "parameter"}
+        return {
+            int(x.literal): x.name for x in self.instructions.values() if x.operation == "parameter"
+        }
 
 
 Computations = dict[str, Computation]  # by name; the last one is the entry
@@ -90,10 +98,13 @@ def parse(text: str) -> Computations:
             root = found[2] if found[1] else root
         elif line.startswith("}"):
             parsed.append((name, instructions, root))
-    fusions = (x for _, instructions, _ in parsed for x in instructions.values() if x.operation == "fusion")
+    fusions = (
+        x for _, instructions, _ in parsed for x in instructions.values() if x.operation == "fusion"
+    )
     fused = {name for fusion in fusions for name in fusion.calls("calls")}
     return {
-        name: Computation(name, instructions, instructions[root], name in fused) for name, instructions, root in parsed
+        name: Computation(name, instructions, instructions[root], name in fused)
+        for name, instructions, root in parsed
     }
 
 
@@ -101,7 +112,9 @@ def read_instruction(found: re.Match, above: dict[str, Instruction]) -> Instruct
     _, name, shape, operation, phase, literal, attributes = found.groups(default="")
     operands = tuple(NAME.findall(literal))
     result = read_arrays(shape)
-    if phase == "-start":  # (operands, result, context), except that copies have (result, operand, context)
+    if (
+        phase == "-start"
+    ):  # (operands, result, context), except that copies have (result, operand, context)
         given = sum(len(above[operand].result) for operand in operands)
         result = result[:1] if operation == "copy" else result[given:] or result
     return Instruction(name, operation, phase, result, operands, literal, attributes)

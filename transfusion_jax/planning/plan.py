@@ -23,8 +23,8 @@ from transfusion_jax.parallel.rules import RULES, batch_sharding, mesh_axes
 from transfusion_jax.planning.program import Program, read_program
 from transfusion_jax.planning.rows import Rows, RowWork, model_flops, row_work
 from transfusion_jax.planning.topology import HOST, Topology
-from transfusion_jax.training.state import Blueprint, blueprint
-from transfusion_jax.training.step import compiled_step
+from transfusion_jax.pretraining.state import Blueprint, blueprint
+from transfusion_jax.pretraining.step import compiled_step
 
 # FLOPs of a kernel for each pair of a query and a key and each value of a head: two for every product it takes.
 KERNEL_FLOPS = {"interval_attention": 4, "interval_attention_dq": 6, "interval_attention_dkv": 8}
@@ -87,7 +87,9 @@ class Plan:
         """Model FLOPs over what all chips could do in that time."""
         if self.costs is None:
             return None
-        return self.model_flops / (self.topology.chips * self.topology.chip.flops * self.step_seconds)
+        return self.model_flops / (
+            self.topology.chips * self.topology.chip.flops * self.step_seconds
+        )
 
     def json(self) -> dict[str, Any]:
         costs = self.costs
@@ -157,10 +159,14 @@ def abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Any:
     """The shapes of a batch, and where its rows go."""
     rows, sharding = experiment.data.batch_rows, batch_sharding(mesh)
     row = pack([], experiment.data.row_length, experiment.image)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding), row)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding), row
+    )
 
 
-def compile_step(whole: Blueprint, batch: Any, topology: Topology) -> tuple[Memory, jax.stages.Compiled | None]:
+def compile_step(
+    whole: Blueprint, batch: Any, topology: Topology
+) -> tuple[Memory, jax.stages.Compiled | None]:
     """The compiled step and its memory; None instead of the step if the compiler finds no room for it."""
     here = topology.devices_per_chip
     with jax.set_mesh(jax.tree.leaves(whole.abstract)[0].sharding.mesh):
@@ -172,10 +178,17 @@ def compile_step(whole: Blueprint, batch: Any, topology: Topology) -> tuple[Memo
                 raise
             arguments = sum(map(bytes_here, jax.tree.leaves((whole.abstract, batch))))
             peak = _bytes_asked_for(str(error), arguments)
-            return Memory(here * arguments, here * (peak - arguments), here * peak, topology.chip.memory), None
+            return Memory(
+                here * arguments, here * (peak - arguments), here * peak, topology.chip.memory
+            ), None
     said = compiled.memory_analysis()
     results = said.output_size_in_bytes - said.alias_size_in_bytes
-    peak = said.argument_size_in_bytes + said.temp_size_in_bytes + results + said.generated_code_size_in_bytes
+    peak = (
+        said.argument_size_in_bytes
+        + said.temp_size_in_bytes
+        + results
+        + said.generated_code_size_in_bytes
+    )
     return Memory(
         arguments=here * said.argument_size_in_bytes,
         temporaries=here * said.temp_size_in_bytes,
@@ -204,7 +217,12 @@ def _bytes_asked_for(message: str, arguments: int) -> int:
 
 
 def costs_of(
-    program: Program, experiment: Experiment, topology: Topology, work: RowWork, order: list[jax.Device], host: int
+    program: Program,
+    experiment: Experiment,
+    topology: Topology,
+    work: RowWork,
+    order: list[jax.Device],
+    host: int,
 ) -> Costs:
     """What a compiled step takes, at the topology's rates.
 
@@ -215,7 +233,9 @@ def costs_of(
     model, chip, here = experiment.model, topology.chip, topology.devices_per_chip
     # Each run of a kernel takes one layer of all rows that have their turn together.
     pairs = work.visited_pairs * experiment.data.batch_rows / experiment.train.accumulation
-    kernels = sum(KERNEL_FLOPS[name] * times * model.width * pairs for name, times in program.kernels.items())
+    kernels = sum(
+        KERNEL_FLOPS[name] * times * model.width * pairs for name, times in program.kernels.items()
+    )
     flops = program.flops * len(order) + kernels
 
     sent, links, network = defaultdict(float), 0.0, 0.0

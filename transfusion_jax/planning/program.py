@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from transfusion_jax.planning.collectives import Collective, read_collective
-from transfusion_jax.planning.executions import executions
 from transfusion_jax.planning.flops import flops
 from transfusion_jax.planning.hlo import Instruction, parse
+from transfusion_jax.planning.loop_counts import executions
 from transfusion_jax.planning.traffic import traffic
 
 

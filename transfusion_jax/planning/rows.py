@@ -11,9 +11,9 @@ import numpy as np
 from transfusion_jax.config import Experiment, SourceConfig
 from transfusion_jax.data.pipeline import Data, stack
 from transfusion_jax.data.tokenizer import train_tokenizer
+from transfusion_jax.model.attention.block_pairs import visible_blocks
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
-from transfusion_jax.model.attention.visits import visible_blocks
-from transfusion_jax.training.run import tokenizer_of
+from transfusion_jax.pretraining.run import tokenizer_of
 
 SAMPLE = 32
 
@@ -70,10 +70,15 @@ def row_work(rows: Rows, block: int, together: int = 1) -> RowWork:
     intervals = rows.intervals
     count, length = intervals.k_start_BL.shape
     block = min(block or length, length)
-    start, end = (jnp.pad(x, ((0, 0), (0, -length % block))) for x in (intervals.k_start_BL, intervals.k_end_BL))
+    start, end = (
+        jnp.pad(x, ((0, 0), (0, -length % block)))
+        for x in (intervals.k_start_BL, intervals.k_end_BL)
+    )
     some, _ = visible_blocks(start, end, block, block, -(-length // block))
     some = np.asarray(some)
-    pairs = np.maximum(np.asarray(intervals.k_end_BL) - np.asarray(intervals.k_start_BL), 0).sum(dtype=np.int64)
+    pairs = np.maximum(np.asarray(intervals.k_end_BL) - np.asarray(intervals.k_start_BL), 0).sum(
+        dtype=np.int64
+    )
     groups = np.stack([some[i : i + together].any(0) for i in range(0, count, together)])
     # What lies between the first and the last that are seen: not before the one, nor behind the other.
     after_first = np.logical_or.accumulate(groups, axis=2)
@@ -90,7 +95,11 @@ def model_flops(parameters: Any, experiment: Experiment, work: RowWork) -> float
       parameters: the model's, or their shapes, as a nested dict.
     """
     image, model = experiment.image, experiment.model
-    patch = sum(x.size for name, x in parameters["patches"].items() if not name.startswith(("time", "position")))
+    patch = sum(
+        x.size
+        for name, x in parameters["patches"].items()
+        if not name.startswith(("time", "position"))
+    )
     time = sum(x.size for name, x in parameters["patches"].items() if name.startswith("time"))
     blocks = sum(x.size for x in jax.tree.leaves(parameters["transformer"]["blocks"]) if x.ndim > 2)
     row = (blocks + parameters["output_DV"].size) * experiment.data.row_length

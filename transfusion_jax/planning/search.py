@@ -39,7 +39,9 @@ def _policies(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
 def _parts(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
     for parts in parts_of(failed.experiment, failed.mesh):
         if parts > failed.experiment.train.accumulation:
-            changed = replace(failed.experiment, train=replace(failed.experiment.train, accumulation=parts))
+            changed = replace(
+                failed.experiment, train=replace(failed.experiment.train, accumulation=parts)
+            )
             yield f"--train.accumulation {parts}", changed, failed.topology
 
 
@@ -80,7 +82,10 @@ def _what_varies(experiment: Experiment, axes: dict[str, int]) -> tuple:
 
 def _meshes(best: Plan) -> Iterator[Experiment]:
     experiment, topology = best.experiment, best.topology
-    devices, rows = len(topology.devices), experiment.data.batch_rows // experiment.train.accumulation
+    devices, rows = (
+        len(topology.devices),
+        experiment.data.batch_rows // experiment.train.accumulation,
+    )
     for tensor in (1, 2, 4, 8):
         for sequence in sorted({1, best.mesh["sequence"]}):
             inner = tensor * sequence
@@ -88,7 +93,10 @@ def _meshes(best: Plan) -> Iterator[Experiment]:
                 continue
             for data in sorted({topology.slices, 4 * topology.slices, devices // inner}):
                 if devices % (inner * data) == 0 and rows % (devices // inner) == 0:
-                    yield replace(experiment, mesh=MeshConfig(data, devices // inner // data, sequence, tensor))
+                    yield replace(
+                        experiment,
+                        mesh=MeshConfig(data, devices // inner // data, sequence, tensor),
+                    )
 
 
 def _remats(best: Plan) -> Iterator[Experiment]:

@@ -99,7 +99,9 @@ def find_topology(name: str, slices: int = 1) -> Topology:
     if slices < 1:
         raise ValueError(f"--slices {slices} must be at least 1")
     if kind not in CHIPS or not _is_layout(layout, CHIPS[kind].torus):
-        flat, deep = (", ".join(k for k, chip in CHIPS.items() if chip.torus == torus) for torus in (2, 3))
+        flat, deep = (
+            ", ".join(k for k, chip in CHIPS.items() if chip.torus == torus) for torus in (2, 3)
+        )
         raise ValueError(
             f"topology {name!r} is not known; known are {flat} with {', '.join(FLAT)}, and {deep} with "
             f"{', '.join(SMALL)} or multiples of 4 (4x4x4, 4x4x8, ...), as in v5p:4x4x4"
@@ -121,7 +123,11 @@ def find_topology(name: str, slices: int = 1) -> Topology:
 def larger(name: str) -> str | None:
     """The next topology of at least twice as many chips; None if there is none."""
     kind, _, layout = name.partition(":")
-    ladder = FLAT if CHIPS[kind].torus == 2 else (*SMALL, "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+    ladder = (
+        FLAT
+        if CHIPS[kind].torus == 2
+        else (*SMALL, "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+    )
     return next((f"{kind}:{more}" for more in ladder if _chips(more) >= 2 * _chips(layout)), None)
 
 
@@ -133,4 +139,6 @@ def _is_layout(layout: str, torus: int) -> bool:
     if torus == 2:
         return layout in FLAT
     sizes = [int(n) for n in layout.split("x")] if re.fullmatch(r"\d+x\d+x\d+", layout) else []
-    return layout in SMALL or (bool(sizes) and all(n > 0 and n % 4 == 0 for n in sizes) and max(sizes) <= 32)
+    return layout in SMALL or (
+        bool(sizes) and all(n > 0 and n % 4 == 0 for n in sizes) and max(sizes) <= 32
+    )

@@ -12,12 +12,33 @@ from transfusion_jax.planning.hlo import Computation, Computations, Instruction
 
 # They touch no memory, or the instructions that they call do, or it was counted when they started.
 FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+    *(
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+    ),
     *("while", "conditional", "call", "async"),
 }
-FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveDone"}
+FREE_TARGETS = {
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+}
 SLICES = {"slice", "dynamic-slice", "gather"}
-MOVES = {"bitcast", "convert", "copy", "pad", "reshape", "transpose"}  # each element of the result from one or none
+MOVES = {
+    "bitcast",
+    "convert",
+    "copy",
+    "pad",
+    "reshape",
+    "transpose",
+}  # each element of the result from one or none
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # by the operand at this position
 
 
@@ -25,7 +46,11 @@ def traffic(instruction: Instruction, computation: Computation, program: Computa
     """Of an instruction between fusions, by one execution."""
     called = program[instruction.calls("calls")[0]] if instruction.operation == "fusion" else None
     target = (called.root if called else instruction).attribute("custom_call_target")
-    if instruction.operation in FREE or instruction.phase in ("-update", "-done") or target in FREE_TARGETS:
+    if (
+        instruction.operation in FREE
+        or instruction.phase in ("-update", "-done")
+        or target in FREE_TARGETS
+    ):
         return 0.0
     if target == "AsyncCollectiveStart":  # its result holds its operands too
         return sum(array.hbm_bytes for array in instruction.result)
@@ -34,7 +59,9 @@ def traffic(instruction: Instruction, computation: Computation, program: Computa
         operand = computation.instructions[name]
         uses = (use for use in computation.users[name] if use[0] is instruction)
         used = sum(elements_read(*use, computation, program) for use in uses)
-        read += min(1.0, used / max(1, elements(operand))) * sum(array.hbm_bytes for array in operand.result)
+        read += min(1.0, used / max(1, elements(operand))) * sum(
+            array.hbm_bytes for array in operand.result
+        )
     made = outputs(called) if called else [instruction]
     made = made * len(instruction.result) if len(made) == 1 else made
     return read + sum(
@@ -43,7 +70,9 @@ def traffic(instruction: Instruction, computation: Computation, program: Computa
     )
 
 
-def elements_read(user: Instruction, position: int, computation: Computation, program: Computations) -> int:
+def elements_read(
+    user: Instruction, position: int, computation: Computation, program: Computations
+) -> int:
     """How much of its operand at this position an instruction reads."""
     if user.operation == "fusion":
         called = program[user.calls("calls")[0]]

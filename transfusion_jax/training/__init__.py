@@ -1,0 +1,1 @@
+"""The training machine, which knows no model: loop, checkpoints, metrics, update."""

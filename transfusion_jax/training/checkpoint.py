@@ -24,12 +24,14 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax import Array
 
+from transfusion_jax.errors import WorkFailed
+
 Report = Callable[[str], None]
 State = TypeVar("State")  # any frozen dataclass of pytrees with a `step`
 FULL = os.strerror(errno.ENOSPC)
 
 
-class CheckpointError(Exception):
+class CheckpointError(WorkFailed):
     """No checkpoint of a run can be read, or the last one could not be written."""
 
 
@@ -77,7 +79,9 @@ class Checkpoints:
                 step, {**parts, "progress": {**progress, "checksum": sums}}, force=True
             )
             self._saving, self._saved = (step, response), True
-        except Exception as error:  # a full disk shows itself here or in the background, as many types
+        except (
+            Exception
+        ) as error:  # a full disk shows itself here or in the background, as many types
             self._failed(step, error)
 
     def wait(self) -> bool:
@@ -104,7 +108,9 @@ class Checkpoints:
                 parts = _load(self._manager, step, _parts(abstract))
             except Exception as error:  # every kind of damage raises something else
                 damaged.append(step)
-                self._report(f"checkpoint {self._directory / str(step)} is damaged ({_line(error)})")
+                self._report(
+                    f"checkpoint {self._directory / str(step)} is damaged ({_line(error)})"
+                )
                 continue
             for bad in damaged:
                 self._set_aside(bad)
@@ -112,7 +118,9 @@ class Checkpoints:
             progress, counters = parts.pop("progress"), parts.pop("counters")
             return dataclasses.replace(abstract, **counters, **parts), progress
         if damaged:
-            raise CheckpointError(f"none of the checkpoints {damaged} in {self._directory} can be read")
+            raise CheckpointError(
+                f"none of the checkpoints {damaged} in {self._directory} can be read"
+            )
         return None
 
     def close(self) -> None:
@@ -134,7 +142,11 @@ class Checkpoints:
         for partial in self._directory.glob("*tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
         self._manager = self._open()
-        kept = f"the last good one is step {self.steps[-1]}" if self.steps else "there is no earlier one"
+        kept = (
+            f"the last good one is step {self.steps[-1]}"
+            if self.steps
+            else "there is no earlier one"
+        )
         self._report(f"could not save checkpoint {step} ({_line(error)}); {kept}")
 
 
@@ -163,11 +175,17 @@ def _parts(state: State) -> dict[str, Any]:
     """The fields of a state: single arrays together as `counters`, trees by themselves, empty ones left out."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     counters = {name: value for name, value in fields.items() if hasattr(value, "shape")}
-    trees = {name: value for name, value in fields.items() if name not in counters and jax.tree.leaves(value)}
+    trees = {
+        name: value
+        for name, value in fields.items()
+        if name not in counters and jax.tree.leaves(value)
+    }
     return {"counters": counters, **trees}
 
 
-def _load(manager: ocp.training.Checkpointer, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+def _load(
+    manager: ocp.training.Checkpointer, step: int, abstract: dict[str, Any]
+) -> dict[str, Any]:
     parts = manager.load_checkpointables(step, {**abstract, "progress": None})
     for name in abstract:
         if int(checksum(parts[name])) != int(np.asarray(parts["progress"]["checksum"][name])):

@@ -6,8 +6,10 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from transfusion_jax.errors import WorkFailed
 
-class TrainingFailed(Exception):
+
+class TrainingFailed(WorkFailed):
     """The run cannot go on; the message says why and what is left."""
 
 
@@ -21,7 +23,9 @@ class StopSignal:
         self._received: str | None = None
         self._previous = {}
         if jax.process_count() == 1:
-            self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+            self._previous = {
+                s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:

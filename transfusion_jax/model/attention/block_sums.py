@@ -13,7 +13,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from transfusion_jax.model.attention.visits import FIRST, FULL, LAST, VISIBLE, visible_blocks, visits
+from transfusion_jax.model.attention.block_pairs import (
+    FIRST,
+    FULL,
+    LAST,
+    VISIBLE,
+    visible_blocks,
+    visits,
+)
 
 MASKED = -1e30  # a finite stand-in: -inf minus -inf is NaN
 LANES = 128
@@ -58,9 +65,13 @@ def block_sums(name, by, bounds, operands, results, sums, visit, finish, blocks)
             grid=grid,
             in_specs=[bound_spec, bound_spec, *(specs(of, x.shape[2]) for of, x in operands)],
             out_specs=[specs(of, x.shape[2]) for of, x in results],
-            scratch_shapes=[pltpu.VMEM((rows, getattr(blocks, by)), jnp.float32) for rows, _ in sums],
+            scratch_shapes=[
+                pltpu.VMEM((rows, getattr(blocks, by)), jnp.float32) for rows, _ in sums
+            ],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) + ("arbitrary",) * (len(grid) - 1)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) + ("arbitrary",) * (len(grid) - 1)
+        ),
         interpret=blocks.interpret,
         name=name,
     )(*table, *(bound[:, None, None, :] for bound in bounds), *(x for _, x in operands))
@@ -79,7 +90,9 @@ def _specs(by, group, blocks):
         def block(n, k, row, query, key):
             return (row, n if per_head else 0, 0, query) if of == "query" else (row, k, 0, key)
 
-        return pl.BlockSpec((None, None, rows, getattr(blocks, of)), by_query if by == "query" else by_key)
+        return pl.BlockSpec(
+            (None, None, rows, getattr(blocks, of)), by_query if by == "query" else by_key
+        )
 
     return specs
 
@@ -88,7 +101,11 @@ def _kernel(by, group, operands, sums, visit, finish, blocks):
     """What is done at a step of the grid: the sums begin, a visit is added, the results are written."""
 
     def kernel(row, query, key, flags, start, end, *refs):
-        operand_refs, result_refs, sum_refs = refs[:operands], refs[operands : -len(sums)], refs[-len(sums) :]
+        operand_refs, result_refs, sum_refs = (
+            refs[:operands],
+            refs[operands : -len(sums)],
+            refs[-len(sums) :],
+        )
         t = pl.program_id(1)
         first, last = flags[t] & FIRST != 0, flags[t] & LAST != 0
         if by == "key":
@@ -105,7 +122,9 @@ def _kernel(by, group, operands, sums, visit, finish, blocks):
 
         @pl.when(flags[t] & (VISIBLE | FULL) == VISIBLE)
         def _():
-            position = key[t] * blocks.key + lax.broadcasted_iota(jnp.int32, (blocks.key, blocks.query), 0)
+            position = key[t] * blocks.key + lax.broadcasted_iota(
+                jnp.int32, (blocks.key, blocks.query), 0
+            )
             inside = (position >= start[...]) & (position < end[...])
             visit(lambda scores: jnp.where(inside, scores, MASKED), *operand_refs, *sum_refs)
 

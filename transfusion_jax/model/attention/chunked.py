@@ -21,7 +21,9 @@ from transfusion_jax.model.attention.remat import kept
 MASKED = -1e30  # a finite stand-in: -inf minus -inf is NaN
 
 
-def chunked_attention(q_BLNH: Array, k_BSKH: Array, v_BSKH: Array, intervals: Intervals, *, block: int) -> Array:
+def chunked_attention(
+    q_BLNH: Array, k_BSKH: Array, v_BSKH: Array, intervals: Intervals, *, block: int
+) -> Array:
     """Same contract as `attention`; `block` is the number of queries, and of keys, in one block."""
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -29,14 +31,27 @@ def chunked_attention(q_BLNH: Array, k_BSKH: Array, v_BSKH: Array, intervals: In
     C, pad_q, pad_k = -(-L // block_q), -L % block_q, -S % block_k
 
     q = jnp.pad(q_BLNH, ((0, 0), (0, pad_q), (0, 0), (0, 0)))
-    q = q.reshape(B, C, block_q, K, G, H).transpose(1, 0, 3, 4, 2, 5).reshape(C, B, K, G * block_q, H)
-    k, v = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
+    q = (
+        q.reshape(B, C, block_q, K, G, H)
+        .transpose(1, 0, 3, 4, 2, 5)
+        .reshape(C, B, K, G * block_q, H)
+    )
+    k, v = (
+        jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+        for x in (k_BSKH, v_BSKH)
+    )
     # Padding queries get an empty interval.
     bounds = (jnp.pad(x, ((0, 0), (0, pad_q))) for x in (intervals.k_start_BL, intervals.k_end_BL))
-    k_start, k_end = (jnp.tile(x.reshape(B, C, block_q).transpose(1, 0, 2), (1, 1, G)) for x in bounds)
+    k_start, k_end = (
+        jnp.tile(x.reshape(B, C, block_q).transpose(1, 0, 2), (1, 1, G)) for x in bounds
+    )
 
     out = _blocked(q, k, v, k_start, k_end, block_k)
-    out = out.reshape(C, B, K, G, block_q, H).transpose(1, 0, 4, 2, 3, 5).reshape(B, C * block_q, N, H)
+    out = (
+        out.reshape(C, B, K, G, block_q, H)
+        .transpose(1, 0, 4, 2, 3, 5)
+        .reshape(B, C * block_q, N, H)
+    )
     return out[:, :L]
 
 
@@ -61,7 +76,9 @@ def _scores(q: Array, k_j: Array, j: Array, k_start: Array, k_end: Array) -> Arr
     """Scaled scores [B, K, R, S] of one pair of blocks in float32, MASKED outside the intervals."""
     position = (j * k_j.shape[2] + jnp.arange(k_j.shape[2]))[None, None, :]
     inside = (position >= k_start[:, :, None]) & (position < k_end[:, :, None])
-    return jnp.where(inside[:, None], _dot("bkrh,bksh->bkrs", q, k_j) * (q.shape[-1] ** -0.5), MASKED)
+    return jnp.where(
+        inside[:, None], _dot("bkrh,bksh->bkrs", q, k_j) * (q.shape[-1] ** -0.5), MASKED
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -80,7 +97,9 @@ def _forward(q, k, v, k_start, k_end, block_k):
             new_peak = jnp.maximum(peak, s.max(-1))
             p = jnp.exp(s - new_peak[..., None])
             decay = jnp.exp(peak - new_peak)
-            acc = acc * decay[..., None] + _dot("bkrs,bksh->bkrh", p.astype(v.dtype), _block(v, j, block_k))
+            acc = acc * decay[..., None] + _dot(
+                "bkrs,bksh->bkrh", p.astype(v.dtype), _block(v, j, block_k)
+            )
             return new_peak, total * decay + p.sum(-1), acc
 
         rows = q.shape[:-1]
@@ -109,7 +128,10 @@ def _backward(block_k, residuals, d_out):
             p, ds = p.astype(v.dtype), ds.astype(q.dtype)
             dk_j = _block(dk, j, block_k) + _dot("bkrs,bkrh->bksh", ds, q)
             dv_j = _block(dv, j, block_k) + _dot("bkrs,bkrh->bksh", p, d_out)
-            dk, dv = (lax.dynamic_update_slice_in_dim(x, x_j, j * block_k, 2) for x, x_j in ((dk, dk_j), (dv, dv_j)))
+            dk, dv = (
+                lax.dynamic_update_slice_in_dim(x, x_j, j * block_k, 2)
+                for x, x_j in ((dk, dk_j), (dv, dv_j))
+            )
             return dq + _dot("bkrs,bksh->bkrh", ds, k_j), dk, dv
 
         init = (jnp.zeros(q.shape, jnp.float32), *carry)

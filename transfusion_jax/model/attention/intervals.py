@@ -33,10 +33,14 @@ def row_intervals(batch: Batch, patches: int) -> Intervals:
     previous_BL = jnp.pad(segment_BL[:, :-1], ((0, 0), (1, 0)))
     k_start_BL = jax.lax.cummax(jnp.where(segment_BL != previous_BL, index_L, 0), axis=1)
 
-    patch_BMP = batch.image_start_BM[:, :, None] + jnp.arange(patches, dtype=jnp.int32)[None, None, :]
+    patch_BMP = (
+        batch.image_start_BM[:, :, None] + jnp.arange(patches, dtype=jnp.int32)[None, None, :]
+    )
     end_BMP = jnp.broadcast_to(batch.image_start_BM[:, :, None] + patches, patch_BMP.shape)
     causal_BL = jnp.broadcast_to(index_L + 1, (B, L))
-    k_end_BL = jax.vmap(lambda end, at, value: end.at[at].set(value, mode="drop"))(causal_BL, patch_BMP, end_BMP)
+    k_end_BL = jax.vmap(lambda end, at, value: end.at[at].set(value, mode="drop"))(
+        causal_BL, patch_BMP, end_BMP
+    )
 
     padding_BL = segment_BL == 0
     return Intervals(jnp.where(padding_BL, 0, k_start_BL), jnp.where(padding_BL, 0, k_end_BL))

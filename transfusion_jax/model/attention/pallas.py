@@ -52,7 +52,9 @@ def pallas_attention(
         raise ValueError(f"{block_q=} and {block_k=} must be multiples of {LANES}")
     L, S = q_BLNH.shape[1], k_BSKH.shape[1]
     # A block need not be longer than what there is.
-    block_q, block_k = (min(block, -(-size // LANES) * LANES) for block, size in ((block_q, L), (block_k, S)))
+    block_q, block_k = (
+        min(block, -(-size // LANES) * LANES) for block, size in ((block_q, L), (block_k, S))
+    )
 
     def positions_last(x: Array, block: int) -> Array:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).transpose(0, 2, 3, 1)
@@ -63,7 +65,9 @@ def pallas_attention(
 
     k, v = positions_last(k_BSKH, block_k), positions_last(v_BSKH, block_k)
     k_start, k_end = padded(intervals.k_start_BL), padded(intervals.k_end_BL)
-    out = _attention(k_start, k_end, positions_last(q_BLNH, block_q), k, v, Blocks(block_q, block_k, interpret))
+    out = _attention(
+        k_start, k_end, positions_last(q_BLNH, block_q), k, v, Blocks(block_q, block_k, interpret)
+    )
     return out.transpose(0, 3, 1, 2)[:, :L]
 
 
@@ -108,13 +112,22 @@ def _output(k_start, k_end, q, k, v, *, blocks):
 
     operands = ("query", q), ("key", k), ("key", v)
     bounds = k_start, k_end
-    return block_sums("interval_attention", "query", bounds, operands, results, sums, visit, finish, blocks)
+    return block_sums(
+        "interval_attention", "query", bounds, operands, results, sums, visit, finish, blocks
+    )
 
 
 def _gradients(k_start, k_end, q, k, v, d_out, lse, delta, *, blocks):
     """dq, dk and dv, shaped like q, k and v."""
     H = q.shape[2]
-    operands = ("query", q), ("key", k), ("key", v), ("query", d_out), ("query", lse), ("query", delta)
+    operands = (
+        ("query", q),
+        ("key", k),
+        ("key", v),
+        ("query", d_out),
+        ("query", lse),
+        ("query", delta),
+    )
 
     def p_ds(masked, q, k, v, d_out, lse, delta):
         p = jnp.exp(masked(_scores(q, k)) - lse[...])
@@ -150,7 +163,9 @@ def _gradients(k_start, k_end, q, k, v, d_out, lse, delta, *, blocks):
 
 
 def _dot(a, b, axis_a: int, axis_b: int):
-    return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _scores(q, k):

@@ -32,7 +32,9 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
       ValueError: its implementation, or its remat policy, does not run there.
     """
     if model.remat == "offload" and platform == "cpu":
-        raise ValueError("model.remat='offload' moves arrays from an accelerator to its host; on cpu: full")
+        raise ValueError(
+            "model.remat='offload' moves arrays from an accelerator to its host; on cpu: full"
+        )
     if model.attention != "auto":
         require_platform(model.attention, platform)
     else:
@@ -40,7 +42,9 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
         model = replace(model, attention=implementation, attention_block=block)
     if model.remat == "attention" and model.attention not in DEFAULT_BLOCK:
         kinds = " and ".join(DEFAULT_BLOCK)
-        raise ValueError(f"model.remat='attention' keeps what {kinds} attention give, and this is {model.attention}")
+        raise ValueError(
+            f"model.remat='attention' keeps what {kinds} attention give, and this is {model.attention}"
+        )
     return model
 
 
@@ -54,7 +58,9 @@ def best(platform: str, block: int) -> tuple[str, int]:
 
 def require_platform(implementation: str, platform: str) -> None:
     """Raises ValueError, with the implementations that do, unless this one runs on the platform."""
-    platform = "cuda" if platform == "gpu" else platform  # as a device calls what lowering calls "cuda"
+    platform = (
+        "cuda" if platform == "gpu" else platform
+    )  # as a device calls what lowering calls "cuda"
 
     def runs(name: str) -> bool:
         return PLATFORMS[name] is None or platform in PLATFORMS[name]
@@ -62,7 +68,9 @@ def require_platform(implementation: str, platform: str) -> None:
     if not runs(implementation):
         others = ", ".join(filter(runs, PLATFORMS))
         where = ", ".join(PLATFORMS[implementation])
-        raise ValueError(f"model.attention={implementation!r} runs on {where}; on {platform}: {others}")
+        raise ValueError(
+            f"model.attention={implementation!r} runs on {where}; on {platform}: {others}"
+        )
 
 
 def checked(x: Array, implementation: str) -> Array:
@@ -84,4 +92,7 @@ _checked = Primitive("checked_attention_platform")
 _checked.def_impl(lambda x, **parameters: jax.jit(lambda x: _checked.bind(x, **parameters))(x))
 _checked.def_abstract_eval(lambda x, **_: x)
 mlir.register_lowering(_checked, _lowering)
-batching.primitive_batchers[_checked] = lambda xs, axes, **parameters: (_checked.bind(*xs, **parameters), axes[0])
+batching.primitive_batchers[_checked] = lambda xs, axes, **parameters: (
+    _checked.bind(*xs, **parameters),
+    axes[0],
+)

@@ -44,4 +44,6 @@ def on_shards(
         return attend(q, k, v, intervals)
 
     specs = q_spec, k_spec, k_spec, PartitionSpec(rows, queries)
-    return jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)(q_BLNH, k_BSKH, v_BSKH, intervals)
+    return jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)(
+        q_BLNH, k_BSKH, v_BSKH, intervals
+    )

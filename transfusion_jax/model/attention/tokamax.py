@@ -16,7 +16,12 @@ from transfusion_jax.model.attention.intervals import Intervals
 
 
 def tokamax_attention(
-    q_BLNH: Array, k_BSKH: Array, v_BSKH: Array, intervals: Intervals, *, implementation: str | None = None
+    q_BLNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    intervals: Intervals,
+    *,
+    implementation: str | None = None,
 ) -> Array:
     """Same contract as `attention`, on one device.
 
@@ -36,7 +41,9 @@ def tokamax_attention(
     near = jnp.minimum(jnp.arange(L, dtype=start.dtype), S - 1)[None, :]
     start, end = jnp.where(empty, near, start), jnp.where(empty, near + 1, end)
 
-    out = _attention(implementation or _kernel_here(q_BLNH.dtype), start, end, q_BLNH, k_BSKH, v_BSKH)
+    out = _attention(
+        implementation or _kernel_here(q_BLNH.dtype), start, end, q_BLNH, k_BSKH, v_BSKH
+    )
     return jnp.where(empty[:, :, None, None], 0, out)
 
 
@@ -48,7 +55,9 @@ def _tokamax():
         from tokamax._src.ops.attention.api import IMPLEMENTATIONS
         from tokamax._src.ops.attention.base import Mask
     except ImportError as error:
-        message = "model.attention='tokamax' needs Python 3.12 and pip install 'transfusion-jax[gpu]'"
+        message = (
+            "model.attention='tokamax' needs Python 3.12 and pip install 'transfusion-jax[gpu]'"
+        )
         raise ValueError(f"{message} ({error})") from error
     return tokamax, IMPLEMENTATIONS, Mask, gpu_utils
 
@@ -85,5 +94,9 @@ _attention.defvjp(_forward, _backward)
 def _as_tokamax_expects():
     """jax's usual promotion; and a process without a GPU may trace for one, as the platform is checked on lowering."""
     compiling_for_another = _tokamax()[0].config.cross_compile(jax.default_backend() != "gpu")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), compiling_for_another:
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        compiling_for_another,
+    ):
         yield

@@ -1,0 +1,1 @@
+"""What trains an autoencoder: its losses, its step, its run."""

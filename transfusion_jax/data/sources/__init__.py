@@ -1,0 +1,1 @@
+"""Where documents come from: what is built in, and prepared data."""

@@ -1,0 +1,37 @@
+"""Sources by the names that experiments use."""
+
+from pathlib import Path
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.data.sources.digits import Digits
+from transfusion_jax.data.sources.prepared import Prepared
+from transfusion_jax.data.sources.scenes.source import Scenes
+from transfusion_jax.data.sources.source import Source
+from transfusion_jax.data.sources.sums import Sums
+from transfusion_jax.data.sources.synthetic import Synthetic
+
+SOURCES: dict[str, type[Source]] = {
+    "digits": Digits,
+    "scenes": Scenes,
+    "sums": Sums,
+    "synthetic": Synthetic,
+}
+
+
+def load_sources(experiment: Experiment, split: str) -> list[Source]:
+    """The split "train" or "held_out" of every source of the experiment.
+
+    Raises:
+      ValueError: a source is unknown.
+    """
+    for name in (source.name for source in experiment.data.sources):
+        if name not in SOURCES and not Path(name).is_dir():
+            raise ValueError(
+                f"source {name!r} is not one of {sorted(SOURCES)}, nor a directory of prepared data"
+            )
+    return [
+        SOURCES[name](experiment, split)
+        if name in SOURCES
+        else Prepared(Path(name), experiment, split)
+        for name in (source.name for source in experiment.data.sources)
+    ]

@@ -1,0 +1,1 @@
+"""Scenes: coloured shapes on a grid, with captions and edits whose truth is known."""

@@ -1,0 +1,14 @@
+"""What goes wrong, by whose fault: the exit code of the command line follows from the type.
+
+ValueError: bad input, said in one line (exit code 2). WorkFailed: the work ran and failed (exit code 1).
+"""
+
+
+class WorkFailed(Exception):
+    """The work ran and failed; the message says all there is to say."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,37 @@
+"""What all figures share: colours, pictures on axes, wrapped text, saving."""
+
+import textwrap
+import warnings
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from transfusion_jax.images import to_uint8
+
+INK, MUTED, ACCENT = "#1f2430", "#8a8f98", "#b3202c"
+
+
+def save(figure: plt.Figure, path: Path, dpi: int) -> None:
+    """Writes a figure; letters that the font lacks are drawn as boxes, without a warning each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+
+
+def show(axes: plt.Axes, picture: np.ndarray) -> None:
+    """A picture in [-1, 1]; one channel is drawn as grey."""
+    axes.imshow(to_uint8(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+
+
+def wrapped(text: str, width: int, lines: int) -> str:
+    """At most so many lines of so many characters; mathematics and what fonts lack is left to show as it is."""
+    kept = textwrap.wrap(" ".join(text.split()), width)[: lines + 1]
+    if len(kept) > lines:
+        kept = [*kept[: lines - 1], kept[lines - 1][: width - 1] + "…"]
+    return "\n".join(kept).replace("$", r"\$")

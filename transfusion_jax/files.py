@@ -1,0 +1,32 @@
+"""Atomic writes: a temporary file, fsync, rename."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY = f".{secrets.token_hex(4)}.partial"
+"""Suffix of this process's temporary files. Random, because processes on other machines may share its number."""
+
+
+def temporary_of(path: Path) -> Path:
+    return path.with_name(path.name + TEMPORARY)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to; on success it is synced to disk and renamed to `path`, else removed."""
+    temporary = temporary_of(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)

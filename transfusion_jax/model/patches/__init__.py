@@ -1,0 +1,1 @@
+"""From an image grid to vectors of the transformer and back."""

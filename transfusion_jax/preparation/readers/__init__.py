@@ -1,0 +1,1 @@
+"""Readers: what people have on disk, as random access to raw documents."""

@@ -1,0 +1,1 @@
+"""What is pretrained here: objective, state, step, run."""
