@@ -19,7 +19,7 @@ from transfusion_jax.config import (
     SourceConfig,
     TrainConfig,
 )
-from transfusion_jax.data.sources.prepared import image_config, vocab_size
+from transfusion_jax.data.sources.dataset import image_config, vocab_size
 
 PICTURES, TEXT = "data/emoji", "data/speeches"
 

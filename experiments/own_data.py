@@ -16,7 +16,7 @@ from transfusion_jax.config import (
     SourceConfig,
     TrainConfig,
 )
-from transfusion_jax.data.sources.prepared import image_config, vocab_size
+from transfusion_jax.data.sources.dataset import image_config, vocab_size
 
 DATA = "data/mine"
 

@@ -18,7 +18,7 @@ from transfusion_jax.commands.main import main
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 EXPERIMENT = """
 from transfusion_jax.config import *
-from transfusion_jax.data.prepared import image_config, vocab_size
+from transfusion_jax.data.sources.dataset import image_config, vocab_size
 
 DATA = {data!r}
 

@@ -26,7 +26,7 @@ from transfusion_jax.config import DataConfig, SourceConfig
 from transfusion_jax.data.packing import kept_plan, plan
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources import records
-from transfusion_jax.data.sources.prepared import image_config, open_dataset
+from transfusion_jax.data.sources.dataset import image_config, open_dataset
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.preparation import prepare as prepare_lib
 from transfusion_jax.preparation import shards

@@ -178,7 +178,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def prepare(arguments: argparse.Namespace) -> int:
-    from transfusion_jax.data.sources.prepared import open_dataset
+    from transfusion_jax.data.sources.dataset import open_dataset
     from transfusion_jax.preparation.prepare import Preparation, parse_part
     from transfusion_jax.preparation.prepare import prepare as prepare_data
 

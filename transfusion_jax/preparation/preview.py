@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.data.sources import records
-from transfusion_jax.data.sources.prepared import Dataset
+from transfusion_jax.data.sources.dataset import Dataset
 from transfusion_jax.figures import INK, save, show, wrapped
 
 PICTURES, DOCUMENTS = 40, 30

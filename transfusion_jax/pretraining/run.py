@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from transfusion_jax.config import Experiment
 from transfusion_jax.config import stored as stored_config
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.data.sources.prepared import Dataset, Prepared
+from transfusion_jax.data.sources.dataset import Dataset
+from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.files import write_atomic

@@ -10,7 +10,7 @@ import numpy as np
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
 from transfusion_jax.data.sources import digits, scenes
-from transfusion_jax.data.sources.prepared import Dataset, open_dataset
+from transfusion_jax.data.sources.dataset import Dataset, open_dataset
 from transfusion_jax.data.sources.records import IMAGE
 from transfusion_jax.data.sources.scenes.scene import SIDES
 from transfusion_jax.errors import require
