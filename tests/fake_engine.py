@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from flax import nnx
 
 from transfusion_jax.config import Experiment, SamplerConfig
 from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.images import read_image
 
 
 class NoModel(nnx.Module):
@@ -50,6 +52,12 @@ class FakeEngine:
     def using(self, **changes: object) -> "FakeEngine":
         sampler = replace(self.experiment.sampler, **changes)
         return replace(self, experiment=replace(self.experiment, sampler=sampler))
+
+    def check(self, requests: Sequence[tuple]) -> None:
+        """Nothing is too long for it."""
+
+    def read(self, path: Path) -> np.ndarray:
+        return read_image(path, *self.picture_shape)
 
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
         return image_hwc

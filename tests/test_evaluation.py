@@ -23,7 +23,7 @@ BLANK = np.zeros((8, 8, 1), np.float32)
 
 
 def test_the_fake_engine_answers_as_the_real_one_is_asked():
-    for name in ("generate", "using", "picture", "image"):
+    for name in ("generate", "using", "picture", "image", "read", "check"):
         real, fake = (inspect.signature(getattr(kind, name)) for kind in (Engine, FakeEngine))
         assert list(real.parameters) == list(fake.parameters), name
     fields = {field for kind in (Engine,) for field in kind.__dataclass_fields__}

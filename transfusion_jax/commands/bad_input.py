@@ -1,6 +1,7 @@
 """Bad input at the command line: one line, exit code 2."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ def user_input() -> Iterator[None]:
         yield
     except ValueError as error:
         raise BadInput(str(error)) from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(str(error)) from error
+        raise
 
 
 def check_file(flag: str, path: Path | None) -> None:

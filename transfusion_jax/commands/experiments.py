@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import io
+import os
 import re
 import runpy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -42,8 +42,8 @@ def load_experiment(spec: str, overrides: Sequence[str] = (), kind: type = Exper
     Raises:
       ValueError: the file, the point or an override is wrong, or the experiment is of another kind.
     """
-    path, _, point = (spec, "", "") if Path(spec).exists() else spec.partition(":")
-    if not Path(path).is_file():
+    path, _, point = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
+    if not os.path.isfile(path):
         raise ValueError(f"there is no experiment file {path}")
     if point:
         points = _points(path)
@@ -100,11 +100,12 @@ def override(config: Any, arguments: Sequence[str]) -> Any:
                 config=(tyro.conf.FlagConversionOff,),
                 prog="transfusion-jax",
             )
-    except SystemExit:
-        raise ValueError(_one_line(said.getvalue(), arguments)) from None
+    except SystemExit as stop:
+        message = _one_line(said.getvalue()) if stop.code else ""
+        raise ValueError(message or f"cannot use {' '.join(arguments)}") from None
 
 
-def _one_line(box: str, arguments: Sequence[str]) -> str:
+def _one_line(box: str) -> str:
     """The message, and the nearest names, of one of tyro's boxes: title, message, hints."""
     lines = [line.strip("│| ") for line in box.splitlines() if line[:1] not in ("╰", "+")]
     parts = [" ".join(part.split()) for part in re.split("[─-]{3,}", "\n".join(lines))]
@@ -112,5 +113,4 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     near = dict.fromkeys(
         name for hint in hints if "Perhaps" in hint for name in re.findall(r"--[\w.-]+", hint)
     )
-    message = message or f"cannot use {' '.join(arguments)}"
     return message + (f"; perhaps you meant {' or '.join(near)}" if near else "")
