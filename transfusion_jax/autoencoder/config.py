@@ -5,7 +5,7 @@ arXiv 2012.09841) from 256x256 pixels to 32x32 latents of 8 channels, L1 + LPIPS
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transfusion_jax.config import MeshConfig, OptimizerConfig
 from transfusion_jax.errors import require
@@ -158,6 +158,15 @@ class AutoencoderTrainConfig:
 @dataclass(frozen=True)
 class AutoencoderExperiment:
     """Everything that varies between two trainings of an autoencoder."""
+
+    RESUMABLE: ClassVar[tuple[str, ...]] = (
+        "mesh.",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.sample_every",
+    )
+    """Beginnings of the names of fields that do not change what is trained, so a run may be resumed with others."""
 
     name: str
     data: str = "scenes"

@@ -8,7 +8,7 @@ where the paper gives one; where it is silent the field says "our choice".
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transfusion_jax.errors import require
 
@@ -351,6 +351,20 @@ class TrainConfig:
 @dataclass(frozen=True)
 class Experiment:
     """Everything that varies between two runs."""
+
+    RESUMABLE: ClassVar[tuple[str, ...]] = (
+        "mesh.",
+        "model.remat",
+        "model.attention",
+        "data.prefetch",
+        "data.max_epochs",
+        "train.accumulation",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "sampler.",
+    )
+    """Beginnings of the names of fields that do not change what is trained, so a run may be resumed with others."""
 
     name: str
     image: ImageConfig = ImageConfig()
