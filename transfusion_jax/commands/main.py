@@ -116,17 +116,11 @@ def train(arguments: argparse.Namespace) -> int:
         check_suites(experiment.evaluation)
         directory = arguments.run_dir or Path("runs") / experiment.name
         run = open_run(experiment, directory, say)
-    say(run.description())
     outcome = train_loop(run, say)
-    run.checkpoints.close()
     if outcome.stopped_by:
-        say(
-            f"stopped by {outcome.stopped_by} at step {int(outcome.state.step)}, saved; the same command goes on"
-        )
         return 0
 
     samples, steps, seconds = directory / "samples", experiment.train.steps, outcome.seconds
-    say(f"trained {steps} steps in {seconds:.0f} s")
     del outcome, run  # the evaluation needs the averaged weights only
     engine, _ = load_engine(directory, say)
     metrics = evaluate(engine, experiment.evaluation, samples, say)
