@@ -22,11 +22,6 @@ class DiffusionConfig:
             0 < self.noise_limit <= self.steps,
             f"diffusion.noise_limit={self.noise_limit} must be in 1..diffusion.steps={self.steps}",
         )
-        require(
-            (self.prediction == "flow") == (self.schedule == "flow"),
-            f"diffusion.prediction={self.prediction!r} does not fit "
-            f"diffusion.schedule={self.schedule!r}",
-        )
 
 
 @dataclass(frozen=True)
