@@ -1,11 +1,10 @@
 """The whole method in plain torch and float64: model, losses, optimizer, average, sampler.
 
 Written from the paper (arXiv 2408.11039) and the project's documented choices by someone who had
-not read the package, and importing nothing of it. Loops are used wherever they make a line
-obviously right; nothing is cached, so every prediction runs over the whole document again.
+not read the package, and importing nothing of it. Loops wherever they make a line obviously right;
+nothing is cached: every prediction runs over the whole document again.
 
-A document is a list of items: a token's id (int) or an `Image`. A row is a list of documents.
-Parameters are a nested dict of tensors; those under "blocks" have the layers on axis 0.
+Parameters are a dict from dotted name to tensor; those of the blocks have the layers on axis 0.
 """
 
 import math
@@ -23,10 +22,10 @@ class Config:
     eos: int
     image: tuple[int, int, int]  # rows, columns, channels
     patch: int  # pixels along one side of a patch
-    timestep: str = "before"  # or "after": where the timestep joins a patch
-    patch_position: str = "rope"  # or "learned"
-    theta: float = 10_000.0
-    steps: int = 1000  # of the diffusion
+    timestep: str  # "before" or "after": where the timestep joins a patch
+    patch_position: str  # "rope" or "learned"
+    theta: float
+    T: int  # timesteps of the diffusion
     image_weight: float = 5.0  # lambda
     peak_rate: float = 3e-4
     final_rate: float = 1.5e-5
@@ -34,8 +33,8 @@ class Config:
     train_steps: int = 250_000
     decay: float = 0.1
     clip_norm: float = 1.0
-    average: float = 0.999
-    sampler: str = "ddim"  # or "ddpm"
+    average: float = 0.9999
+    sampler: str = "ddpm"  # or "ddim"
     sampler_steps: int = 250
     guidance: float = 3.0
     clip: float = 0.0  # bound on the predicted clean image; 0 means none
@@ -52,40 +51,38 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Document:
+    """Token ids and images, in order; and the weight of its text in the loss."""
+
+    items: list
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Position:
     """One place of a row: a token, or one patch of one image."""
 
     document: int  # which document of the row
     place: int  # counted from the start of the document
-    token: int | None
-    image: int | None  # which image of the row
-    patch: int | None  # which patch of that image
-
-
-# Diffusion.
-
-
-def alpha_bars(steps):
-    """The cosine schedule of Nichol & Dhariwal, each beta at most 0.999: a list over timesteps."""
-
-    def f(u):
-        return math.cos((u / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    product = 1.0
-    bars = []
-    for t in range(steps):
-        beta = min(1 - f(t + 1) / f(t), 0.999)
-        product = product * (1 - beta)
-        bars.append(product)
-    return bars
+    token: int | None = None
+    image: int | None = None  # which image of the row
+    patch: int | None = None  # which patch of that image
 
 
 def level(config, t):
-    """How much of the image and how much of the noise is left at timestep t; -1 is clean."""
-    if t == -1:
-        return 1.0, 0.0
-    bar = alpha_bars(config.steps)[t]
-    return math.sqrt(bar), math.sqrt(1 - bar)
+    """How much of the image and of the noise is left at timestep t; -1 is the clean image.
+
+    The cosine schedule of Nichol & Dhariwal (2021), each beta at most 0.999.
+    """
+
+    def f(u):
+        return math.cos((u / config.T + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    alpha_bar = 1.0
+    for step in range(t + 1):
+        beta = min(1 - f(step + 1) / f(step), 0.999)
+        alpha_bar = alpha_bar * (1 - beta)
+    return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 
 
 def noised(config, clean, t, noise):
@@ -93,62 +90,33 @@ def noised(config, clean, t, noise):
     return Image(alpha * clean + sigma * noise, t, noise)
 
 
-# The sequence.
+def corners(config):
+    """Top left corners of an image's patches, left to right, then top to bottom."""
+    height, width, _ = config.image
+    return [(y, x) for y in range(0, height, config.patch) for x in range(0, width, config.patch)]
 
 
 def positions(config, row):
-    """The row's positions and its images, in order."""
-    side = config.patch
-    patches = (config.image[0] // side) * (config.image[1] // side)
-    places = []
-    images = []
+    """The positions of a row, a list of documents, and its images."""
+    found, images = [], []
     for d, document in enumerate(row):
         place = 0
-        for item in document:
+        for item in document.items:
             if isinstance(item, Image):
-                for p in range(patches):
-                    places.append(Position(d, place, None, len(images), p))
-                    place = place + 1
+                for p in range(len(corners(config))):
+                    found.append(Position(d, place, image=len(images), patch=p))
+                    place += 1
                 images.append(item)
             else:
-                places.append(Position(d, place, int(item), None, None))
-                place = place + 1
-    return places, images
+                found.append(Position(d, place, token=item))
+                place += 1
+    return found, images
 
 
 def sees(i, j):
-    """Does position i see position j?"""
-    if i.document != j.document:
-        return False
+    """Whether position i sees position j."""
     same_image = i.image is not None and i.image == j.image
-    return j.place <= i.place or same_image
-
-
-def patchify(config, values):
-    """[rows, columns, channels] to [patch, patch values]."""
-    side = config.patch
-    height, width, _ = config.image
-    patches = []
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            patches.append(values[top : top + side, left : left + side].reshape(-1))
-    return torch.stack(patches)
-
-
-def unpatchify(config, patches):
-    """[patch, patch values] to [rows, columns, channels]."""
-    side = config.patch
-    height, width, channels = config.image
-    values = torch.zeros(config.image, dtype=patches.dtype)
-    p = 0
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            values[top : top + side, left : left + side] = patches[p].reshape(side, side, channels)
-            p = p + 1
-    return values
-
-
-# The model.
+    return i.document == j.document and (j.place <= i.place or same_image)
 
 
 def silu(x):
@@ -164,134 +132,104 @@ def rotate(x, places, theta):
     half = x.shape[-1] // 2
     frequencies = torch.tensor([theta ** (-2 * i / (2 * half)) for i in range(half)]).to(x)
     angles = torch.tensor(places).to(x)[:, None] * frequencies
-    a, b = x[:, :half], x[:, half:]
-    cos, sin = torch.cos(angles), torch.sin(angles)
+    a, b, cos, sin = x[:, :half], x[:, half:], torch.cos(angles), torch.sin(angles)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 def attention(weights, x, seen, places, theta):
-    heads, size = weights["q_DNH"].shape[1:]
-    group = heads // weights["k_DKH"].shape[1]
+    heads, size = weights["attention.q_DNH"].shape[1:]
+    group = heads // weights["attention.k_DKH"].shape[1]
     result = torch.zeros_like(x)
     for n in range(heads):
-        query = rotate(x @ weights["q_DNH"][:, n], places, theta)
-        key = rotate(x @ weights["k_DKH"][:, n // group], places, theta)
-        value = x @ weights["v_DKH"][:, n // group]
+        query = rotate(x @ weights["attention.q_DNH"][:, n], places, theta)
+        key = rotate(x @ weights["attention.k_DKH"][:, n // group], places, theta)
+        value = x @ weights["attention.v_DKH"][:, n // group]
         scores = (query @ key.T / math.sqrt(size)).masked_fill(~seen, -math.inf)
-        result = result + torch.softmax(scores, -1) @ value @ weights["out_NHD"][n]
+        result = result + torch.softmax(scores, -1) @ value @ weights["attention.out_NHD"][n]
     return result
 
 
-def mlp(weights, x):
-    return (silu(x @ weights["gate_DF"]) * (x @ weights["up_DF"])) @ weights["down_FD"]
-
-
-def timestep_embedding(patches, t):
-    frequencies = [0.1 * 10_000 ** (-j / 128) for j in range(128)]
-    waves = [math.cos(t * f) for f in frequencies] + [math.sin(t * f) for f in frequencies]
-    return (
-        silu(torch.tensor(waves).to(patches["time_in"]) @ patches["time_in"])
-        @ patches["time_out_DD"]
-    )
+def transformer(params, x, seen, places, theta):
+    for layer in range(len(params["transformer.blocks.mlp_norm.scale"])):
+        prefix = "transformer.blocks."
+        weights = {
+            name.removeprefix(prefix): value[layer]
+            for name, value in params.items()
+            if name.startswith(prefix)
+        }
+        y = rms_norm(x, weights["attention_norm.scale"])
+        x = x + attention(weights, y, seen, places, theta)
+        y = rms_norm(x, weights["mlp_norm.scale"])
+        gated = silu(y @ weights["mlp.gate_DF"]) * (y @ weights["mlp.up_DF"])
+        x = x + gated @ weights["mlp.down_FD"]
+    return rms_norm(x, params["transformer.norm.scale"])
 
 
 def patch_vectors(params, config, image):
     """What the transformer gets for an image: [patch, D]."""
-    patches = params["patches"]
-    values = patchify(config, image.values)
-    embedding = timestep_embedding(patches, image.timestep)
+    k = config.patch
+    values = torch.stack([image.values[y : y + k, x : x + k].flatten() for y, x in corners(config)])
+    angles = [image.timestep * 0.1 * 10_000 ** (-j / 128) for j in range(128)]
+    waves = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles]).to(values)
+    embedding = silu(waves @ params["patches.time_in"]) @ params["patches.time_out_DD"]
     if config.timestep == "before":
-        vectors = (values + silu(embedding) @ patches["time_patch_DZ"]) @ patches["in_ZD"]
-    else:
-        vectors = values @ patches["in_ZD"] + embedding
+        values = values + silu(embedding) @ params["patches.time_patch_DZ"]
+    vectors = values @ params["patches.in_ZD"]
+    if config.timestep == "after":
+        vectors = vectors + embedding
     if config.patch_position == "learned":
-        vectors = vectors + patches["position_PD"]
+        vectors = vectors + params["patches.position_PD"]
     return vectors
 
 
-def layer_of(weights, layer):
-    """The parameters of one layer."""
-    if isinstance(weights, dict):
-        return {name: layer_of(value, layer) for name, value in weights.items()}
-    return weights[layer]
+def predicted_noise(params, config, hidden):
+    """The noise in an image, from the hidden states [patch, D] of its patches."""
+    k = config.patch
+    noise = torch.zeros(config.image, dtype=hidden.dtype)
+    for (y, x), vector in zip(corners(config), hidden @ params["patches.out_DZ"], strict=True):
+        noise[y : y + k, x : x + k] = vector.reshape(k, k, config.image[2])
+    return noise
 
 
 def forward(params, config, row):
-    """A row's positions, hidden states [position, D], logits [position, V] and predicted noises."""
-    row_positions, images = positions(config, row)
+    """Hidden states [position, D], logits [position, V] and one predicted noise per image."""
+    found, images = positions(config, row)
     image_vectors = [patch_vectors(params, config, image) for image in images]
     x = torch.stack(
         [
             params["embedding_VD"][p.token] if p.image is None else image_vectors[p.image][p.patch]
-            for p in row_positions
+            for p in found
         ]
     )
-    seen = torch.tensor([[sees(i, j) for j in row_positions] for i in row_positions])
-    places = [p.place for p in row_positions]
-    blocks = params["transformer"]["blocks"]
-    for layer in range(blocks["attention_norm"]["scale"].shape[0]):
-        block = layer_of(blocks, layer)
-        y = rms_norm(x, block["attention_norm"]["scale"])
-        x = x + attention(block["attention"], y, seen, places, config.theta)
-        y = rms_norm(x, block["mlp_norm"]["scale"])
-        x = x + mlp(block["mlp"], y)
-    hidden = rms_norm(x, params["transformer"]["norm"]["scale"])
-    logits = hidden @ params["output_DV"]
+    seen = torch.tensor([[sees(i, j) for j in found] for i in found])
+    hidden = transformer(params, x, seen, [p.place for p in found], config.theta)
     noises = []
-    for image in range(len(images)):
-        own = [n for n, p in enumerate(row_positions) if p.image == image]
-        noises.append(unpatchify(config, hidden[own] @ params["patches"]["out_DZ"]))
-    return row_positions, hidden, logits, noises
+    for number in range(len(images)):
+        own = [n for n, p in enumerate(found) if p.image == number]
+        noises.append(predicted_noise(params, config, hidden[own]))
+    return hidden, hidden @ params["output_DV"], noises
 
 
 def losses(params, config, rows):
-    """Total, text and image loss of a batch: a list of rows."""
-    entropies = []
-    squares = []
+    """Total, text and image loss of a batch, a list of rows."""
+    text, weights, image, images = 0.0, 0.0, 0.0, 0
     for row in rows:
-        row_positions, _, logits, noises = forward(params, config, row)
-        for n in range(len(row_positions) - 1):
-            here, after = row_positions[n], row_positions[n + 1]
+        found, row_images = positions(config, row)
+        _, logits, noises = forward(params, config, row)
+        for n, (here, after) in enumerate(zip(found[:-1], found[1:], strict=True)):
             if here.document == after.document and here.token not in (None, config.boi):
-                entropies.append(-torch.log_softmax(logits[n], -1)[after.token])
-        for image, noise in zip(positions(config, row)[1], noises, strict=True):
-            squares.append(((noise - image.noise) ** 2).mean())
-    text = sum(entropies, torch.zeros((), dtype=torch.float64)) / max(len(entropies), 1)
-    image = sum(squares, torch.zeros((), dtype=torch.float64)) / max(len(squares), 1)
+                weight = row[here.document].weight
+                text = text - weight * torch.log_softmax(logits[n], -1)[after.token]
+                weights += weight
+        for given, noise in zip(row_images, noises, strict=True):
+            image = image + ((noise - given.noise) ** 2).mean()
+            images += 1
+    text, image = text / max(weights, 1), image / max(images, 1)
     return text + config.image_weight * image, text, image
 
 
-# Training. Parameters, moments and average are flat dicts here: path to tensor.
-
-
-def flat(params, path=()):
-    if isinstance(params, dict):
-        return {k: v for name in params for k, v in flat(params[name], (*path, name)).items()}
-    return {path: params}
-
-
-def nested(flat_params):
-    result = {}
-    for path, value in flat_params.items():
-        place = result
-        for name in path[:-1]:
-            place = place.setdefault(name, {})
-        place[path[-1]] = value
-    return result
-
-
-def gradients(params, config, rows):
-    """The losses (total, text, image) and the gradient of the total, flat."""
-    leaves = {path: value.detach().requires_grad_() for path, value in flat(params).items()}
-    values = losses(nested(leaves), config, rows)
-    found = torch.autograd.grad(values[0], list(leaves.values()), allow_unused=True)
-    zipped = zip(leaves.items(), found, strict=True)
-    grads = {path: torch.zeros_like(leaf) if g is None else g for (path, leaf), g in zipped}
-    return [value.item() for value in values], grads
-
-
-def rate(config, n):
-    """The learning rate of the step that follows n earlier ones."""
+def learning_rate(config, n):
+    """Of the step that follows n earlier ones."""
     if n < config.warmup:
         return config.peak_rate * n / config.warmup
     progress = min((n - config.warmup) / (config.train_steps - config.warmup), 1)
@@ -299,85 +237,80 @@ def rate(config, n):
     return config.final_rate + (config.peak_rate - config.final_rate) * fall
 
 
-def start(params):
-    """The state before the first step: parameters, both moments, average, steps done."""
-    values = flat(params)
-    first = {path: torch.zeros_like(value) for path, value in values.items()}
-    second = {path: torch.zeros_like(value) for path, value in values.items()}
-    return values, first, second, dict(values), 0
+def train_step(config, rows, n, params, first, second, average):
+    """The step that follows n earlier ones: clipping, AdamW (both moments given), average.
 
-
-def train_step(state, config, rows):
-    """One step of AdamW on the batch. The new state, the losses and the gradient's norm."""
-    params, first, second, average, n = state
-    values, grads = gradients(nested(params), config, rows)
-    norm = math.sqrt(sum((g * g).sum().item() for g in grads.values()))
-    shrink = min(1.0, config.clip_norm / norm)
+    Returns the losses, the gradients, and then `params`, `first`, `second` and `average` anew.
+    """
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    batch_losses = losses(leaves, config, rows)
+    gradients = torch.autograd.grad(batch_losses[0], list(leaves.values()), allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(value) if g is None else g
+        for (name, value), g in zip(params.items(), gradients, strict=True)
+    }
+    norm = math.sqrt(sum((g**2).sum().item() for g in gradients.values()))
     keep = min(config.average, (1 + n) / (10 + n))
-    new = ({}, {}, {}, {}, n + 1)
-    for path, param in params.items():
-        grad = grads[path] * shrink
-        m = 0.9 * first[path] + 0.1 * grad
-        v = 0.95 * second[path] + 0.05 * grad**2
+    new_params, new_first, new_second, new_average = {}, {}, {}, {}
+    for name, param in params.items():
+        g = gradients[name] * min(1, config.clip_norm / norm)
+        new_first[name] = m = 0.9 * first[name] + 0.1 * g
+        new_second[name] = v = 0.95 * second[name] + 0.05 * g**2
         update = (m / (1 - 0.9 ** (n + 1))) / (torch.sqrt(v / (1 - 0.95 ** (n + 1))) + 1e-8)
-        if path[-1] != "scale":  # everything but the norms' scales is a matrix
+        if not name.endswith("scale"):  # all but the norms' scales are matrices
             update = update + config.decay * param
-        param = param - rate(config, n) * update
-        new[0][path] = param
-        new[1][path] = m
-        new[2][path] = v
-        new[3][path] = keep * average[path] + (1 - keep) * param
-    return new, values, norm
-
-
-# Generation.
+        new_params[name] = param - learning_rate(config, n) * update
+        new_average[name] = keep * average[name] + (1 - keep) * new_params[name]
+    new = new_params, new_first, new_second, new_average
+    return [float(x) for x in batch_losses], gradients, *new
 
 
 def draw(params, config, prompt, noises):
-    """Draws the image that follows `prompt` (it ends with BOI). `noises`: the one that it starts
-    from, then one per step. An image without any condition follows `<s> BOI` alone."""
-    count = config.sampler_steps
-    times = [
-        round(config.steps - 1 - n * config.steps / count) for n in range(count + 1)
-    ]  # the last is -1
+    """The image after `prompt`, items that end with BOI, guided away from one after `<s> BOI`.
+
+    `noises`: the one that it starts from, then one for each step.
+    """
+
+    def predict(before, x, t):
+        return forward(params, config, [Document([*before, Image(x, t)])])[2][-1]
+
+    last, count = config.T - 1, config.sampler_steps
+    times = [round(last - n * config.T / count) for n in range(count + 1)]
     eta = {"ddim": 0.0, "ddpm": 1.0}[config.sampler]
     x = noises[0]
-    for n, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        alpha_t, sigma_t = level(config, t)
-        alpha_s, sigma_s = level(config, s)
-        with_prompt = forward(params, config, [[*prompt, Image(x, t)]])[-1][-1]
-        without = forward(params, config, [[prompt[0], config.boi, Image(x, t)]])[-1][-1]
-        noise = without + config.guidance * (with_prompt - without)
+    for t, s, z in zip(times[:-1], times[1:], noises[1:], strict=True):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = level(config, t), level(config, s)
+        without = predict([prompt[0], config.boi], x, t)
+        noise = without + config.guidance * (predict(prompt, x, t) - without)
         clean = (x - sigma_t * noise) / alpha_t
         if config.clip > 0:
             clean = clean.clamp(-config.clip, config.clip)
             noise = (x - alpha_t * clean) / sigma_t
-        fresh = eta * sigma_s * math.sqrt(1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
-        x = alpha_s * clean + math.sqrt(sigma_s**2 - fresh**2) * noise + fresh * noises[n + 1]
+        c = eta * sigma_s * math.sqrt(1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
+        x = alpha_s * clean + math.sqrt(sigma_s**2 - c**2) * noise + c * z
     return x
 
 
-def generate(params, config, prompt, max_tokens, noises, barred=()):
-    """Greedy continuation of `prompt`, a document: the items that follow it.
+def generate(params, config, prompt, max_tokens, noises, barred):
+    """Greedy continuation of `prompt`, a list of items: the items that follow it.
 
-    `noises` holds, for each image drawn, what `draw` needs. `barred` tokens are never written.
-    A drawn image is followed by EOI and seen clean from then on. Ends after EOS, or where
-    `max_tokens` positions have been added.
+    `noises` holds, for each image in turn, what `draw` needs; `barred` tokens are never predicted.
+    EOI is put after an image, which is seen clean from then on. Ends before EOS, or where
+    `max_tokens` positions have been added; an image without room for all of it is not begun.
     """
-    patches = (config.image[0] // config.patch) * (config.image[1] // config.patch)
-    document = list(prompt)
-    noises = list(noises)
-    used = 0
-    while used < max_tokens:
-        if document[-1] == config.boi:
-            image = draw(params, config, document, noises.pop(0))
-            document = [*document, Image(image, config.context_timestep), config.eoi]
-            used = used + patches + 1
-            continue
-        logits = forward(params, config, [document])[2][-1].clone()
-        logits[list(barred)] = -math.inf
-        document.append(int(logits.argmax()))
-        used = used + 1
-        if document[-1] == config.eos:
+    items, added, noises = list(prompt), 0, list(noises)
+    span = len(corners(config)) + 2
+    while added < max_tokens:
+        logits = forward(params, config, [Document(items)])[1][-1]
+        no_room = [config.boi] if max_tokens - added < span else []
+        logits[[*barred, *no_room]] = -math.inf
+        token = int(logits.argmax())
+        if token == config.eos:
             break
-    return document[len(prompt) :]
+        items.append(token)
+        added += 1
+        if token == config.boi:
+            image = draw(params, config, items, noises.pop(0))
+            items += [Image(image, config.context_timestep), config.eoi]
+            added += span - 1
+    return items[len(prompt) :]
