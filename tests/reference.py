@@ -262,7 +262,7 @@ def train_step(config, rows, n, params, first, second, average):
         new_params[name] = param - learning_rate(config, n) * update
         new_average[name] = keep * average[name] + (1 - keep) * new_params[name]
     new = new_params, new_first, new_second, new_average
-    return [float(x) for x in batch_losses], gradients, *new
+    return [x.item() for x in batch_losses], gradients, *new
 
 
 def draw(params, config, prompt, noises):
