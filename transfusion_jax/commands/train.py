@@ -32,18 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
         check_experiment(experiment)
         directory = arguments.run_dir or Path("runs") / experiment.name
         opened = open_run(experiment, directory, say)
-    say(opened.description())
     outcome = train(opened, say)
-    opened.checkpoints.close()
     if outcome.stopped_by:
-        say(
-            f"stopped by {outcome.stopped_by} at step {int(outcome.state.step)}, saved; "
-            "run the same command to continue"
-        )
         return 0
 
     seconds = outcome.seconds
-    say(f"trained {experiment.train.steps} steps in {seconds:.0f} s")
     del outcome, opened  # evaluation needs the averaged weights only
     with user_input():
         summary = summarise(directory, seconds, say)

@@ -57,7 +57,7 @@ def _held_out_pairs(engine: Engine) -> list[tuple[str, np.ndarray]]:
     found = []
     for source in data.sources:
         for number in _with_images(source, np.unique(source.plan.document))[:LOOKED_AT]:
-            document = source.source.document(number, engine.tokenizer, rng)
+            (document,) = source.source.documents([number], engine.tokenizer, rng)
             images = _images(document)
             ids = [i for span in document.spans if isinstance(span, Text) for i in span.ids]
             caption = engine.tokenizer.decode(ids)  # BOS and EOS have no text
@@ -84,7 +84,8 @@ def _source_images(engine: Engine, source: PlannedSource, most: int) -> Iterator
     for r in rng.choice(len(source), min(most, len(source)), replace=False).tolist():
         in_row = dict.fromkeys(number for number, _, _ in source.plan.row(r))
         for number in _with_images(source, np.asarray(list(in_row))):
-            yield from _images(source.source.document(number, engine.tokenizer, rng))
+            (document,) = source.source.documents([number], engine.tokenizer, rng)
+            yield from _images(document)
 
 
 def _with_images(source: PlannedSource, numbers: np.ndarray) -> list[int]:
