@@ -83,15 +83,15 @@ def _source_images(engine: Engine, source: PlannedSource, most: int) -> Iterator
     rng = np.random.default_rng(0)
     for r in rng.choice(len(source), min(most, len(source)), replace=False).tolist():
         in_row = dict.fromkeys(number for number, _, _ in source.plan.row(r))
-        for number in _with_images(source, np.asarray(list(in_row))):
-            (document,) = source.source.documents([number], engine.tokenizer, rng)
+        numbers = _with_images(source, np.asarray(list(in_row)))
+        for document in source.source.documents(numbers, engine.tokenizer, rng):
             yield from _images(document)
 
 
 def _with_images(source: PlannedSource, numbers: np.ndarray) -> list[int]:
-    """Those of the documents that hold images: rows may cut all others."""
-    cut = np.asarray(source.source.cut)
-    text_only = cut[numbers] if cut.ndim else np.full(len(numbers), bool(cut))
+    """Those of the documents that hold images: rows may split all others."""
+    splittable = np.asarray(source.source.splittable)
+    text_only = splittable[numbers] if splittable.ndim else np.full(len(numbers), bool(splittable))
     return numbers[~text_only].tolist()
 
 
