@@ -90,7 +90,7 @@ def _source_images(engine: Engine, source: PlannedSource, most: int) -> Iterator
 
 def _with_images(source: PlannedSource, numbers: np.ndarray) -> list[int]:
     """Those of the documents that hold images: rows may cut all others."""
-    cut = np.asarray(source.source.cut)
+    cut = np.asarray(source.source.splittable)
     text_only = cut[numbers] if cut.ndim else np.full(len(numbers), bool(cut))
     return numbers[~text_only].tolist()
 
