@@ -30,7 +30,7 @@ from transfusion_jax.training.update import (
 def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of an experiment; jit it once, with the state donated (`compiled_step`).
 
-    Timesteps and noise of row b come from (seed, step, b). A step whose loss or gradients are not finite is skipped.
+    Timesteps and noise of row b come from (seed, step, b).
     """
     experiment = blueprint.experiment
     settings = experiment.train
