@@ -159,8 +159,9 @@ class SamplerConfig:
     rarely been shown exactly 0, and read images better at a little more (our choice)."""
     temperature: float = 0.0
     """Of text; 0 is greedy (the paper)."""
-    max_tokens: int = 256
-    """Positions a request may add after its prompt, image positions included."""
+    max_tokens: int = 1024
+    """Positions that a request may add after its prompt, those of images included. The paper's image
+    takes 258."""
 
     def __post_init__(self):
         require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
@@ -367,6 +368,11 @@ class Experiment:
             self.data.row_length >= shortest,
             f"data.row_length={self.data.row_length} is shorter than one image: BOS, BOI, "
             f"{self.image.patches} patches, EOI and EOS take {shortest}",
+        )
+        require(
+            self.sampler.max_tokens >= self.image.span,
+            f"sampler.max_tokens={self.sampler.max_tokens} has no room for an image: BOI, "
+            f"{self.image.patches} patches and EOI take {self.image.span}",
         )
         require(
             self.sampler.steps <= self.diffusion.steps,

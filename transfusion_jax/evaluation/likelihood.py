@@ -6,9 +6,8 @@ import numpy as np
 from flax import nnx
 
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.diffusion.process import process
+from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.generation.engine import Engine
-from transfusion_jax.pretraining.objective import example_losses
 
 BUCKETS = 10
 ROWS = 16
@@ -23,7 +22,7 @@ def likelihood(engine: Engine) -> dict:
     per image in each tenth of the timesteps, keyed "0-99", "100-199", ...
     """
     experiment = engine.experiment
-    diffusion, width = process(experiment.diffusion), experiment.diffusion.steps // BUCKETS
+    width = experiment.diffusion.steps // BUCKETS
 
     @jax.jit
     def losses(parameters, batch, key):
@@ -32,13 +31,13 @@ def likelihood(engine: Engine) -> dict:
         noise = jax.random.normal(key, batch.latents_BMhwc.shape)
         clean = jnp.zeros_like(batch.image_start_BM)
         chunk = experiment.train.vocab_chunk
-        text_BL, _ = example_losses(model, diffusion, batch, clean, jnp.zeros_like(noise), chunk)
+        text_BL = model.losses(batch, Noise(clean, jnp.zeros_like(noise)), chunk)["text"]
 
         def bucket(number):
             t_BM = width * number + jax.random.randint(
                 jax.random.fold_in(key, number), clean.shape, 0, width
             )
-            _, image_BM = example_losses(model, diffusion, batch, t_BM, noise, chunk)
+            image_BM = model.losses(batch, Noise(t_BM, noise), chunk)["image"]
             return jnp.sum(image_BM * batch.image_weight_BM)
 
         images = jax.lax.map(bucket, jnp.arange(BUCKETS))

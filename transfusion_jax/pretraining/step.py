@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 
 from transfusion_jax.batch import Batch
-from transfusion_jax.diffusion.process import draw_training_noise, process
-from transfusion_jax.pretraining.objective import Losses, example_losses, total
+from transfusion_jax.diffusion.process import draw_training_noise
+from transfusion_jax.pretraining.objective import Losses, batch_losses
 from transfusion_jax.pretraining.state import Blueprint, State
 from transfusion_jax.training.update import Metrics, accumulated, average, choose, learning_rate
 
@@ -22,23 +22,19 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
     changes nothing but the counters.
     """
     experiment = blueprint.experiment
-    diffusion = process(experiment.diffusion)
     rate = learning_rate(experiment.optimizer, experiment.train.steps)
 
-    def loss(parameters, whole, part, t_BM, noise_BMhwc):
+    def loss(parameters, batch, microbatch, noise):
         model = nnx.merge(blueprint.graph, parameters)
-        text_BL, image_BM = example_losses(
-            model, diffusion, part, t_BM, noise_BMhwc, experiment.train.vocab_chunk
-        )
-        losses = total(text_BL, image_BM, part, whole, experiment.train.image_loss_weight)
+        losses = batch_losses(model, microbatch, batch, noise, experiment.train)
         return losses.total, losses
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
-        t_BM, noise_BMhwc = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
+        noise = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
         differentiate = functools.partial(jax.grad(loss, has_aux=True), state.parameters, batch)
         nothing = jax.tree.map(jnp.zeros_like, state.parameters), Losses(*jnp.zeros(3))
-        arrays = batch, t_BM, noise_BMhwc
+        arrays = batch, noise
         gradients, losses = accumulated(
             differentiate, arrays, experiment.train.accumulation, nothing
         )
