@@ -125,8 +125,8 @@ def _details(data: Data, ledger: dict[str, dict]) -> tuple[tuple[str, str], ...]
     return ("data", sources), ("batch", batch), *repeated
 
 
-def stored(directory: Path) -> tuple[Experiment, Tokenizer]:
-    """The experiment and the tokenizer of an existing run.
+def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:
+    """The experiment and the tokenizer of an existing run; what an old one needs changed is reported.
 
     Raises:
       ValueError: `directory` is no run directory.
@@ -134,7 +134,7 @@ def stored(directory: Path) -> tuple[Experiment, Tokenizer]:
     path = directory / "config.json"
     if not path.exists():
         raise ValueError(f"{directory} is not a run directory: it has no config.json")
-    experiment = stored_config.loads(path.read_text(), str(path))
+    experiment = stored_config.loads(path.read_text(), str(path), report=report)
     return experiment, tokenizer_of(experiment, directory)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.model.attention.platforms import for_platform
-from transfusion_jax.model.transfusion import abstract_model, build
+from transfusion_jax.model.build import abstract_model, build
 from transfusion_jax.parallel.mesh import check_rows
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.training.state import State, initial_fields, initialise, place
