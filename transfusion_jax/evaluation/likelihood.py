@@ -12,6 +12,7 @@ from jax import Array
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.data.pipeline import Data
+from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.generation.engine import Engine
 
 BUCKETS = 10
