@@ -58,7 +58,7 @@ class Experiment:
         require(
             self.sampler.max_tokens >= self.image.span,
             f"sampler.max_tokens={self.sampler.max_tokens} has no room for an image: BOI, "
-            f"{self.image.patches} patches and EOI take {self.image.span}",
+            f"{self.image.patches} patches and EOI take {self.image.span} positions",
         )
         require(
             self.sampler.steps <= self.diffusion.steps,

@@ -11,15 +11,15 @@ from transfusion_jax.model.patches.linear import LinearPatches
 from transfusion_jax.model.transfusion import Transfusion
 
 
+def create(experiment: Experiment, rngs: nnx.Rngs) -> Model:
+    """A model of the family, and with the parts, that the experiment names."""
+    diffusion = process(experiment.diffusion)
+    return Transfusion(experiment.model, experiment.image, diffusion, LinearPatches, rngs=rngs)
+
+
 def build(experiment: Experiment, seed: int | Array) -> Model:
     """A freshly initialised model; under `jax.eval_shape` it costs nothing at any size."""
-    return Transfusion(
-        experiment.model,
-        experiment.image,
-        process(experiment.diffusion),
-        LinearPatches,
-        rngs=nnx.Rngs(params=seed),
-    )
+    return create(experiment, nnx.Rngs(params=seed))
 
 
 def abstract_model(experiment: Experiment) -> tuple[nnx.GraphDef, nnx.State]:
