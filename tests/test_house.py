@@ -1,4 +1,4 @@
-"""The order of imports that docs/design.md and README.md state, held; and sizes that keep files readable."""
+"""Holds the order of imports that docs/design.md and README.md state, and sizes of files."""
 
 import ast
 import re
@@ -17,13 +17,13 @@ LONGEST_FILE = 350
 
 
 def stated_order(document: str) -> list[str]:
-    """Names of files and folders in the first column of the table of a document's tree, from top to bottom."""
+    """Names in the first column of the table under "The tree", from top to bottom."""
     section = (ROOT / document).read_text().split("## The tree")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     return [
         name.removesuffix(".py").rstrip("/")
         for cell in cells
-        for name in re.findall(r"`([^`]+)`", cell)
+        for name in re.findall(r"`(?:transfusion_jax/)?([^`]+)`", cell)
     ]
 
 

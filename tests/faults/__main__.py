@@ -22,12 +22,31 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from faults.fault import Fault, all_faults  # noqa: E402
 
-COPIED = ("transfusion_jax", "tests", "experiments", "benchmarks", "docs", "README.md", "pyproject.toml", "setup.cfg")
+COPIED = (
+    "transfusion_jax",
+    "tests",
+    "experiments",
+    "benchmarks",
+    "docs",
+    "README.md",
+    "pyproject.toml",
+    "setup.cfg",
+)
 
 
 def failing_test(copy: Path, tests: list[str]) -> str | None:
     """The first of these tests that fails in a copy of the project; None if all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--no-header",
+        *tests,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if run.returncode == 0:
@@ -57,7 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults by name; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
-    parser.add_argument("--out", type=Path, default=Path("faults.json"), help="default: faults.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("faults.json"), help="default: faults.json"
+    )
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     faults = [f for f in all_faults() if f.name in (arguments.only or [f.name])]

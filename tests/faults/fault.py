@@ -28,7 +28,9 @@ class Fault:
           ValueError: the place is not there, or there are several.
         """
         if text.count(self.old) != 1:
-            raise ValueError(f"{self.name}: {self.file} holds {text.count(self.old)} times {self.old!r}")
+            raise ValueError(
+                f"{self.name}: {self.file} holds {text.count(self.old)} times {self.old!r}"
+            )
         return text.replace(self.old, self.new)
 
 

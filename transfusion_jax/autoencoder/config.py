@@ -6,7 +6,7 @@ L1 + LPIPS + 0.5 GAN + 0.2 ID + 1e-6 KL.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transfusion_jax.config import MeshConfig, OptimizerConfig
 from transfusion_jax.errors import require
@@ -161,6 +161,15 @@ class AutoencoderTrainConfig:
 @dataclass(frozen=True)
 class AutoencoderExperiment:
     """Everything that varies between two runs that train an autoencoder."""
+
+    RESUMABLE: ClassVar[tuple[str, ...]] = (
+        "mesh.",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.sample_every",
+    )
+    """Beginnings of the names of fields that do not change what is trained, so a run may be resumed with others."""
 
     name: str
     data: str = "scenes"

@@ -7,20 +7,15 @@ from typing import Any
 
 from transfusion_jax.config.experiment import Experiment
 
-# Fields that do not change what is trained, so a run may be resumed with others.
-RESUMABLE = (
-    "mesh.", "model.remat", "model.attention", "data.prefetch", "data.max_epochs", "train.accumulation",
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every",
-)  # fmt: skip
 
-
-def differences(stored: Experiment, asked: Experiment) -> list[str]:
-    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`."""
+def differences(stored: Any, asked: Any) -> list[str]:
+    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`: all that differ, but those that
+    the experiments' class lets change (`RESUMABLE`)."""
     old, new = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(asked))
     return [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old | new)
-        if old.get(name) != new.get(name) and not name.startswith(RESUMABLE)
+        if old.get(name) != new.get(name) and not name.startswith(type(asked).RESUMABLE)
     ]
 
 
@@ -30,7 +25,8 @@ def dumps(experiment: Experiment) -> str:
 
 
 def loads(text: str, name: str, kind: type = Experiment) -> Any:
-    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold one of this kind."""
+    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold
+    one of this kind."""
     try:
         return _build(kind, json.loads(text))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
