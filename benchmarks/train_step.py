@@ -3,8 +3,8 @@
     python benchmarks/train_step.py --width 512 --layers 8 --length 1024 --batch 4
 
 Rows come from the `synthetic` source (web-like lengths, 256-patch images) through the same pipeline as in
-training. Model FLOPs count every matrix product of the forward pass three times (forward and backward; work that is
-done again is not counted), attention by its intervals: the pairs that may see each other, not a full square.
+training. Model FLOPs are those of plans (`planning/rows.py`): every matrix product three times, for forward and
+backward; logits at text targets only; attention by its intervals; no recomputation.
 """
 
 import argparse
@@ -13,15 +13,16 @@ import time
 
 import jax
 import numpy as np
+from flax import nnx
 
 from transfusion_jax.config import DataConfig, Experiment, ModelConfig, TrainConfig
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.host import keep_freed_memory
-from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.interface import Model
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
-from transfusion_jax.planning.rows import Rows, model_flops, row_work
+from transfusion_jax.planning.rows import model_flops, row_work, rows_of
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
 
@@ -57,10 +58,9 @@ def product_rate(dtype: str, size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
-def step_flops(parameters, experiment: Experiment, batch) -> float:
-    images = float(batch.image_weight_BM.sum()) / len(batch.tokens_BL)
-    rows = Rows(row_intervals(batch, experiment.image.patches), images, "of the batch")
-    return model_flops(parameters, experiment, row_work(rows, 0))
+def step_flops(model: Model, experiment: Experiment, batch) -> float:
+    rows = rows_of(batch, experiment.image.patches, "of the batch")
+    return model_flops(model, experiment, row_work(rows, 0))
 
 
 def main() -> None:
@@ -81,6 +81,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         plan = blueprint(experiment, mesh)
         parameters = plan.abstract.parameters
+        model = nnx.merge(plan.graph, parameters)
         state, batch = plan.initialise(), jax.device_put(next(batches), sharding)
         begin = time.perf_counter()
         step = compiled_step(plan).lower(state, batch).compile()
@@ -96,7 +97,7 @@ def main() -> None:
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - begin)
-            flops.append(step_flops(parameters, experiment, batch))
+            flops.append(step_flops(model, experiment, batch))
         rates.append(product_rate(args.dtype))
 
     rate, typical = max(rates), float(np.median(seconds))

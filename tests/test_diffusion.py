@@ -157,7 +157,7 @@ def test_sampler_returns_the_data_distribution_for_the_optimal_predictor(eta, pa
         clean = mean[None] + alpha * score @ covariance
         return diffusion.target(clean, noise, jnp.broadcast_to(t, x_t.shape[:1]))
 
-    shape = (10_000, 3)
+    shape = (5_000, 3)
 
     def fresh(i):
         return jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)

@@ -296,7 +296,6 @@ def test_pictures_and_the_text_around_them(seed, sampler, noises):
         used += [z.tobytes() for z in drawn[: len(pictures), :, row].reshape(-1, *tiny.IMAGE.shape)]
         assert [type(x) for x in spans[row]] == [type(x) for x in expected]
         for ours, theirs in zip(spans[row], expected, strict=True):
-            print(ours)
             if isinstance(theirs, str):
                 assert ours == theirs
             else:

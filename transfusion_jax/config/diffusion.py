@@ -45,8 +45,9 @@ class SamplerConfig:
     choice)."""
     temperature: float = 0.0
     """Of text; 0 is greedy (the paper)."""
-    max_tokens: int = 256
-    """Positions a request may add after its prompt, image positions included."""
+    max_tokens: int = 1024
+    """Positions that a request may add after its prompt, those of images included. The paper's
+    image takes 258."""
 
     def __post_init__(self):
         require(self.steps > 0, f"sampler.steps={self.steps} must be positive")

@@ -57,6 +57,11 @@ class Experiment:
             f"{self.image.patches} patches, EOI and EOS take {shortest}",
         )
         require(
+            self.sampler.max_tokens >= self.image.span,
+            f"sampler.max_tokens={self.sampler.max_tokens} has no room for an image: BOI, "
+            f"{self.image.patches} patches and EOI take {self.image.span} positions",
+        )
+        require(
             self.sampler.steps <= self.diffusion.steps,
             f"sampler.steps={self.sampler.steps} must not exceed "
             f"diffusion.steps={self.diffusion.steps}",

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from transfusion_jax.config.experiment import Experiment
+from transfusion_jax.config.model import ImageConfig
 
 
 def differences(stored: Any, asked: Any) -> list[str]:
@@ -24,13 +26,40 @@ def dumps(experiment: Experiment) -> str:
     return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
 
 
-def loads(text: str, name: str, kind: type = Experiment) -> Any:
-    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold
-    one of this kind."""
+def loads(
+    text: str,
+    name: str,
+    kind: type = Experiment,
+    report: Callable[[str], None] | None = None,
+) -> Any:
+    """The experiment of a JSON text.
+
+    Args:
+      name: of the text, for messages.
+      report: is told what had to change in an experiment stored by an earlier version.
+
+    Raises:
+      ValueError: the text does not hold an experiment of this kind.
+    """
     try:
-        return _build(kind, json.loads(text))
+        values = json.loads(text)
+        if kind is Experiment and (change := _make_room_for_an_image(values)) and report:
+            report(f"{name}: {change}")
+        return _build(kind, values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} does not hold an experiment of this version: {error}") from error
+
+
+def _make_room_for_an_image(values: dict) -> str:
+    """Raises `sampler.max_tokens` where no image fits into it, which was not refused once; says so."""
+    sampler, span = values["sampler"], _build(ImageConfig, values["image"]).span
+    if (stored := sampler["max_tokens"]) >= span:
+        return ""
+    sampler["max_tokens"] = span
+    return (
+        f"sampler.max_tokens={stored} has no room for an image, which takes {span} positions; "
+        f"{span} is used instead, --max-tokens changes it"
+    )
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

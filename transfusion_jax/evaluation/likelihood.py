@@ -12,9 +12,8 @@ from jax import Array
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.diffusion.process import process
+from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.generation.engine import Engine
-from transfusion_jax.pretraining.objective import example_losses
 
 BUCKETS = 10
 """Ranges of timesteps, as equal as can be."""
@@ -65,20 +64,21 @@ def _losses(
     engine: Engine, edges: Sequence[int]
 ) -> Callable[[Any, Batch, Array], tuple[Array, Array, tuple[Array, Array]]]:
     """Sums over a batch: text loss with clean images, image loss of every bucket, weights."""
-    diffusion, chunk = process(engine.experiment.diffusion), engine.experiment.train.vocab_chunk
-    low, high = jnp.asarray(edges[:-1]), jnp.asarray(edges[1:])
+    chunk = engine.experiment.train.vocab_chunk
+    low = jnp.asarray(edges[:-1])
+    high = jnp.asarray(edges[1:])
 
     @jax.jit
     def losses(parameters, batch, key):
         model = nnx.merge(engine.graph, parameters)
         noise = jax.random.normal(key, batch.latents_BMhwc.shape)
         clean = jnp.zeros_like(batch.image_start_BM)
-        text_BL, _ = example_losses(model, diffusion, batch, clean, jnp.zeros_like(noise), chunk)
+        text_BL = model.losses(batch, Noise(clean, jnp.zeros_like(noise)), chunk)["text"]
 
         def bucket(number):
             key_of_bucket = jax.random.fold_in(key, number)
             t_BM = jax.random.randint(key_of_bucket, clean.shape, low[number], high[number])
-            _, image_BM = example_losses(model, diffusion, batch, t_BM, noise, chunk)
+            image_BM = model.losses(batch, Noise(t_BM, noise), chunk)["image"]
             return jnp.sum(image_BM * batch.image_weight_BM)
 
         images = jax.lax.map(bucket, jnp.arange(len(low)))

@@ -36,11 +36,11 @@ from transfusion_jax.training.loop import Run
 
 
 def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
-    """Opens a new run, or the one in `directory`, after checking all that can be checked before a step.
+    """Opens a new run, or the one in `directory`, after checking what can be checked beforehand.
 
     Raises:
-      ValueError: something in the experiment cannot work on this machine; the directory belongs to another
-        experiment, or is no run directory; or the data under the run has changed.
+      ValueError: something in the experiment cannot work on this machine; the directory belongs to
+        another experiment, or is no run directory; or the data under the run has changed.
       CheckpointError: the run has checkpoints, and none can be read.
     """
     mesh = make_mesh(experiment.mesh)
@@ -90,8 +90,11 @@ def _feed(data: Data) -> Feed:
 
 
 def _ledger(data: Data, opened: RunDirectory) -> dict[str, dict]:
-    """What became of every document. Counted, and written, until the run has a checkpoint: from then on the data is
-    known to be the same, and the file is read."""
+    """What became of every document.
+
+    Counted and written while the run has no checkpoint; once it has one, the data is known to be
+    that of the stored ledger, which is read instead.
+    """
     path = opened.path / "ledger.json"
     if opened.state is not None and path.exists():
         return json.loads(path.read_text())
@@ -102,7 +105,7 @@ def _ledger(data: Data, opened: RunDirectory) -> dict[str, dict]:
 
 
 def _details(data: Data, ledger: dict[str, dict]) -> tuple[tuple[str, str], ...]:
-    """Lines about the data: what is in the rows, and every source read more often than the experiment allows for."""
+    """Lines about the data: what the rows hold, and sources read more than `max_epochs` times."""
     config = data.experiment.data
     sources = "; ".join(
         f"{name}: {counts['in_rows']} of {counts['documents']} documents in {counts['rows']} rows, "
@@ -122,8 +125,8 @@ def _details(data: Data, ledger: dict[str, dict]) -> tuple[tuple[str, str], ...]
     return ("data", sources), ("batch", batch), *repeated
 
 
-def stored(directory: Path) -> tuple[Experiment, Tokenizer]:
-    """The experiment and the tokenizer of an existing run.
+def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:
+    """The experiment and the tokenizer of an existing run; what an old one needs changed is reported.
 
     Raises:
       ValueError: `directory` is no run directory.
@@ -131,7 +134,7 @@ def stored(directory: Path) -> tuple[Experiment, Tokenizer]:
     path = directory / "config.json"
     if not path.exists():
         raise ValueError(f"{directory} is not a run directory: it has no config.json")
-    experiment = stored_config.loads(path.read_text(), str(path))
+    experiment = stored_config.loads(path.read_text(), str(path), report=report)
     return experiment, tokenizer_of(experiment, directory)
 
 

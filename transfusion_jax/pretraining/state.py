@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.model.attention.platforms import for_platform
-from transfusion_jax.model.transfusion import abstract_model, build
+from transfusion_jax.model.build import abstract_model, build
 from transfusion_jax.parallel.mesh import check_rows
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.training.state import State, initial_fields, initialise, place
@@ -43,13 +43,15 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     """Plans the state of an experiment on a mesh, without making any array.
 
     Raises:
-      ValueError: the mesh does not divide a parameter or the batch, or the model asks for what its devices cannot run.
+      ValueError: the mesh does not divide a parameter or the batch, or the model asks for what its
+        devices cannot run.
     """
     check_rows(mesh, experiment.data.batch_rows, parts=experiment.train.accumulation)
     parts = mesh.shape["sequence"] * mesh.shape["tensor"]
     if experiment.data.row_length % parts:
         raise ValueError(
-            f"mesh.sequence * mesh.tensor = {parts} must divide data.row_length={experiment.data.row_length}"
+            f"mesh.sequence * mesh.tensor = {parts} must divide "
+            f"data.row_length={experiment.data.row_length}"
         )
     model = for_platform(experiment.model, mesh.devices.flat[0].platform)
     experiment = replace(experiment, model=model)

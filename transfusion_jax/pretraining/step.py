@@ -11,10 +11,9 @@ from flax import nnx
 from jax import Array
 
 from transfusion_jax.batch import Batch
-from transfusion_jax.diffusion.process import draw_training_noise, process
-from transfusion_jax.pretraining.objective import Losses, example_losses, total
+from transfusion_jax.diffusion.process import Noise, draw_training_noise
+from transfusion_jax.pretraining.objective import Losses, batch_losses
 from transfusion_jax.pretraining.state import Blueprint
-from transfusion_jax.shapes import BM, BMhwc
 from transfusion_jax.training.state import State, compiled
 from transfusion_jax.training.update import (
     Metrics,
@@ -30,7 +29,7 @@ from transfusion_jax.training.update import (
 def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of an experiment; jit it once, with the state donated (`compiled_step`).
 
-    Timesteps and noise of row b come from (seed, step, b). A step whose loss or gradients are not finite is skipped.
+    Timesteps and noise of row b come from (seed, step, b).
     """
     experiment = blueprint.experiment
     settings = experiment.train
@@ -63,22 +62,17 @@ def _gradients(
     blueprint: Blueprint, parameters: Any, batch: Batch, step: Array
 ) -> tuple[Any, Losses]:
     """Gradients of the batch's loss, added up over its microbatches; and its losses."""
-    experiment = blueprint.experiment
-    settings = experiment.train
-    diffusion = process(experiment.diffusion)
+    settings = blueprint.experiment.train
 
     def loss(
-        parameters: Any, batch: Batch, microbatch: Batch, t_BM: BM, noise_BMhwc: BMhwc
+        parameters: Any, batch: Batch, microbatch: Batch, noise: Noise
     ) -> tuple[Array, Losses]:
         model = nnx.merge(blueprint.graph, parameters)
-        text_BL, image_BM = example_losses(
-            model, diffusion, microbatch, t_BM, noise_BMhwc, settings.vocab_chunk
-        )
-        losses = total(text_BL, image_BM, microbatch, batch, settings.image_loss_weight)
+        losses = batch_losses(model, microbatch, batch, noise, settings)
         return losses.total, losses
 
     key = step_key(settings.seed, step)
-    t_BM, noise_BMhwc = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
+    noise = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
     differentiate = functools.partial(jax.grad(loss, has_aux=True), parameters, batch)
     zero = jax.tree.map(jnp.zeros_like, parameters), Losses(*jnp.zeros(3))
-    return accumulated(differentiate, (batch, t_BM, noise_BMhwc), settings.accumulation, zero)
+    return accumulated(differentiate, (batch, noise), settings.accumulation, zero)

@@ -1,8 +1,9 @@
-"""Checkpoints: all that training needs to resume, saved together, asynchronously and atomically, with Orbax.
+"""Checkpoints: all that training needs to resume, saved together by Orbax, in the background.
 
-Each holds the fields of a state (parameters, average, optimizer, counters) and the run's progress. Each field is saved
-with a checksum, computed on the devices: the sum, modulo 2^32, of the bit patterns of all elements. The sum does not
-depend on order or sharding, so a checkpoint can be verified on any mesh, and damage that still decodes is found.
+Each holds the fields of a state (parameters, average, optimizer, counters) and the run's progress.
+Each field is saved with a checksum, computed on the devices: the sum, modulo 2^32, of the bit
+patterns of all elements. The sum does not depend on order or sharding, so a checkpoint can be
+verified on any mesh, and damage that still decodes is found.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._manager.checkpoints]
 
     def save(self, state: AnyState, progress: dict[str, Any]) -> None:
-        """Starts writing a checkpoint, in the background. A write that fails is reported, not raised."""
+        """Starts writing in the background. A write that fails is reported, not raised."""
         self.wait()
         step = int(state.step)
         parts = _parts(state)
@@ -95,9 +96,10 @@ class Checkpoints:
         return self._saved
 
     def restore(self, abstract: AnyState) -> tuple[AnyState, dict[str, Any]] | None:
-        """The newest readable checkpoint, placed as `abstract`, and its progress; None if there is none at all.
+        """The newest readable checkpoint, placed as `abstract`, and its progress; None if none.
 
-        A damaged one is named and moved to `damaged/` in the run directory, and the one before it is used.
+        A damaged one is named and moved to `damaged/` in the run directory, and the one before it
+        is used.
 
         Raises:
           CheckpointError: there are checkpoints, but none can be read.
@@ -173,7 +175,7 @@ def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, A
 
 
 def _parts(state: AnyState) -> dict[str, Any]:
-    """A state as it is saved: its single arrays together, as `counters`; each tree under its name; no empty ones."""
+    """A state as it is saved: single arrays together, as `counters`; each tree under its name."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     counters = {name: value for name, value in fields.items() if hasattr(value, "shape")}
     trees = {
@@ -195,7 +197,7 @@ def _load(
 
 
 def _quieten_orbax() -> None:
-    """Silences Orbax's running commentary, and its warning that a damaged checkpoint cancels other reads."""
+    """Silences Orbax's running commentary, and its warnings about a damaged checkpoint."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

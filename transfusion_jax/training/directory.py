@@ -1,6 +1,6 @@
 """A run directory, of any kind of run: checked, opened, and the progress in its checkpoints.
 
-config.json     the resolved experiment; written last, so a directory that has one has all that a run starts with
+config.json     the resolved experiment; written last, so a directory with one is complete
 checkpoints/    Orbax: the state, the seconds of training, the digests of the data
 """
 
@@ -81,8 +81,9 @@ def open_directory(
 ) -> RunDirectory:
     """Opens the directory of a new run, or of one to resume, once `check_directory` has passed it.
 
-    `fill(path)` writes what a new run's directory holds beside its config. The newest readable checkpoint is restored
-    as `abstract`. A config that differs from the stored one, in fields that may change, takes its place.
+    `fill(path)` writes what a new run's directory holds beside its config. The newest readable
+    checkpoint is restored as `abstract`. A config that differs from the stored one, in fields that
+    may change, takes its place.
 
     Raises:
       ValueError: the data under the run has changed since the checkpoint.

@@ -36,7 +36,7 @@ class Run:
     initialise: Callable[[], Any]
     """Makes the state of step 0, on its devices."""
     step: Callable[[Any, Any], tuple[Any, Metrics]]
-    """(state, batch) -> (state, metrics), compiled, the state donated; `loss` and `skipped_in_a_row` are metrics."""
+    """(state, batch) -> (state, metrics), compiled. `loss` and `skipped_in_a_row` are metrics."""
     title: str
     """What is trained, in a line."""
     details: tuple[tuple[str, str], ...] = ()
@@ -78,7 +78,8 @@ def train(run: Run, report: Report) -> Outcome:
     """Trains to the last step, or until a signal asks to stop; either way the state is saved.
 
     Raises:
-      TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was not written.
+      TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was
+        not written.
     """
     report(run.description())
     try:
@@ -110,7 +111,7 @@ def _train(run: Run, report: Report) -> Outcome:
 
 
 def _take_steps(run: Run, begin: float, stop: StopSignal) -> tuple[Any, str | None]:
-    """The last state, saved, and the signal that ended the run early. Training began at time `begin`."""
+    """The last state, saved, and the signal that ended the run early; `begin` is a clock time."""
     settings = run.settings
     start = run.directory.start
     sharding = batch_sharding(run.mesh)

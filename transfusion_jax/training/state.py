@@ -1,8 +1,8 @@
-"""The state of training one network, and how any state is made and stepped without moving its arrays.
+"""The state of training one network; how any state is placed, made and stepped.
 
-A trainer with more to remember (a second network, counts) declares a frozen dataclass of its own that has these
-fields and more: the machine reads `step`, `parameters`, `ema`, `optimizer`, `skipped` and `skipped_in_a_row` by name,
-and checkpoints save every field.
+A trainer with more to remember (a second network, counts) declares a frozen dataclass of its own
+that has these fields and more: the machine reads `step`, `parameters`, `ema`, `optimizer`,
+`skipped` and `skipped_in_a_row` by name, and checkpoints save every field.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ AnyState = TypeVar("AnyState")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Everything that training changes. Random keys are not part of it: they are folded from (seed, step)."""
+    """Everything that training changes. No random keys: they are folded from (seed, step)."""
 
     step: Array
     """Steps taken, skipped ones included; also the index of the next batch."""
@@ -53,8 +53,10 @@ def initial_fields(parameters: Any, optimizer: optax.GradientTransformation) -> 
 def place(
     shapes: State, shardings: Any, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> State:
-    """`shapes` with a sharding for every array: average and moments lie as the parameters do (`shardings`), and
-    every device has all of the rest."""
+    """`shapes` with a sharding for every array.
+
+    Average and moments are sharded as the parameters are (`shardings`), the rest is replicated.
+    """
     everywhere = replicated(mesh)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
@@ -81,7 +83,7 @@ def initialise(initial_state: Callable[[], AnyState], abstract: AnyState) -> Any
 
 
 def compiled(step: Callable[..., Any], abstract: Any) -> Callable[..., Any]:
-    """`step(state, ...) -> (state, metrics)`, jitted: the state is donated and keeps its placement."""
+    """`step(state, ...) -> (state, metrics)`, jitted: the state is donated and stays sharded."""
     return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract), None))
 
 

@@ -1,7 +1,7 @@
-"""From gradients to the next state: optimizer, moving average, non-finite steps skipped, microbatches added up.
+"""From gradients to the next state: optimizer, moving average, skipped steps, accumulation.
 
-Functions on the arrays of a state, of any network: AdamW with global-norm clipping, linear warm-up and cosine decay
-(Transfusion, arXiv 2408.11039, section 4.1; the numbers are the config's defaults).
+Pure functions on the arrays of any network: AdamW with global-norm clipping, linear warm-up and
+cosine decay (Transfusion, arXiv 2408.11039, section 4.1).
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Array], Arra
 
 
 def decayed(parameters: nnx.State) -> dict:
-    """Whether weight decay shrinks each parameter: matrices yes; vectors and norm scales, stacked ones too, no.
+    """Whether weight decay shrinks each parameter: matrices yes, vectors and norm scales no.
 
     A nested dict like `nnx.to_pure_dict(parameters)`.
     """
@@ -66,9 +66,10 @@ def decayed(parameters: nnx.State) -> dict:
 def make_optimizer(
     config: OptimizerConfig, steps: int, parameters: nnx.State, start: int = 0
 ) -> optax.GradientTransformation:
-    """The optimizer for nested dicts of arrays shaped like `parameters`, whose axis names say what decays.
+    """The optimizer for nested dicts shaped like `parameters`, whose axis names say what decays.
 
-    One that makes its first update at step `start` of the run has the same rate as the others from then on.
+    One that makes its first update at step `start` of the run has the same rate as the others from
+    then on.
     """
     rate = learning_rate(config, steps)
     return optax.chain(
@@ -94,7 +95,10 @@ def descend(
 
 
 def average(ema: Any, parameters: Any, updates: Array, decay: float) -> Any:
-    """The moving average after `updates` earlier ones; it follows fast at first, to forget the initial weights."""
+    """The moving average after `updates` earlier ones.
+
+    The decay starts at 1/10 and approaches `decay`, so that the initial weights are soon forgotten.
+    """
     updates = updates.astype(jnp.float32)
     return optax.incremental_update(
         parameters, ema, 1.0 - jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
@@ -115,13 +119,15 @@ def updated(
     return {"parameters": parameters, "ema": ema, "optimizer": moments}
 
 
-def advance(state: AnyState, new: dict[str, Any], *checked: Array) -> tuple[AnyState, Metrics]:
-    """The state one step later, with the fields `new`; and its counts of skipped steps, for the log.
+def advance(
+    state: AnyState, new: dict[str, Any], loss: Array, norm: Array, *others: Array
+) -> tuple[AnyState, Metrics]:
+    """The state one step later, with the fields `new`; and its counts of skipped steps, to log.
 
-    If any of the numbers `checked` is not finite (the loss and the norm of the gradients belong there), the step is
-    skipped: it changes nothing but the counters.
+    If the loss, the gradients' norm (either can be finite while the other is not) or any of the
+    others is not finite, the step is skipped: only the counters change.
     """
-    finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
+    finite = jnp.all(jnp.isfinite(jnp.stack([loss, norm, *others])))
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     counts = {
         "skipped": state.skipped + skipped,
@@ -136,10 +142,10 @@ def _choose(condition: Array, new: Any, old: Any) -> Any:
 
 
 def accumulated(function: Callable[..., Any], arrays: Any, microbatches: int, zero: Any) -> Any:
-    """The sum of `function(*microbatch)` over equal parts of the rows of `arrays`, computed one after another.
+    """The sum of `function(*microbatch)` over equal parts of the rows of `arrays`, in turn.
 
-    Less memory, the same gradient. `zero` is the sum of none. Microbatch m is the rows m, m + n, m + 2n, ... of n
-    microbatches: some of every device's rows, so no row moves.
+    Less memory, the same gradient. `zero` is the sum over no rows. Of n microbatches, number m has
+    the rows m, m + n, m + 2n, ...: some from every device, so no row moves between devices.
     """
     if microbatches == 1:
         return function(*arrays)

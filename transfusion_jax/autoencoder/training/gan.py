@@ -1,4 +1,4 @@
-"""The discriminator's part in a step: the GAN term for the autoencoder, and an update of its own."""
+"""The discriminator's part in a step: the GAN term of the autoencoder, and its own update."""
 
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Gan(NamedTuple):
 def discriminate(
     blueprint: Blueprint, state: State, image_Bhwc: Array, reconstruction_Bhwc: Array
 ) -> Gan:
-    """The GAN term and an update of the discriminator; before `loss.gan_start`, zeros and no work."""
+    """The GAN term and an update of the discriminator; zeros before step `loss.gan_start`."""
     zero = jnp.zeros((), jnp.float32)
     kept = state.discriminator, state.discriminator_optimizer
     idle = Gan(zero, jnp.zeros_like(reconstruction_Bhwc), zero, zero, *kept)

@@ -1,13 +1,13 @@
-"""Trains an autoencoder in a run directory: exact resume, metrics, pictures, and a codec at the end.
+"""Trains an autoencoder in a run directory.
 
-config.json      the resolved experiment            samples/        reconstructions.png, and one every so many steps
-metrics.jsonl    one object per logged step         summary.json    the numbers at the end
-tensorboard/     the same, as event files           autoencoder/    the trained codec, averaged weights (`load_codec`)
+config.json      the resolved experiment        samples/        reconstructions, during and after
+metrics.jsonl    one object per logged step     summary.json    the numbers at the end
+tensorboard/     the same, as event files       autoencoder/    the codec, of averaged weights
 checkpoints/     Orbax
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,11 @@ class AutoencoderRun:
 
 
 def open_run(experiment: AutoencoderExperiment, directory: Path, report: Report) -> AutoencoderRun:
-    """Opens a new run, or the one in `directory`, after checking all that can be checked before a step.
+    """Opens a new run, or the one in `directory`, after checking what can be checked beforehand.
 
     Raises:
-      ValueError: something in the experiment cannot work on this machine; the directory belongs to another
-        experiment, or is no run directory; or the pictures under the run have changed.
+      ValueError: something in the experiment cannot work on this machine; the directory belongs to
+        another experiment, or is no run directory; or the pictures under the run have changed.
       CheckpointError: the run has checkpoints, and none can be read.
     """
     mesh = make_mesh(experiment.mesh)
@@ -82,7 +82,8 @@ def train_autoencoder(opened: AutoencoderRun, report: Report) -> dict[str, Any] 
     """Trains to the last step; the summary, or None if a signal stopped it.
 
     Raises:
-      TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was not written.
+      TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was
+        not written.
     """
     outcome = train(opened.run, report)
     if outcome.stopped_by:
@@ -115,15 +116,18 @@ def _fill(directory: Path) -> None:
 
 def _title(blueprint: Blueprint) -> str:
     model = blueprint.experiment.model
-    latent = model.size // model.downsampling
+    side = model.size // model.downsampling
     return (
-        f'{blueprint.experiment.name}: a "{model.kind}" autoencoder of {blueprint.parameters:,} parameters, '
-        f"{model.size}x{model.size}x{model.channels} -> {latent}x{latent}x{model.latent_channels}"
+        f'{blueprint.experiment.name}: a "{model.kind}" autoencoder of '
+        f"{blueprint.parameters:,} parameters, {model.size}x{model.size}x{model.channels} -> "
+        f"{side}x{side}x{model.latent_channels}"
     )
 
 
-def _shower(blueprint: Blueprint, held_out: Sequence[np.ndarray], directory: Path):
-    """Called after each step: every `train.sample_every` steps, writes a few reconstructions."""
+def _shower(
+    blueprint: Blueprint, held_out: Sequence[np.ndarray], directory: Path
+) -> Callable[[int, State], None]:
+    """What follows each step: every `train.sample_every` steps, writes a few reconstructions."""
     reconstruct = reconstructor(blueprint)
 
     def after(step: int, state: State) -> None:

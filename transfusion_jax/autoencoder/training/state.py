@@ -1,4 +1,4 @@
-"""What autoencoder training changes: the autoencoder, its discriminator, and how often codes were used."""
+"""What autoencoder training changes: the autoencoder, its discriminator, the use of its codes."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from transfusion_jax.training.update import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """The fields of `training.state.State`, and what only an autoencoder has; None where the experiment lacks it."""
+    """The fields of `training.state.State`, and those of an autoencoder; None where it has none."""
 
     step: Array
     parameters: Any

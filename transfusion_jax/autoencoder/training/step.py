@@ -1,7 +1,8 @@
-"""One step of autoencoder training as a pure function: `step(state, judges, image) -> (state, metrics)`.
+"""One step of autoencoder training: pure, `step(state, judges, image) -> (state, metrics)`.
 
-Autoencoder and discriminator learn from the same forward pass. The gradients of the reconstruction terms and of the GAN
-term are added at the reconstruction, weighed against each other, and go back through the autoencoder together.
+Autoencoder and discriminator learn from the same forward pass. The gradients of the reconstruction
+terms and of the GAN term are added at the reconstruction, weighed against each other, and go back
+through the autoencoder together.
 """
 
 import functools
@@ -55,7 +56,7 @@ class Learned(NamedTuple):
 def train_step(blueprint: Blueprint) -> Callable[[State, Judges, Array], tuple[State, Metrics]]:
     """The step of an experiment; jit it once, with the state donated (`compiled_step`).
 
-    The latents' noise comes from (seed, step). A step whose loss or gradients are not finite is skipped.
+    The latents' noise comes from (seed, step).
     """
     experiment = blueprint.experiment
     settings = experiment.train
@@ -119,7 +120,7 @@ def _learn(
 def _forward(
     blueprint: Blueprint, image_Bhwc: Array, key: Array, parameters: Any
 ) -> tuple[tuple[Array, Array], Codes | None]:
-    """Reconstruction, and the KL or codebook loss of the latents [B]; of a "vq" autoencoder, also its codes."""
+    """Reconstruction, KL or codebook loss of the latents [B], and the codes of a "vq" model."""
     model = nnx.merge(blueprint.graph, parameters)
     if blueprint.experiment.model.kind == "kl":
         gaussian = model.encode(image_Bhwc)
@@ -153,7 +154,7 @@ def _terms(
 def _revived(
     experiment: AutoencoderExperiment, codes: Codes, state: State, new: dict[str, Any], key: Array
 ) -> dict[str, Any]:
-    """Every `revive_every` steps, moves codes that none of them used to latents of the batch, in the average too."""
+    """Every `revive_every` steps, moves unused codes, and their average, to latents of the batch."""
     counts = state.counts + quantizer.count(codes.indices, experiment.model.codes)
     due = (state.step + 1) % experiment.loss.revive_every == 0
     considered = jnp.where(due, counts, 1)

@@ -1,4 +1,4 @@
-"""What a trained autoencoder leaves: its averaged weights, measured on held-out pictures and saved as a codec."""
+"""The end of a training: averaged weights, measured on held-out pictures, saved as a codec."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -76,8 +76,10 @@ def measure(
     judges: Judges,
     held_out: Sequence[np.ndarray],
 ) -> dict[str, float]:
-    """The scores of reconstructions of held-out pictures, the use of codes, and `latent_scale`, which gives latents
-    unit variance."""
+    """Scores of held-out reconstructions, use of the codes, and the `latent_scale` to train with.
+
+    Latents times `latent_scale` have unit variance.
+    """
     means = []
     variances = []
     codes = []
@@ -98,7 +100,7 @@ def measure(
     if codes[0] is not None:
         use = quantizer.usage(jnp.concatenate(codes), experiment.model.codes)
         scores |= {"codebook_use": float(use.share), "codebook_perplexity": float(use.perplexity)}
-    # A model is fed samples: their variance is that of the means and that of the samples about them.
+    # A model is fed samples, whose variance is that of the means plus that about the means.
     deviation = float(np.sqrt(np.concatenate(means).var() + np.concatenate(variances).mean()))
     return {**scores, "latent_scale": 1.0 / deviation}
 
