@@ -72,7 +72,8 @@ def test_bad_experiment_files(capsys, tmp_path, content, message):
 def test_points_of_a_sweep(tmp_path):
     path = tmp_path / "sweep.py"
     path.write_text(
-        "from transfusion_jax.config import paper\ndef sweep():\n    yield paper('0.16B')\n    yield paper('7B')\n"
+        "from transfusion_jax.config import paper\n"
+        "def sweep():\n    yield paper('0.16B')\n    yield paper('7B')\n"
     )
     assert load_experiment(f"{path}:transfusion_7B").model.width == 4096
     with pytest.raises(
@@ -84,8 +85,8 @@ def test_points_of_a_sweep(tmp_path):
 
 
 def test_overrides_reach_every_kind_of_field():
-    arguments = "--model.width 256 --data.sources.1.weight 2.5 --optimizer.b2 0.9 --evaluation sums --name x"
-    got = load_experiment(DIGITS, arguments.split())
+    arguments = "--model.width 256 --data.sources.1.weight 2.5 --optimizer.b2 0.9"
+    got = load_experiment(DIGITS, [*arguments.split(), "--evaluation", "sums", "--name", "x"])
     assert (got.model.width, got.data.sources[1].weight, got.optimizer.b2) == (256, 2.5, 0.9)
     assert (got.evaluation, got.name) == (("sums",), "x")
 

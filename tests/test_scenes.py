@@ -99,7 +99,8 @@ def test_the_judge_forgives_noise_and_blur_and_not_everything(shown, side, capsy
     moved = exactness(some, side, lambda x: np.roll(x, (1, -1), (0, 1)))
     with capsys.disabled():
         print(
-            f"\njudge exact at {side}: noise {noisy}; blur {soft}; noise 0.1 and blur 0.75 {both}; shifted {moved}"
+            f"\njudge exact at {side}: noise {noisy}; blur {soft}; "
+            f"noise 0.1 and blur 0.75 {both}; shifted {moved}"
         )
     assert min(noisy[0.1], noisy[0.2], soft[0.5], soft[0.75], both, moved) >= 0.99
     assert min(noisy[0.3], soft[1.0]) >= 0.95
@@ -163,9 +164,24 @@ def test_captions_are_false_of_a_scene_that_contradicts_them(shown):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a", "a red", "two circle", "a circles", "a circle and", "a circle left of", "the circle", "five circles",
-     "a red blue circle", "a circle a star", "a picture of", "zebra", "a circle and a star!", "there is"],
-)  # fmt: skip
+    [
+        "",
+        "a",
+        "a red",
+        "two circle",
+        "a circles",
+        "a circle and",
+        "a circle left of",
+        "the circle",
+        "five circles",
+        "a red blue circle",
+        "a circle a star",
+        "a picture of",
+        "zebra",
+        "a circle and a star!",
+        "there is",
+    ],
+)
 def test_other_text_is_no_caption(text):
     assert parse(text) is None
 
@@ -173,12 +189,24 @@ def test_other_text_is_no_caption(text):
 def test_claims_say_what_the_words_say():
     red, blue = Object("circle", "red", "large", (0, 0)), Object("star", "blue", "small", (1, 2))
     scene = Scene((red, blue))
-    for true in ("a circle and a star", "a big red circle above a little star", "a star to the right of a circle",
-                 "there is a circle over a star", "one star and one circle"):  # fmt: skip
+    for true in (
+        "a circle and a star",
+        "a big red circle above a little star",
+        "a star to the right of a circle",
+        "there is a circle over a star",
+        "one star and one circle",
+    ):
         assert holds(parse(true), scene), true
-    for false in ("a circle", "two circles", "a blue circle and a star", "a circle below a star",
-                  "a red star and a blue circle", "a small circle and a star", "a star left of a circle",
-                  "a circle, a star and a ring"):  # fmt: skip
+    for false in (
+        "a circle",
+        "two circles",
+        "a blue circle and a star",
+        "a circle below a star",
+        "a red star and a blue circle",
+        "a small circle and a star",
+        "a star left of a circle",
+        "a circle, a star and a ring",
+    ):
         assert not holds(parse(false), scene), false
 
 
@@ -243,7 +271,7 @@ def shifted(o: Object, step: tuple[int, int]) -> tuple[int, int]:
 
 
 def carried_out(edit: Edit) -> tuple[str, set[Object]]:
-    """An instruction read with other eyes: the kind of edit, and the objects that there must be after it."""
+    """An instruction read by other code: the kind of edit, and the objects expected after it."""
     before, text = set(edit.scene.objects), edit.instruction
     size, colour, kind = re.search(f"the {NOUN}", text).groups()
     (thing,) = named(edit.scene, size, colour, kind)
@@ -383,9 +411,13 @@ CATEGORIES = (
 def test_right_answers_score_one(tmp_path):
     scores = evaluation.scenes(Oracle(), tmp_path, count=10)
     assert set(scores) == {f"geneval_{name}" for name in (*CATEGORIES, "overall")} | {
-        "compositional", "caption_accuracy", "compositional_caption_accuracy", "edit_accuracy", "drawing_residual",
+        "compositional",
+        "caption_accuracy",
+        "compositional_caption_accuracy",
+        "edit_accuracy",
+        "drawing_residual",
         "judge_accuracy",
-    }  # fmt: skip
+    }
     residual = scores.pop("drawing_residual")
     assert residual < 1e-6 and set(scores.values()) == {1.0}
     assert (tmp_path / "scenes.png").stat().st_size > 10_000

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from transfusion_jax.evaluation import digits as digits_lib
+from transfusion_jax.evaluation.comparisons import comparisons
 from transfusion_jax.evaluation.digits import digits_grid
 from transfusion_jax.evaluation.likelihood import likelihood
 from transfusion_jax.evaluation.pairs import pairs
@@ -25,6 +26,7 @@ def digits(engine: Engine, samples: Path) -> dict:
 SUITES: dict[str, Callable[[Engine, Path], dict]] = {
     "digits": digits,
     "sums": lambda engine, samples: sums(engine),
+    "comparisons": lambda engine, samples: comparisons(engine),
     "likelihood": lambda engine, samples: likelihood(engine),
     "pairs": pairs,
     "scenes": scenes,
