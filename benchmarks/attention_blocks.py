@@ -20,7 +20,7 @@ from transfusion_jax.config import DataConfig, Experiment, MeshConfig
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.model.attention.attention import attention
-from transfusion_jax.model.attention.block_pairs import VISIBLE, visible_blocks, visits
+from transfusion_jax.model.attention.block_pairs import VISIBLE, block_pairs, visible_blocks
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
@@ -70,7 +70,7 @@ def print_blocks(intervals: Intervals, block: int) -> None:
         float((intervals.k_end_BL - intervals.k_start_BL).sum()),
     )
     for by in ("query", "key"):
-        (_, _, _, flags), count = visits(*table, by=by)
+        (_, _, _, flags), count = block_pairs(*table, by=by)
         computed = int((flags[:count] & VISIBLE != 0).sum())
         print(
             f"{block:5}  {by:5}  {least / rows:8.1f}  {computed / least:8.3f}  {int(count) / least:8.3f}"

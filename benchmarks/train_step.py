@@ -3,9 +3,9 @@
     python benchmarks/train_step.py --width 512 --layers 8 --length 1024 --batch 4
 
 Rows come from the `synthetic` source (web-like lengths, images of 256 patches that are half of the
-positions) through the same pipeline as in training. Model FLOPs count every matrix product of the
-forward pass three times (forward and backward; recomputation is not counted), attention by its
-intervals: the pairs that may see each other, not a full square.
+positions) through the same pipeline as in training. Model FLOPs are those of plans
+(`planning/rows.py`): every matrix product three times, for forward and backward; logits at text
+targets only; attention by its intervals; no recomputation.
 """
 
 import argparse
@@ -15,15 +15,16 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from flax import nnx
 
 from transfusion_jax.config import DataConfig, Experiment, ModelConfig
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.host import keep_freed_memory
-from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.interface import Model
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
-from transfusion_jax.planning.rows import Rows, model_flops, row_work
+from transfusion_jax.planning.rows import model_flops, row_work, rows_of
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
 
@@ -59,10 +60,9 @@ def product_rate(dtype: str, size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
-def step_flops(parameters, experiment: Experiment, batch) -> float:
-    images = float(batch.image_weight_BM.sum()) / len(batch.tokens_BL)
-    rows = Rows(row_intervals(batch, experiment.image.patches), images, "of the batch")
-    return model_flops(parameters, experiment, row_work(rows, 0))
+def step_flops(model: Model, experiment: Experiment, batch) -> float:
+    rows = rows_of(batch, experiment.image.patches, "of the batch")
+    return model_flops(model, experiment, row_work(rows, 0))
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def measure(experiment: Experiment, steps: int) -> Measured:
     with jax.set_mesh(mesh):
         plan = blueprint(experiment, mesh)
         parameters = plan.abstract.parameters
+        model = nnx.merge(plan.graph, parameters)
         state = plan.initialise()
         batch = jax.device_put(next(batches), sharding)
         begin = time.perf_counter()
@@ -121,7 +122,7 @@ def measure(experiment: Experiment, steps: int) -> Measured:
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - begin)
-            flops.append(step_flops(parameters, experiment, batch))
+            flops.append(step_flops(model, experiment, batch))
     return Measured(
         np.asarray(seconds),
         np.asarray(flops),

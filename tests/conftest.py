@@ -17,6 +17,7 @@ del os.environ["XLA_FLAGS"]
 
 CHECKED = [
     "transfusion_jax.model.attention",
+    "transfusion_jax.model.losses",
     "transfusion_jax.pretraining.objective",
     "transfusion_jax.diffusion",
 ]

@@ -25,8 +25,8 @@ from transfusion_jax.model.attention.block_pairs import (
     FULL,
     LAST,
     VISIBLE,
+    block_pairs,
     visible_blocks,
-    visits,
 )
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.pallas import pallas_attention
@@ -122,7 +122,7 @@ def test_blocks_outside_every_interval_are_not_computed():
 @pytest.mark.parametrize(
     "intervals", [packed(random_packings()), any_intervals((5, 36), 36)], ids=["packings", "any"]
 )
-def test_visits_are_the_visible_blocks_sorted(by, intervals):
+def test_pairs_are_the_visible_blocks_sorted(by, intervals):
     block_q, block_k = 4, 6
     start, end, key = (
         np.asarray(intervals.k_start_BL),
@@ -131,7 +131,9 @@ def test_visits_are_the_visible_blocks_sorted(by, intervals):
     )
     inside = (key >= start[..., None]) & (key < end[..., None])
     inside = inside.reshape(len(start), 9, block_q, 6, block_k)
-    listed = jax.jit(lambda *bounds: visits(*visible_blocks(*bounds, block_q, block_k, 6), by=by))
+    listed = jax.jit(
+        lambda *bounds: block_pairs(*visible_blocks(*bounds, block_q, block_k, 6), by=by)
+    )
     table, count = listed(intervals.k_start_BL, intervals.k_end_BL)
     row, query, key, flags = (np.asarray(x)[:count] for x in table)
     pairs = list(zip(row, query, key, strict=True))
@@ -150,7 +152,7 @@ def test_visits_are_the_visible_blocks_sorted(by, intervals):
     new = np.diff(sums, prepend=-1) != 0
     np.testing.assert_array_equal(flags & FIRST != 0, new)
     np.testing.assert_array_equal(flags & LAST != 0, np.append(new[1:], True))
-    # A visit that computes nothing fetches nothing either, unless it opens the row.
+    # A pair that computes nothing fetches nothing either, unless it opens the row.
     idle = np.flatnonzero(~visible & (np.diff(row, prepend=-1) == 0))
     np.testing.assert_array_equal(inner[idle], inner[idle - 1])
 
@@ -266,7 +268,7 @@ def test_blocks_that_do_not_fit_are_refused():
         gradients_of(block=64).trace(*abstract(1, 256, 2, 1, 64, jnp.float32))
     with pytest.raises(
         ValueError,
-        match="65536 visits, and there is room for 64000: take a model.attention_block above 128",
+        match="65536 pairs, and there is room for 64000: take a model.attention_block above 128",
     ):
         gradients_of().trace(*abstract(64, 4096, 2, 1, 64, jnp.bfloat16))
 
@@ -312,7 +314,7 @@ def test_mosaic_compiles_at_full_length(tpu_mesh, topology, dtype, H, block):
 
 @pytest.mark.slow
 def test_memory_is_linear_in_the_row(tpu_mesh):
-    """It keeps no more than the output, lse, delta and the list of visits; the reference keeps all the scores."""
+    """It keeps no more than the output, lse, delta and the list of pairs; the reference keeps all the scores."""
 
     def temporaries(implementation, length):
         _, program = compiled(

@@ -1,6 +1,5 @@
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.sources import digits
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
-from transfusion_jax.parallel.mesh import host_block
 
 
 def fields(batch):
@@ -143,29 +141,6 @@ def test_data_order_is_the_same_for_any_hosts_batches_and_restarts(experiment, t
     again = read(Data(experiment, tokenizer).batches(), 2, prefetch=4)
     for expected in expected_batches[2:]:
         assert_same(next(again), expected)
-
-
-@pytest.mark.parametrize("process", range(4))
-def test_a_process_feeds_the_block_of_its_own_devices(process):
-    """Two devices a process, of eight that share the rows."""
-
-    class Sharding:
-        mesh = SimpleNamespace(shape={"data": 4, "fsdp": 2})
-
-        def addressable_devices_indices_map(self, shape):
-            assert shape == (16,)
-            starts = (4 * process, 4 * process + 2)
-            return {device: (slice(start, start + 2),) for device, start in enumerate(starts)}
-
-    assert host_block(Sharding(), 16) == (process, 4)
-
-
-def test_one_process_feeds_the_whole_batch():
-    everything = SimpleNamespace(
-        mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1}),
-        addressable_devices_indices_map=lambda shape: {0: (slice(None),)},
-    )
-    assert host_block(everything, 16) == (0, 1)
 
 
 def test_every_epoch_is_in_another_order(experiment, tokenizer):

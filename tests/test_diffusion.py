@@ -1,37 +1,83 @@
+import itertools
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from transfusion_jax.config import DiffusionConfig
+from transfusion_jax.diffusion.prediction import PREDICTIONS, Epsilon
 from transfusion_jax.diffusion.process import Process, draw_training_noise, process
 from transfusion_jax.diffusion.sampler import Sampler, timesteps
-from transfusion_jax.diffusion.schedule import Schedule
+from transfusion_jax.diffusion.schedule import SCHEDULES, Cosine, Flow
 
-COSINE = Schedule("cosine", 1000)
+COSINE = Cosine(1000)
+PAIRS = list(itertools.product(SCHEDULES, PREDICTIONS))
+
+
+@pytest.mark.parametrize(
+    "field, registry", [("schedule", SCHEDULES), ("prediction", PREDICTIONS)], ids=str
+)
+def test_the_config_names_what_there_is(field, registry):
+    """The config cannot import the registries, which need jax, so it repeats their names."""
+    names = typing.get_args(typing.get_type_hints(DiffusionConfig)[field])
+    assert set(names) == set(registry)
 
 
 def test_cosine_schedule_is_nichol_and_dhariwal():
     """alpha_bar from the closed form, but for the last step, where beta is clipped at 0.999."""
+
+    def f(u):
+        return np.cos((u / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+
     t = np.arange(1000)
-    f = lambda u: np.cos((u / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
     alpha_bar = np.asarray(COSINE.alpha(jnp.arange(1000)), np.float64) ** 2
     np.testing.assert_allclose(alpha_bar[:-1], f(t[:-1] + 1) / f(0), rtol=1e-5, atol=1e-9)
     assert alpha_bar[-1] / alpha_bar[-2] == pytest.approx(1e-3, rel=1e-4)
-    assert float(COSINE.alpha(jnp.int32(-1))) == 1 and float(COSINE.sigma(jnp.int32(-1))) == 0
 
 
-@pytest.mark.parametrize("name", ["cosine", "flow"])
+def test_flow_schedule_is_a_straight_line():
+    t = np.arange(1000)
+    np.testing.assert_allclose(Flow(1000).alpha(jnp.asarray(t)), 1 - (t + 1) / 1000, atol=1e-7)
+    np.testing.assert_allclose(Flow(1000).sigma(jnp.asarray(t)), (t + 1) / 1000, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_noise_grows_and_signal_shrinks(name):
-    schedule, t = Schedule(name, 1000), jnp.arange(-1, 1000)
+    schedule, t = SCHEDULES[name](1000), jnp.arange(-1, 1000)
     assert (np.diff(schedule.alpha(t)) < 0).all() and (np.diff(schedule.sigma(t)) >= 0).all()
+    assert float(schedule.alpha(jnp.int32(-1))) == 1 and float(schedule.sigma(jnp.int32(-1))) == 0
     if name == "cosine":
         np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [("cosine", "epsilon"), ("cosine", "v"), ("flow", "flow")])
-def test_the_true_target_gives_back_image_and_noise(config):
-    diffusion = process(DiffusionConfig(schedule=config[0], prediction=config[1]))
+TARGETS = {
+    "epsilon": lambda clean, noise, alpha, sigma: noise,
+    "v": lambda clean, noise, alpha, sigma: alpha * noise - sigma * clean,
+    "flow": lambda clean, noise, alpha, sigma: noise - clean,
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_corruption_and_target_are_their_equations(pair):
+    """Numbers that tell the image from the noise, and one timestep from another."""
+    diffusion, schedule = process(DiffusionConfig(pair[0], 1000, pair[1])), SCHEDULES[pair[0]](1000)
+    clean = jnp.full((2, 3, 1, 1, 1), 2.0)
+    noise = jnp.full((2, 3, 1, 1, 1), -5.0)
+    t = jnp.asarray([[0, 300, 998], [10, 500, 700]], jnp.int32)
+    alpha, sigma = (
+        np.asarray(x)[..., None, None, None] for x in (schedule.alpha(t), schedule.sigma(t))
+    )
+    np.testing.assert_allclose(diffusion.corrupt(clean, noise, t), alpha * 2 - sigma * 5, rtol=1e-5)
+    expected = TARGETS[pair[1]](clean, noise, alpha, sigma)
+    np.testing.assert_allclose(diffusion.target(clean, noise, t), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_the_true_target_gives_back_image_and_noise(pair):
+    """For every pair of names: x_t and the target are two equations, which `split` solves."""
+    diffusion = process(DiffusionConfig(schedule=pair[0], prediction=pair[1]))
     clean, noise = jax.random.normal(jax.random.key(0), (2, 6, 5, 4, 4, 2))
     t = jnp.broadcast_to(jnp.asarray([0, 100, 500, 800, 900], jnp.int32), (6, 5))
     x_t = diffusion.corrupt(clean, noise, t)
@@ -40,9 +86,23 @@ def test_the_true_target_gives_back_image_and_noise(config):
     np.testing.assert_allclose(got_noise, noise, atol=1e-4)
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_the_last_timestep_gives_numbers(pair):
+    """Under `flow` it is pure noise: epsilon says nothing of the image, which is taken for its
+    mean, 0."""
+    diffusion = process(DiffusionConfig(schedule=pair[0], prediction=pair[1]))
+    x_t = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+    t = jnp.full((3,), 999, jnp.int32)
+    clean, noise = diffusion.split(x_t, x_t, t)
+    assert np.isfinite(clean).all() and np.isfinite(noise).all()
+    if pair == ("flow", "epsilon"):
+        np.testing.assert_array_equal(clean, 0)
+        np.testing.assert_array_equal(noise, x_t)
+
+
 def test_ancestral_step_is_the_posterior():
     """eta = 1 draws from q(x_s | x_t, x_0) of Ho et al., equation 7, for any pair of timesteps."""
-    sampler = Sampler(Process(COSINE, "epsilon"), steps=10, eta=1.0)
+    sampler = Sampler(Process(COSINE, Epsilon()), steps=10, eta=1.0)
     t, s = jnp.int32(600), jnp.int32(437)
     x_t, epsilon = jax.random.normal(jax.random.key(0), (2, 1000))
     a_t, s_t, a_s, s_s = (
@@ -57,15 +117,37 @@ def test_ancestral_step_is_the_posterior():
     np.testing.assert_allclose(spread, np.sqrt(between) * s_s / s_t, rtol=1e-3)
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_a_clipped_image_has_the_noise_that_leads_to_it(pair):
+    """DDIM with a clip: x_s lies on the line from x_t to the clipped x_0, and epsilon is what is
+    left of x_t."""
+    diffusion, schedule = process(DiffusionConfig(pair[0], 1000, pair[1])), SCHEDULES[pair[0]](1000)
+    sampler = Sampler(diffusion, steps=10, eta=0.0, clip=0.5)
+    clean = jnp.asarray([[0.2], [-0.3], [2.0], [-7.0]])
+    noise = jnp.asarray([[1.0], [-1.0], [0.5], [0.1]])
+    t, s = jnp.int32(600), jnp.int32(300)
+    t_B = jnp.full((4,), t)
+    x_t = diffusion.corrupt(clean, noise, t_B)
+    a_t, s_t = float(schedule.alpha(t)), float(schedule.sigma(t))
+    a_s, s_s = float(schedule.alpha(s)), float(schedule.sigma(s))
+    clipped = np.asarray([[0.2], [-0.3], [0.5], [-0.5]])
+    expected = a_s * clipped + s_s * (np.asarray(x_t) - a_t * clipped) / s_t
+    got = sampler.step(x_t, diffusion.target(clean, noise, t_B), t, s, jnp.zeros_like(x_t))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("kind", [("cosine", "epsilon"), ("cosine", "v"), ("flow", "flow")])
-def test_sampler_returns_the_data_distribution_for_the_optimal_predictor(eta, kind):
-    """For data N(m, C) the best prediction is linear in x_t; with it, samples have mean m and covariance C."""
+@pytest.mark.parametrize(
+    "pair", [("cosine", "epsilon"), ("cosine", "v"), ("flow", "flow"), ("flow", "epsilon")], ids=str
+)
+def test_sampler_returns_the_data_distribution_for_the_optimal_predictor(eta, pair):
+    """For data N(m, C) the best prediction is linear in x_t; with it, samples have mean m and
+    covariance C."""
     mean = jnp.asarray([1.0, -2.0, 0.5])
     root = jnp.asarray([[1.0, 0.0, 0.0], [0.6, 0.5, 0.0], [-0.3, 0.2, 0.3]])
     covariance = root @ root.T
-    schedule = Schedule(kind[0], 1000)
-    diffusion = Process(schedule, kind[1])
+    schedule = SCHEDULES[pair[0]](1000)
+    diffusion = Process(schedule, PREDICTIONS[pair[1]])
 
     def predict(x_t, t):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -75,10 +157,12 @@ def test_sampler_returns_the_data_distribution_for_the_optimal_predictor(eta, ki
         clean = mean[None] + alpha * score @ covariance
         return diffusion.target(clean, noise, jnp.broadcast_to(t, x_t.shape[:1]))
 
-    key = jax.random.key(0)
-    shape = (20_000, 3)
+    shape = (5_000, 3)
+
+    def fresh(i):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)
+
     sampler = Sampler(diffusion, steps=500, eta=eta)
-    fresh = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
     samples = jax.jit(lambda x: sampler.sample(x, predict, fresh))(
         jax.random.normal(jax.random.key(1), shape)
     )
@@ -96,6 +180,24 @@ def test_training_noise_is_standard_and_keeps_the_limit():
     latents = jnp.zeros((400, 2, 4, 4, 1))
     t, noise = draw_training_noise(jax.random.key(0), limit, latents)
     assert t.min() >= 0 and 480 <= t[:, 0].max() < 500 and 960 <= t[:, 1].max() < 1000
+    assert abs(float(t[:, 1].mean()) - 499.5) < 60  # six standard errors of the mean are 87
     assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.02
     again, _ = draw_training_noise(jax.random.key(0), limit[:7], latents[:7])
     np.testing.assert_array_equal(again, t[:7])  # a row's draws do not depend on the rows around it
+
+
+def test_each_image_has_its_own_training_noise():
+    """Rows, slots and keys draw apart from each other; of 1,000 timesteps, few of 1,600 are drawn
+    for all slots alike."""
+    limit = jnp.full((400, 4), 1000, jnp.int32)
+    latents = jnp.zeros((400, 4, 4, 4, 1))
+    t, noise = draw_training_noise(jax.random.key(0), limit, latents)
+    assert len(np.unique(t)) > 700  # 1,600 draws of 1,000: 798 are expected
+    for apart in (noise[0] - noise[1], noise[:, 0] - noise[:, 1]):
+        assert float(jnp.abs(apart).min(axis=(-3, -2, -1)).max()) > 0
+        assert float(apart.std()) == pytest.approx(np.sqrt(2), rel=0.2)
+    flat = np.asarray(noise).reshape(1600, 16)
+    assert np.abs(np.corrcoef(flat.T) - np.eye(16)).max() < 0.15
+    other_t, other_noise = draw_training_noise(jax.random.key(1), limit, latents)
+    assert (np.asarray(t) == np.asarray(other_t)).mean() < 0.05
+    assert float(jnp.abs(noise - other_noise).min(axis=(-3, -2, -1)).max()) > 0

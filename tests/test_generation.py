@@ -1,3 +1,5 @@
+import functools
+import json
 from dataclasses import replace
 
 import jax
@@ -6,18 +8,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from transfusion_jax.config import ImageConfig, SamplerConfig
+from transfusion_jax.config import stored as stored_config
 from transfusion_jax.data.documents import Document, Image, Text, sequence
 from transfusion_jax.data.packing import pack
 from transfusion_jax.data.pipeline import stack
 from transfusion_jax.diffusion.process import process
 from transfusion_jax.diffusion.sampler import sampler
 from transfusion_jax.generation.engine import Engine
-from transfusion_jax.model.transfusion import build
+from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, feed
+from transfusion_jax.generation.text import choose
+from transfusion_jax.model.build import build
 
 
 @pytest.fixture(scope="module")
 def engine(experiment, tokenizer):
-    """A random model that is fond of BOI after "draw" and talks otherwise."""
+    """A random model."""
     net = build(experiment, 3)
     net.patches.out_DZ[...] = 0.3 * jax.random.normal(jax.random.key(1), net.patches.out_DZ.shape)
     graph, parameters = nnx.split(net, nnx.Param)
@@ -25,7 +31,8 @@ def engine(experiment, tokenizer):
 
 
 def liking(engine, token, amount=1.0):
-    """The engine with a token made likelier everywhere: hidden states are pushed to a direction that it reads."""
+    """The engine with a token made likelier everywhere: hidden states are pushed to a direction
+    that it reads."""
     parameters = jax.tree.map(jnp.asarray, engine.parameters)
     output = parameters["output_DV"].at[:, token].set(amount)
     embedding = parameters["embedding_VD"] + 1.0
@@ -35,30 +42,36 @@ def liking(engine, token, amount=1.0):
 
 
 def uncached(engine, spans):
-    """Hidden states, logits and predictions of an unfinished document, run whole as in training."""
+    """Logits after an unfinished document, run in one piece as in training."""
     document = sequence(Document(tuple(spans)), engine.tokenizer, engine.experiment.image.patches)
     row = pack([(document, 0, len(document.tokens))], 96, engine.experiment.image)
     batch = jax.tree.map(jnp.asarray, stack([row]))
-    model = nnx.merge(engine.graph, engine.parameters)
     t = jnp.full_like(batch.image_start_BM, engine.experiment.sampler.context_timestep)
-    hidden, _ = model(batch, batch.latents_BMhwc, t)
-    return model.logits(hidden)[0, len(document.tokens) - 1]
+    return all_logits(engine.graph, engine.parameters, batch, t)[0, len(document.tokens) - 1]
 
 
-def test_greedy_text_is_the_argmax_of_the_uncached_model(engine):
+@functools.partial(jax.jit, static_argnums=0)
+def all_logits(graph, parameters, batch, t_BM):
+    model = nnx.merge(graph, parameters)
+    return model.logits(model(batch, batch.latents_BMhwc, t_BM)[0])
+
+
+def test_greedy_text_is_the_argmax_of_the_uncached_model(engine, experiment):
+    """BOI is barred exactly where an image has no room."""
     prompts = ["three plus four is", "a", "the sum of one and"]
-    engine = engine.using(max_tokens=6)
-    got = engine.generate([(p,) for p in prompts])
+    budget = experiment.image.span + 1
+    got = engine.using(max_tokens=budget).generate([(p,) for p in prompts])
     tokenizer = engine.tokenizer
     for prompt, spans in zip(prompts, got, strict=True):
         ids = [tokenizer.bos, *tokenizer.encode(prompt)]
         prompt_length = len(ids)
-        while len(ids) < prompt_length + 6:
-            logits = np.array(uncached(engine, [Text(ids)]))
-            logits[
-                [tokenizer.bos, tokenizer.boi, tokenizer.eoi]
-            ] = -np.inf  # no room for an image in 6 positions
-            token = int(logits[: tokenizer.size].argmax())
+        while (room := prompt_length + budget - len(ids)) > 0:
+            logits = np.array(uncached(engine, [Text(ids)]))[: tokenizer.size]
+            logits[[tokenizer.bos, tokenizer.eoi]] = -np.inf
+            if room < experiment.image.span:
+                logits[tokenizer.boi] = -np.inf
+            token = int(logits.argmax())
+            assert token != tokenizer.boi, "another seed is needed"
             if token == tokenizer.eos:
                 break
             ids.append(token)
@@ -66,12 +79,16 @@ def test_greedy_text_is_the_argmax_of_the_uncached_model(engine):
         assert spans == ([expected] if expected else [])
 
 
+def prefilled(engine, requests):
+    """Rows that have read their requests."""
+    batch, length = engine._read(requests)
+    keys = jax.random.split(jax.random.key(0), len(requests))
+    return engine._start(engine.parameters, batch, length, keys, capacity=96)
+
+
 def test_an_image_in_the_prompt_is_seen_as_in_training(engine, experiment):
     image = np.random.default_rng(0).uniform(-1, 1, experiment.image.shape).astype(np.float32)
-    rows = engine.using(max_tokens=1)
-    batch, length = rows._prompts([(image, "the digit")])
-    keys = jax.random.split(jax.random.key(0), 1)
-    got = rows._prefill(rows.parameters, batch, length, keys, capacity=64).logits_BV[0]
+    got = prefilled(engine, [(image, "the digit")]).logits_BV[0]
     spans = [
         Text([engine.tokenizer.bos]),
         Image(image, 1),
@@ -103,16 +120,13 @@ def test_a_drawn_image_equals_denoising_with_the_whole_uncached_sequence(
         return model(batch, noisy, jnp.full_like(batch.image_start_BM, t))[1][0, 0]
 
     def predict(x, t):
-        conditional, unconditional = (
-            predict_after(before, x, t),
-            predict_after([tokenizer.bos], x, t),
-        )
+        conditional = predict_after(before, x, t)
+        unconditional = predict_after([tokenizer.bos], x, t)
         return unconditional + experiment.sampler.guidance * (conditional - unconditional)
 
     def noise(i):
-        return jax.random.normal(
-            jax.random.fold_in(jax.random.fold_in(key, length), i), experiment.image.shape
-        )
+        place = jax.random.fold_in(key, length)
+        return jax.random.normal(jax.random.fold_in(place, i), experiment.image.shape)
 
     steps = sampler(experiment.sampler, diffusion)
     np.testing.assert_allclose(
@@ -120,13 +134,53 @@ def test_a_drawn_image_equals_denoising_with_the_whole_uncached_sequence(
     )
 
 
+def test_what_follows_a_drawn_image_sees_it_clean_and_closed(engine, tokenizer):
+    """After a drawing the next token's logits are those of a document with that image and EOI, as
+    in training; a row that was not drawing is as it was."""
+    drawing = liking(engine, tokenizer.boi)
+    rows = prefilled(drawing, [("a handwritten three",), ("one plus",)])
+    before = rows.logits_BV[1]
+    boi = jnp.full((2,), tokenizer.boi, jnp.int32)
+    drew = jnp.asarray([True, False])
+    rows = feed_and_mark(drawing, rows, boi, drew)
+    rows, images = drawing._draw_images(drawing.parameters, rows)
+    prompt = [tokenizer.bos, *tokenizer.encode("a handwritten three")]
+    expected = uncached(drawing, [Text(prompt), Image(np.asarray(images[0]), 1)])
+    np.testing.assert_allclose(rows.logits_BV[0], expected, atol=1e-4)
+    assert int(rows.length_B[0]) == len(prompt) + drawing.experiment.image.span
+    np.testing.assert_array_equal(rows.logits_BV[1], before)
+    assert rows.status_B.tolist() == [TEXT, DONE]
+    # And so on from there: the uncached model after one more token.
+    token = tokenizer.encode("is")[0]
+    rows = feed_and_mark(drawing, rows, jnp.full((2,), token, jnp.int32), drew)
+    spans = [Text(prompt), Image(np.asarray(images[0]), 1), Text([token])]
+    np.testing.assert_allclose(rows.logits_BV[0], uncached(drawing, spans), atol=1e-4)
+
+
+def feed_and_mark(engine, rows, token_B, advance_B):
+    """The rows after one more token where `advance` says so, in IMAGE there and DONE elsewhere."""
+    rows = feed(nnx.merge(engine.graph, engine.parameters), rows, token_B, advance_B=advance_B)
+    return rows._replace(status_B=jnp.where(advance_B, IMAGE, DONE))
+
+
 def test_text_and_images_alternate_until_the_budget(engine, tokenizer):
     drawing = liking(engine, tokenizer.boi).using(max_tokens=45)
     spans = drawing.generate([("a",), ("three plus",)])
     for request in spans:
-        # BOI is barred where an image has no room left, so what follows two images of 18 positions is text.
+        # An image takes 18 positions; after two of them BOI is barred, and text follows.
         assert [type(s) for s in request[:2]] == [np.ndarray, np.ndarray]
         assert sum(isinstance(s, np.ndarray) for s in request) == 2
+
+
+def test_spans_are_streamed_as_they_come(engine, tokenizer):
+    drawing = liking(engine, tokenizer.boi).using(max_tokens=40)
+    requests = [("a",), ("three plus",)]
+    streamed = list(drawing.stream(requests, 4))
+    assert [row for row, _ in streamed[:4]] == [0, 1, 0, 1]
+    for row, expected in enumerate(drawing.generate(requests, 4)):
+        spans = [span for number, span in streamed if number == row]
+        for got, span in zip(spans, expected, strict=True):
+            np.testing.assert_array_equal(got, span)
 
 
 def test_eos_stops_the_text(engine, tokenizer):
@@ -146,9 +200,41 @@ def test_a_request_does_not_depend_on_the_batch_around_it(engine, tokenizer):
                 np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+def test_equal_requests_draw_apart(engine, tokenizer):
+    """Text and images of one batch, and two images of one request, have random numbers of their
+    own."""
+    drawing = liking(engine, tokenizer.boi).using(max_tokens=40)
+    spans = drawing.generate([("a",)] * 3, seed=1)
+    images = [span for request in spans for span in request[:2]]
+    for i, image in enumerate(images):
+        for other in images[:i]:
+            assert np.abs(image - other).max() > 0.05
+    writing = engine.using(temperature=1.0)
+    texts = [request[0] for request in writing.generate([("three plus",)] * 4, seed=1)]
+    assert len(set(map(str, texts))) == 4
+
+
+@pytest.mark.parametrize("temperature, share", [(0.5, 0.9), (1.0, 0.75), (2.0, 0.634)])
+def test_temperature_divides_the_logits(temperature, share):
+    """Of two tokens with odds of 3, a share of 3^(1 / T) / (1 + 3^(1 / T)); one key a row."""
+    count = 4000
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray([1.0, 3.0])), (count, 2))
+    keys = jax.random.split(jax.random.key(0), count)
+    nothing = jnp.zeros((count,), jnp.int32)
+    rows = Rows(None, nothing, logits, nothing, keys)
+    drawn = choose(logits, rows, temperature)
+    assert float(drawn.mean()) == pytest.approx(share, abs=0.025)  # four standard errors at most
+    later = choose(logits, rows._replace(length_B=nothing + 1), temperature)
+    assert 0.05 < float((drawn != later).mean()) < 0.95
+    assert (choose(logits, rows, 0) == 1).all()
+
+
 def test_seeds_and_settings_matter(engine, tokenizer):
     drawing = liking(engine, tokenizer.boi).using(max_tokens=20)
-    image = lambda e, seed=0: e.generate([("a",)], seed)[0][0]  # noqa: E731
+
+    def image(engine, seed=0):
+        return engine.generate([("a",)], seed)[0][0]
+
     np.testing.assert_array_equal(image(drawing), image(drawing))
     assert np.abs(image(drawing) - image(drawing, 1)).max() > 0.01
     assert np.abs(image(drawing) - image(drawing.using(guidance=1.0))).max() > 1e-4
@@ -157,3 +243,37 @@ def test_seeds_and_settings_matter(engine, tokenizer):
         engine.using(steps=2000)
     with pytest.raises(ValueError, match="more than data.row_length=96"):
         engine.check([("zebra " * 100,)])
+
+
+def test_an_image_fits_into_the_least_max_tokens(engine, experiment, tokenizer):
+    """BOI, the patches and EOI; one position less is refused."""
+    span = experiment.image.span
+    assert span == 18
+    (spans,) = liking(engine, tokenizer.boi).using(max_tokens=span).generate([("a",)])
+    assert [type(s) for s in spans] == [np.ndarray]
+    line = (
+        "sampler.max_tokens=17 has no room for an image: BOI, 16 patches and EOI take 18 positions"
+    )
+    with pytest.raises(ValueError, match=line):
+        engine.using(max_tokens=span - 1)
+
+
+def test_the_paper_can_draw(experiment):
+    assert SamplerConfig().max_tokens > ImageConfig().span == 258
+
+
+def test_a_stored_experiment_without_room_for_an_image_is_given_it(experiment):
+    """As 256 positions and images of 258 once were stored; the line says how to change it."""
+    values = json.loads(stored_config.dumps(experiment))
+    values["sampler"]["max_tokens"] = 17
+    said = []
+    loaded = stored_config.loads(json.dumps(values), "runs/old/config.json", report=said.append)
+    assert loaded == replace(experiment, sampler=replace(experiment.sampler, max_tokens=18))
+    assert said == [
+        "runs/old/config.json: sampler.max_tokens=17 has no room for an image, which takes 18 "
+        "positions; 18 is used instead, --max-tokens changes it"
+    ]
+    assert (
+        stored_config.loads(stored_config.dumps(experiment), "", report=said.append) == experiment
+    )
+    assert len(said) == 1

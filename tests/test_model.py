@@ -12,10 +12,10 @@ from flax import nnx
 
 from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
-from transfusion_jax.model.patches.linear import patchify, unpatchify
+from transfusion_jax.model.build import abstract_model, build
+from transfusion_jax.model.patches.grid import patchify, unpatchify
 from transfusion_jax.model.rope import rotate, rotation
 from transfusion_jax.model.transformer import KVCache
-from transfusion_jax.model.transfusion import abstract_model, build
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 

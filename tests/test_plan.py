@@ -10,21 +10,29 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packings
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from transfusion_jax.commands.main import load_experiment, main
-from transfusion_jax.config import TABLE_2, DataConfig, Experiment, MeshConfig, ModelConfig
+from transfusion_jax.config import (
+    TABLE_2,
+    DataConfig,
+    Experiment,
+    ImageConfig,
+    MeshConfig,
+    ModelConfig,
+)
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.intervals import Intervals
-from transfusion_jax.model.transfusion import abstract_model
+from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning import topology as topology_lib
 from transfusion_jax.planning.plan import Memory, _bytes_asked_for, make_plan
 from transfusion_jax.planning.program import read_program
-from transfusion_jax.planning.rows import Rows, model_flops, row_work, sample_rows
+from transfusion_jax.planning.rows import Rows, model_flops, row_work, rows_of, sample_rows
 from transfusion_jax.planning.search import parts_of, remedies, search
 from transfusion_jax.planning.topology import CHIPS, find_topology, larger
 
@@ -160,19 +168,19 @@ def test_work_of_rows_is_counted_from_their_intervals():
     """Two rows of 8 in blocks of 4: one causal, one of two documents with padding."""
     start = jnp.asarray([[0] * 8, [0, 0, 0, 3, 3, 0, 0, 0]], jnp.int32)
     end = jnp.asarray([range(1, 9), [1, 2, 3, 4, 5, 0, 0, 0]], jnp.int32)
-    rows = Rows(Intervals(start, end), 0.5, "by hand")
+    rows = Rows(Intervals(start, end), 0.5, 3.0, "by hand")
     work = row_work(rows, 4)
     # The first block of queries sees one block of keys in either row, the second sees two.
-    assert (work.pairs, work.walked_blocks, work.visited_pairs) == ((36 + 9) / 2, 3 / 2, 3 * 16)
-    assert row_work(rows, 0).visited_pairs == 64
+    assert (work.pairs, work.loop_blocks, work.computed_pairs) == ((36 + 9) / 2, 3 / 2, 3 * 16)
+    assert row_work(rows, 0).computed_pairs == 64
 
 
 def test_rows_that_a_device_has_together_walk_over_the_blocks_between():
     """One sees the first block of three, the other the last, so chunked attention walks over all of them for both."""
     start = jnp.asarray([[0] * 6, [4] * 6], jnp.int32)
-    rows = Rows(Intervals(start, start + 1), 0.0, "by hand")
-    assert (row_work(rows, 2, 1).walked_blocks, row_work(rows, 2, 2).walked_blocks) == (1, 3)
-    assert row_work(rows, 2, 2).visited_pairs == 3 * 4
+    rows = Rows(Intervals(start, start + 1), 0.0, 0.0, "by hand")
+    assert (row_work(rows, 2, 1).loop_blocks, row_work(rows, 2, 2).loop_blocks) == (1, 3)
+    assert row_work(rows, 2, 2).computed_pairs == 3 * 4
 
 
 def test_model_flops_are_those_of_the_products_with_parameters():
@@ -194,11 +202,31 @@ def test_model_flops_are_those_of_the_products_with_parameters():
 
     program = read_program(jax.jit(forward).lower(parameters, batch).compile().as_text())
     square = Intervals(jnp.zeros((2, 512), jnp.int32), jnp.full((2, 512), 512, jnp.int32))
-    # The slots are computed whether they hold an image or not.
-    ours = model_flops(
-        parameters, experiment, row_work(Rows(square, float(experiment.image_slots), "by hand"), 0)
-    )
+    # Logits of every position and patches of every slot are computed here, whatever the rows hold.
+    rows = Rows(square, float(experiment.image_slots), 512.0, "by hand")
+    ours = model_flops(nnx.merge(graph, parameters), experiment, row_work(rows, 0))
     assert ours / 3 == pytest.approx(program.flops, rel=1e-3)
+
+
+def test_logits_without_a_target_are_no_model_flops():
+    """Two rows: of text alone, and of an image, whose patches and padding have no text target."""
+    experiment = Experiment(
+        "small",
+        image=ImageConfig(4, 4, 1, 2),
+        model=ModelConfig(layers=1, width=64, heads=2, mlp_width=192, vocab_size=384),
+        data=DataConfig(row_length=packings.LENGTH, batch_rows=2),
+    )
+    model = nnx.merge(*abstract_model(experiment))
+    text, image = (
+        rows_of(packings.batch([row]), packings.P, "by hand") for row in ("t" * 36, "tItt")
+    )
+    assert (text.targets, image.targets, text.images, image.images) == (36, 3, 0, 1)
+    work = row_work(text, 0)
+    fewer = replace(work, targets=image.targets)
+    apart = model_flops(model, experiment, work) - model_flops(model, experiment, fewer)
+    assert apart == 2 * 6 * (36 - 3) * 64 * 384
+    both = rows_of(packings.batch(["t" * 36, "tItt"]), packings.P, "by hand")
+    assert (both.targets, both.images) == ((36 + 3) / 2, 1 / 2)
 
 
 @needs_libtpu

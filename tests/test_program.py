@@ -28,7 +28,7 @@ INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 def by_kind(program: Program) -> dict[str, tuple[float, float, set]]:
-    """Bytes that a device sends in one run, executions, and groups."""
+    """Bytes that a device sends in one run, how often, and groups."""
     kinds = {}
     for c in program.collectives:
         sent, times, groups = kinds.get(c.kind, (0, 0, set()))

@@ -22,11 +22,6 @@ class DiffusionConfig:
             0 <= self.noise_limit <= self.steps,
             f"diffusion.noise_limit={self.noise_limit} must be in 0..diffusion.steps={self.steps}",
         )
-        require(
-            (self.prediction == "flow") == (self.schedule == "flow"),
-            f"diffusion.prediction={self.prediction!r} does not fit "
-            f"diffusion.schedule={self.schedule!r}",
-        )
 
     @property
     def context_limit(self) -> int:
@@ -51,8 +46,9 @@ class SamplerConfig:
     choice)."""
     temperature: float = 0.0
     """Of text; 0 is greedy (the paper)."""
-    max_tokens: int = 256
-    """Positions a request may add after its prompt, image positions included."""
+    max_tokens: int = 1024
+    """Positions that a request may add after its prompt, those of images included. The paper's
+    image takes 258."""
 
     def __post_init__(self):
         require(self.steps > 0, f"sampler.steps={self.steps} must be positive")

@@ -8,6 +8,7 @@ choice".
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transfusion_jax.config.data import DataConfig, TokenizerConfig
 from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
@@ -19,6 +20,20 @@ from transfusion_jax.errors import require
 @dataclass(frozen=True)
 class Experiment:
     """Everything that varies between two runs."""
+
+    RESUMABLE: ClassVar[tuple[str, ...]] = (
+        "mesh.",
+        "model.remat",
+        "model.attention",
+        "data.prefetch",
+        "data.max_epochs",
+        "train.accumulation",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "sampler.",
+    )
+    """Beginnings of the names of fields that do not change what is trained, so a run may be resumed with others."""
 
     name: str
     image: ImageConfig = ImageConfig()
@@ -39,6 +54,11 @@ class Experiment:
             self.data.row_length >= shortest,
             f"data.row_length={self.data.row_length} is shorter than one image: BOS, BOI, "
             f"{self.image.patches} patches, EOI and EOS take {shortest}",
+        )
+        require(
+            self.sampler.max_tokens >= self.image.span,
+            f"sampler.max_tokens={self.sampler.max_tokens} has no room for an image: BOI, "
+            f"{self.image.patches} patches and EOI take {self.image.span} positions",
         )
         require(
             self.sampler.steps <= self.diffusion.steps,

@@ -3,24 +3,21 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from transfusion_jax.config.experiment import Experiment
-
-# Fields that do not change what is trained, so a run may be resumed with others.
-RESUMABLE = (
-    "mesh.", "model.remat", "model.attention", "data.prefetch", "data.max_epochs", "train.accumulation",
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every",
-)  # fmt: skip
+from transfusion_jax.config.model import ImageConfig
 
 
-def differences(stored: Experiment, asked: Experiment) -> list[str]:
-    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`."""
+def differences(stored: Any, asked: Any) -> list[str]:
+    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`: all that differ, but those that
+    the experiments' class lets change (`RESUMABLE`)."""
     old, new = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(asked))
     return [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old | new)
-        if old.get(name) != new.get(name) and not name.startswith(RESUMABLE)
+        if old.get(name) != new.get(name) and not name.startswith(type(asked).RESUMABLE)
     ]
 
 
@@ -29,13 +26,40 @@ def dumps(experiment: Experiment) -> str:
     return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
 
 
-def loads(text: str, name: str, kind: type = Experiment) -> Any:
-    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold
-    one of this kind."""
+def loads(
+    text: str,
+    name: str,
+    kind: type = Experiment,
+    report: Callable[[str], None] | None = None,
+) -> Any:
+    """The experiment of a JSON text.
+
+    Args:
+      name: of the text, for messages.
+      report: is told what had to change in an experiment stored by an earlier version.
+
+    Raises:
+      ValueError: the text does not hold an experiment of this kind.
+    """
     try:
-        return _build(kind, json.loads(text))
+        values = json.loads(text)
+        if kind is Experiment and (change := _make_room_for_an_image(values)) and report:
+            report(f"{name}: {change}")
+        return _build(kind, values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} does not hold an experiment of this version: {error}") from error
+
+
+def _make_room_for_an_image(values: dict) -> str:
+    """Raises `sampler.max_tokens` where no image fits into it, which was not refused once; says so."""
+    sampler, span = values["sampler"], _build(ImageConfig, values["image"]).span
+    if (stored := sampler["max_tokens"]) >= span:
+        return ""
+    sampler["max_tokens"] = span
+    return (
+        f"sampler.max_tokens={stored} has no room for an image, which takes {span} positions; "
+        f"{span} is used instead, --max-tokens changes it"
+    )
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -89,10 +89,21 @@ class Data:
         rows = self.experiment.data.batch_rows // blocks
         return self.rows().batch(rows, drop_remainder=True, batch_fn=stack)[block::blocks]
 
-    def once(self, batch_rows: int) -> Iterator[Batch]:
-        """Every row of every source once, in order; empty rows fill up the last batch."""
+    def once(self, batch_rows: int, most: int | None = None) -> Iterator[Batch]:
+        """Every row of every source once, in order; empty rows fill up the last batch.
+
+        With `most`, at most so many rows, evenly spaced over all of them.
+        """
         rng = np.random.default_rng(self.experiment.train.seed)
-        rows = (self.row(source, r, rng) for source in self.sources for r in range(len(source)))
+        total = sum(len(source) for source in self.sources)
+        count = total if most is None else min(most, total)
+        ends = np.cumsum([len(source) for source in self.sources])
+        places = (total * (2 * i + 1) // (2 * count) for i in range(count))
+        found = ((place, int(np.searchsorted(ends, place, side="right"))) for place in places)
+        rows = (
+            self.row(self.sources[at], place - int(ends[at]) + len(self.sources[at]), rng)
+            for place, at in found
+        )
         empty = pack([], self.experiment.data.row_length, self.experiment.image)
         while batch := list(itertools.islice(rows, batch_rows)):
             yield stack(batch + [empty] * (batch_rows - len(batch)))

@@ -1,12 +1,14 @@
 """Samplers: from noise to an image along a subset of the training timesteps.
 
-One step from timestep t to an earlier s, given the predicted (x_0, epsilon) at t (Song et al. 2021, equation 12):
+One step from timestep t to an earlier s, with the predicted (x_0, epsilon) at t (Song et al. 2021,
+equation 12):
 
     x_s = alpha_s x_0 + sqrt(sigma_s^2 - c^2) epsilon + c z,    z ~ N(0, I)
     c   = eta * sigma_s * sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)
 
-DDIM is eta = 0: deterministic. Ancestral DDPM is eta = 1: c^2 is then the variance of the true posterior
-q(x_s | x_t, x_0) (Ho et al. 2020, equation 7; the "small" variance). The paper does not say which it used.
+DDIM is eta = 0: deterministic. Ancestral DDPM is eta = 1: c^2 is then the variance of the true
+posterior q(x_s | x_t, x_0) (Ho et al. 2020, equation 7; the "small" variance). The paper does not
+say which it used.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from transfusion_jax.diffusion.process import Process
 
 
 def timesteps(training_steps: int, sampling_steps: int) -> np.ndarray:
-    """`sampling_steps` + 1 decreasing timesteps, evenly spaced from T - 1, ending at -1, the clean image."""
+    """`sampling_steps` + 1 timesteps, evenly spaced, from T - 1 down to -1, the clean image."""
     return np.round(np.linspace(training_steps - 1, -1, sampling_steps + 1)).astype(np.int32)
 
 
@@ -33,19 +35,18 @@ class Sampler:
     eta: float
     """0: DDIM; 1: ancestral DDPM."""
     clip: float = 0.0
-    """Clip the predicted x_0 to [-clip, clip]; 0 never. Near t = T, x_0 = (x_t - sigma epsilon) / alpha divides by
-    almost nothing, and a clip well outside the data keeps that step's error small."""
+    """Clip the predicted x_0 to [-clip, clip], and recompute epsilon from it; 0: never. Near t = T,
+    x_0 = (x_t - sigma epsilon) / alpha divides by almost nothing, and a clip well outside the data
+    keeps the error of that step small."""
 
     def step(self, x_t: Array, predicted: Array, t: Array, s: Array, z: Array) -> Array:
         """x_s from x_t; `t` and `s` are scalars, `z` is standard normal."""
         schedule = self.process.schedule
+        alpha_t = schedule.alpha(t)
+        sigma_t = schedule.sigma(t)
+        alpha_s = schedule.alpha(s)
+        sigma_s = schedule.sigma(s)
         clean, noise = self.process.split(x_t, predicted, t)
-        alpha_t, sigma_t, alpha_s, sigma_s = (
-            schedule.alpha(t),
-            schedule.sigma(t),
-            schedule.alpha(s),
-            schedule.sigma(s),
-        )
         if self.clip:
             clean = jnp.clip(clean, -self.clip, self.clip)
             noise = (x_t - alpha_t * clean) / sigma_t
@@ -59,9 +60,10 @@ class Sampler:
         predict: Callable[[Array, Array], Array],
         fresh_noise: Callable[[Array], Array],
     ) -> Array:
-        """Runs all steps from `start`, standard normal noise of any shape; usable inside jit.
+        """All steps from `start`, standard normal noise of any shape; usable inside jit.
 
-        `predict(x_t, t)` is the network, with a scalar t; `fresh_noise(i)` is the standard normal z of step i.
+        `predict(x_t, t)` is the network, with a scalar t; `fresh_noise(i)` is the standard normal z
+        of step i.
         """
         path = jnp.asarray(timesteps(self.process.schedule.steps, self.steps))
 

@@ -1,21 +1,18 @@
-"""Exact answers to comparisons, those of training and those held out apart."""
+"""Suite `comparisons`: exact answers to comparisons, those of training and those held out apart."""
+
+from pathlib import Path
 
 from transfusion_jax.data.sources.comparisons import problems
+from transfusion_jax.evaluation.sums import exact_share
 from transfusion_jax.generation.engine import Engine
 
 
-def comparisons(engine: Engine) -> dict:
-    """`comparison_accuracy`, `comparison_accuracy_held_out`: share of prompts answered exactly right.
+def comparisons(engine: Engine, samples: Path, rows: int | None) -> dict:
+    """`comparison_accuracy`, `comparison_accuracy_held_out`: share of prompts answered exactly.
 
-    One of the two numbers, at random, is right for half of them.
+    A model that answers with one of the two numbers at random is right for half of them.
     """
     return {
-        "comparison_accuracy": _accuracy(engine, problems("train")),
-        "comparison_accuracy_held_out": _accuracy(engine, problems("held_out")),
+        "comparison_accuracy": exact_share(engine, problems("train")),
+        "comparison_accuracy_held_out": exact_share(engine, problems("held_out")),
     }
-
-
-def _accuracy(engine: Engine, asked: list[tuple[str, str]]) -> float:
-    answers = engine.using(temperature=0.0).generate([(prompt,) for prompt, _ in asked])
-    right = [spans == [answer] for spans, (_, answer) in zip(answers, asked, strict=True)]
-    return sum(right) / len(right)

@@ -22,8 +22,8 @@ SENT = {
 @dataclass(frozen=True)
 class Collective:
     kind: str  # one of SENT
-    bytes_sent: float  # by one device, in one execution, at the least
-    times: float  # executions in one run of the program
+    bytes_sent: float  # by one device each time, at the least
+    times: float  # in one run of the program
     group: tuple[
         int, ...
     ]  # devices, as their places in the mesh: the first group, or the first (source, target)

@@ -23,7 +23,7 @@ SAME = {"copy", "bitcast", "convert", "reshape"}  # of a scalar
 Scalar = tuple[int | None, int]
 
 
-def executions(program: Computations, unknown_trips: float) -> dict[str, float]:
+def run_counts(program: Computations, unknown_trips: float) -> dict[str, float]:
     """By name. Every branch of a conditional counts as taken; a loop of unknown length runs `unknown_trips` times."""
     times = dict.fromkeys(program, 0.0)
     *_, entry = program

@@ -1,9 +1,9 @@
-"""Plans: the training step, compiled for TPUs that are not there, and what it will ask of them.
+"""Plans: the training step compiled for TPUs you do not have, and what it takes there.
 
-The step is the one that training runs (`training/step.py`), on the shapes of its state and batch. What the compiler
-says of its memory decides whether it fits. Its time is a roofline: the longest of computing, of moving data to and from
-memory and of moving them between chips, each at the published rate, as if all three overlapped. So it is a bound, not a
-forecast.
+The step is the one that training runs (`pretraining/step.py`), on the shapes of its state and batch. It fits if
+the compiler's figure for its memory does. Its time is a roofline: the longest of computing, of memory traffic
+and of traffic between chips, each at the published rate, as if all three overlapped. That is a lower bound, not
+a forecast.
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import nnx
 
+from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
@@ -26,7 +28,8 @@ from transfusion_jax.planning.topology import HOST, Topology
 from transfusion_jax.pretraining.state import Blueprint, blueprint
 from transfusion_jax.pretraining.step import compiled_step
 
-# FLOPs of a kernel for each pair of a query and a key and each value of a head: two for every product it takes.
+# FLOPs of a kernel for each pair of a query and a key and each value of a head: two for each product
+# with them.
 KERNEL_FLOPS = {"interval_attention": 4, "interval_attention_dq": 6, "interval_attention_dkv": 8}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -39,9 +42,9 @@ class Memory:
     """The state and a batch."""
     temporaries: int
     peak: int
-    """Arguments, temporaries, what results need beside the arguments that they replace, and the program itself."""
+    """Arguments, temporaries, results that do not replace an argument, and the program itself."""
     memory: int
-    """What there is."""
+    """What the compiler may use."""
     host: int = 0
     """In the memory of the host, for each chip (remat offload)."""
 
@@ -51,12 +54,12 @@ class Costs:
     """What one step takes, where it fits."""
 
     hardware_flops: float
-    """All chips together, work that is done again included."""
+    """All chips together, recomputation included."""
     collective_bytes: dict[str, float]
     """Sent by one chip, by kind of collective."""
     seconds: dict[str, float]
-    """At published rates: compute, memory, interconnect, network between slices, and the host's memory, there and back.
-    """
+    """At published rates: compute, memory, interconnect, network between slices, and transfers to the
+    host's memory and back."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ class Plan:
     costs: Costs | None
     compile_seconds: float
     unsharded: dict[str, int]
-    """The largest parameters, and arrays of a batch, of which every device has a whole copy, in bytes."""
+    """The largest parameters, and arrays of a batch, that every device has in full, in bytes."""
     rows: str
-    """Those on which attention was counted."""
+    """Where the rows on which work was counted come from."""
 
     @property
     def fits(self) -> bool:
@@ -121,33 +124,33 @@ class Plan:
 
 
 def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
-    """Compiles the training step of `experiment` for `topology`; attention is counted on `rows`.
+    """Compiles the training step of `experiment` for `topology`; its work is counted on `rows`.
 
     Raises:
       ValueError: the experiment's mesh does not fit the topology or does not divide what it cuts.
     """
     mesh = make_mesh(experiment.mesh, list(topology.devices))
-    whole = blueprint(experiment, mesh)
-    experiment = whole.experiment  # with the attention of this platform
+    planned = blueprint(experiment, mesh)
+    experiment = planned.experiment  # with the attention of this platform
     batch = abstract_batch(experiment, mesh)
     begin = time.perf_counter()
-    memory, compiled = compile_step(whole, batch, topology)
+    memory, compiled = compile_step(planned, batch, topology)
     seconds = time.perf_counter() - begin
     model, parts = experiment.model, experiment.train.accumulation
     together = experiment.data.batch_rows // (parts * mesh.shape["data"] * mesh.shape["fsdp"])
     work = row_work(rows, model.attention_block or DEFAULT_BLOCK.get(model.attention, 0), together)
     costs = None
     if compiled is not None:
-        program = read_program(compiled.as_text(), unknown_trips=work.walked_blocks)
+        program = read_program(compiled.as_text(), unknown_trips=work.loop_blocks)
         costs = costs_of(program, experiment, topology, work, list(mesh.devices.flat), memory.host)
-    parameters = whole.abstract.parameters
+    parameters = planned.abstract.parameters
     return Plan(
         experiment=experiment,
         topology=topology,
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(parameters)),
         memory=memory,
-        model_flops=model_flops(parameters, experiment, work),
+        model_flops=model_flops(nnx.merge(planned.graph, parameters), experiment, work),
         costs=costs,
         compile_seconds=seconds,
         unsharded=unsharded({"batch": vars(batch), **parameters}),
@@ -155,8 +158,8 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
     )
 
 
-def abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Any:
-    """The shapes of a batch, and where its rows go."""
+def abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Batch:
+    """The shapes of a batch, and the placement of its rows."""
     rows, sharding = experiment.data.batch_rows, batch_sharding(mesh)
     row = pack([], experiment.data.row_length, experiment.image)
     return jax.tree.map(
@@ -165,35 +168,30 @@ def abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Any:
 
 
 def compile_step(
-    whole: Blueprint, batch: Any, topology: Topology
+    planned: Blueprint, batch: Batch, topology: Topology
 ) -> tuple[Memory, jax.stages.Compiled | None]:
-    """The compiled step and its memory; None instead of the step if the compiler finds no room for it."""
-    here = topology.devices_per_chip
-    with jax.set_mesh(jax.tree.leaves(whole.abstract)[0].sharding.mesh):
-        lowered = compiled_step(whole).lower(whole.abstract, batch)
+    """The compiled step and its memory; None instead of the step if it does not fit into memory."""
+    here, memory = topology.devices_per_chip, topology.chip.memory
+    with jax.set_mesh(jax.tree.leaves(planned.abstract)[0].sharding.mesh):
+        lowered = compiled_step(planned).lower(planned.abstract, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            arguments = sum(map(bytes_here, jax.tree.leaves((whole.abstract, batch))))
+            arguments = sum(map(bytes_here, jax.tree.leaves((planned.abstract, batch))))
             peak = _bytes_asked_for(str(error), arguments)
-            return Memory(
-                here * arguments, here * (peak - arguments), here * peak, topology.chip.memory
-            ), None
+            return Memory(here * arguments, here * (peak - arguments), here * peak, memory), None
     said = compiled.memory_analysis()
     results = said.output_size_in_bytes - said.alias_size_in_bytes
-    peak = (
-        said.argument_size_in_bytes
-        + said.temp_size_in_bytes
-        + results
-        + said.generated_code_size_in_bytes
+    taken = (
+        said.argument_size_in_bytes + said.temp_size_in_bytes + said.generated_code_size_in_bytes
     )
     return Memory(
         arguments=here * said.argument_size_in_bytes,
         temporaries=here * said.temp_size_in_bytes,
-        peak=here * peak,
-        memory=topology.chip.memory,
+        peak=here * (taken + results),
+        memory=memory,
         host=here * said.host_temp_size_in_bytes,
     ), compiled
 
@@ -207,7 +205,7 @@ def bytes_here(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _bytes_asked_for(message: str, arguments: int) -> int:
-    """The memory that a program which was refused would take, as the compiler's message has it."""
+    """The memory that a refused program would take, by the compiler's message."""
     number = r"([\d.]+)([KMGT])"
     if used := re.search(rf"Used {number} of [\d.]+[KMGT] hbm", message):
         return int(float(used[1]) * UNITS[used[2]])
@@ -228,11 +226,11 @@ def costs_of(
 
     Args:
       order: the devices as the program numbers them.
-      host: bytes of the host's memory that each part of the batch fills and empties, for each chip.
+      host: bytes of the host's memory that each microbatch fills and empties, for each chip.
     """
     model, chip, here = experiment.model, topology.chip, topology.devices_per_chip
-    # Each run of a kernel takes one layer of all rows that have their turn together.
-    pairs = work.visited_pairs * experiment.data.batch_rows / experiment.train.accumulation
+    # Each run of a kernel takes one layer of all rows of a microbatch.
+    pairs = work.computed_pairs * experiment.data.batch_rows / experiment.train.accumulation
     kernels = sum(
         KERNEL_FLOPS[name] * times * model.width * pairs for name, times in program.kernels.items()
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transfusion_jax.planning.collectives import Collective, read_collective
 from transfusion_jax.planning.flops import flops
 from transfusion_jax.planning.hlo import Instruction, parse
-from transfusion_jax.planning.loop_counts import executions
+from transfusion_jax.planning.loop_counts import run_counts
 from transfusion_jax.planning.traffic import traffic
 
 
@@ -19,7 +19,7 @@ class Program:
     flops: float  # two for each multiply-add of dots and convolutions; what kernels do inside is not known
     hbm_bytes: float  # read from and written to main memory
     collectives: tuple[Collective, ...]
-    kernels: dict[str, float]  # executions of Pallas kernels by name
+    kernels: dict[str, float]  # by name, how often each Pallas kernel runs
 
 
 def read_program(text: str, unknown_trips: float = 1.0) -> Program:
@@ -29,7 +29,7 @@ def read_program(text: str, unknown_trips: float = 1.0) -> Program:
     """
     program = parse(text)
     total_flops, hbm_bytes, collectives, kernels = 0.0, 0.0, [], Counter()
-    for name, times in executions(program, unknown_trips).items():
+    for name, times in run_counts(program, unknown_trips).items():
         if not times:
             continue
         computation = program[name]

@@ -1,4 +1,4 @@
-"""The pictures that an autoencoder is trained on, and their order: a pure function of (seed, step)."""
+"""The pictures that an autoencoder is trained on; their order is a function of (seed, step)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -68,7 +68,8 @@ def pictures(experiment: AutoencoderExperiment, split: str) -> Sequence[np.ndarr
         return digits.load(split)[0]
     if not (experiment.data and Path(experiment.data).is_dir()):
         raise ValueError(
-            f"data={experiment.data!r} is neither 'scenes', 'digits', nor a directory of prepared pictures"
+            f"data={experiment.data!r} is neither 'scenes', 'digits', nor a directory of prepared "
+            "pictures"
         )
     dataset = open_dataset(Path(experiment.data))
     require(
@@ -88,7 +89,10 @@ def pictures(experiment: AutoencoderExperiment, split: str) -> Sequence[np.ndarr
 
 
 def batches(experiment: AutoencoderExperiment, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-    """Item s is block `block` of the `blocks` equal parts of global batch s; every epoch has an order of its own."""
+    """Item s is block `block` of the `blocks` equal parts of global batch s.
+
+    Every epoch has an order of its own.
+    """
     stream = (
         grain.MapDataset.source(pictures(experiment, "train"))
         .seed(experiment.train.seed)
@@ -99,7 +103,7 @@ def batches(experiment: AutoencoderExperiment, block: int = 0, blocks: int = 1) 
 
 
 def fingerprint(found: Sequence[np.ndarray]) -> str:
-    """A digest of how many pictures there are and of some of them: another means that they changed under a run."""
+    """A digest of the number of pictures and of some of them, to notice that they changed."""
     digest = hashlib.sha256(str(len(found)).encode())
     for index in np.linspace(0, len(found) - 1, 16).astype(int):
         digest.update(np.ascontiguousarray(found[index]).tobytes())

@@ -1,8 +1,8 @@
-"""Which blocks of queries and keys a kernel visits: a list of pairs, made from the intervals before it starts.
+"""The pairs of blocks that a kernel computes, listed from the intervals before it starts.
 
-A pair (block of queries, block of keys) is on the list if some query of the one sees some key of the other, so what
-lies outside every interval is neither computed nor fetched. The list is sorted by query block, where the kernel sums
-over keys (the output, dq), or by key block, where it sums over queries (dk, dv); the pairs of one sum are neighbours.
+A pair (block of queries, block of keys) is on the list if some query in it sees some key in it, so blocks outside
+every interval are neither computed nor fetched. The list is sorted by query block where the kernel sums over keys
+(the output, dq), and by key block where it sums over queries (dk, dv): the pairs of one sum are neighbours.
 """
 
 from typing import NamedTuple
@@ -10,15 +10,16 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-# What is true of a visit, as bits of its flags.
+# Bits of a pair's flags.
 VISIBLE = 1  # some query sees some key
 FULL = 2  # every query sees every key, so nothing is masked
 FIRST = 4  # of its sum
 LAST = 8  # of its sum
 
 
-class Visits(NamedTuple):
-    """[T] int32 each, of which the first `count` are visits: the row, its two blocks, and flags."""
+class BlockPairs(NamedTuple):
+    """Four int32 arrays of one length, of which the first `count` entries are pairs: the row, its two blocks, and
+    flags."""
 
     row: Array
     query: Array
@@ -42,25 +43,26 @@ def visible_blocks(
     return some, every
 
 
-def visits(some: Array, every: Array, *, by: str) -> tuple[Visits, Array]:
-    """The visits and their number, sorted by row, then by the block of `by` ("query" or "key"), then by the other.
+def block_pairs(some: Array, every: Array, *, by: str) -> tuple[BlockPairs, Array]:
+    """The pairs and their number, sorted by row, then by the block of `by` ("query" or "key"), then by the other.
 
-    A block that takes part in no pair still gets one visit, without VISIBLE, since its (zero) sum has to be written.
-    That visit names the block that the row fetched last, so nothing is fetched for it.
+    A block that is in no pair still gets one, without VISIBLE, since its (zero) sum has to be written. That pair names
+    the block that the row fetched last, so nothing is fetched for it.
     """
     if by == "key":
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
     inner = jnp.arange(some.shape[2], dtype=jnp.int32)[None, :]
     fetched_last = jnp.where(some.any(1), inner, 0).max(1, keepdims=True)
     none = ~some.any(2, keepdims=True)
-    visited = some | (none & (inner == fetched_last)[:, None, :])
+    listed = some | (none & (inner == fetched_last)[:, None, :])
 
-    at = jnp.flatnonzero(visited, size=visited.size, fill_value=0).astype(jnp.int32)
+    at = jnp.flatnonzero(listed, size=listed.size, fill_value=0).astype(jnp.int32)
     total, inner = jnp.divmod(at, some.shape[2])
     row, outer = jnp.divmod(total, some.shape[1])
-    count, step = visited.sum(dtype=jnp.int32), jnp.arange(visited.size, dtype=jnp.int32)
+    count, step = listed.sum(dtype=jnp.int32), jnp.arange(listed.size, dtype=jnp.int32)
     first = (total != jnp.roll(total, 1)) | (step == 0)
     last = jnp.roll(first, -1) | (step == count - 1)
     flags = (jnp.where(some, VISIBLE, 0) + jnp.where(every, FULL, 0)).reshape(-1)[at]
     flags = flags + jnp.where(first, FIRST, 0) + jnp.where(last, LAST, 0)
-    return Visits(row, *((outer, inner) if by == "query" else (inner, outer)), flags), count
+    query, key = (outer, inner) if by == "query" else (inner, outer)
+    return BlockPairs(row, query, key, flags), count

@@ -1,7 +1,7 @@
-"""Sums over the visits of each block, as a Pallas TPU kernel: what output, dq, and dk with dv have in common.
+"""Sums over the pairs of each block, as a Pallas TPU kernel: what output, dq, and dk with dv have in common.
 
 Arrays are [B, heads, rows, positions]: queries, or what belongs to a query (rows = 1), have N heads, keys and values
-have K. A sum stays in VMEM, in float32, while the grid walks over the visits of its block, which are neighbours.
+have K. A sum stays in VMEM, in float32, while the grid goes through the pairs of its block, which are neighbours.
 """
 
 from typing import NamedTuple
@@ -18,13 +18,13 @@ from transfusion_jax.model.attention.block_pairs import (
     FULL,
     LAST,
     VISIBLE,
+    block_pairs,
     visible_blocks,
-    visits,
 )
 
 MASKED = -1e30  # a finite stand-in: -inf minus -inf is NaN
 LANES = 128
-MOST_VISITS = 64_000  # the list is in scalar memory, 1 MiB, with 16 bytes for a visit
+MOST_PAIRS = 64_000  # the list is in scalar memory, 1 MiB, with 16 bytes for a pair
 
 
 class Blocks(NamedTuple):
@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
     interpret: bool
 
 
-def block_sums(name, by, bounds, operands, results, sums, visit, finish, blocks):
+def block_sums(name, by, bounds, operands, results, sums, add, finish, blocks):
     """One kernel; returns its results.
 
     Args:
@@ -41,24 +41,19 @@ def block_sums(name, by, bounds, operands, results, sums, visit, finish, blocks)
       bounds: k_start and k_end, [B, L].
       operands, results: ("query" or "key", array or its shape); the first two operands are q and k.
       sums: (rows, initial value) of each.
-      visit: called with a function that masks scores [keys, queries], the operands' blocks and the sums; adds to these.
+      add: called for a pair with a function that masks scores [keys, queries], the operands' blocks and the sums; adds
+        to these.
       finish: called with the results' blocks and the sums; writes the results.
 
     Raises:
       ValueError: there are more pairs of blocks than the list has room for.
     """
     N, (_, K, _, S) = operands[0][1].shape[1], operands[1][1].shape
-    some, every = visible_blocks(*bounds, blocks.query, blocks.key, S // blocks.key)
-    if some.size > MOST_VISITS and not blocks.interpret:
-        raise ValueError(
-            f"{len(some)} rows on a device in {some.shape[1]} x {some.shape[2]} blocks may take {some.size} visits, "
-            f"and there is room for {MOST_VISITS}: take a model.attention_block above {blocks.query}"
-        )
-    table, count = visits(some, every, by=by)
+    table, count = _table(bounds, by, S, blocks)
     specs, grid = _specs(by, N // K, blocks), (N, count) if by == "query" else (K, count, N // K)
     bound_spec = specs("query", 1, per_head=False)
     return pl.pallas_call(
-        _kernel(by, N // K, len(operands), sums, visit, finish, blocks),
+        _kernel(by, N // K, len(operands), sums, add, finish, blocks),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in results],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(table),
@@ -75,6 +70,17 @@ def block_sums(name, by, bounds, operands, results, sums, visit, finish, blocks)
         interpret=blocks.interpret,
         name=name,
     )(*table, *(bound[:, None, None, :] for bound in bounds), *(x for _, x in operands))
+
+
+def _table(bounds, by, length, blocks):
+    """The pairs of blocks and their number."""
+    some, every = visible_blocks(*bounds, blocks.query, blocks.key, length // blocks.key)
+    if some.size > MOST_PAIRS and not blocks.interpret:
+        raise ValueError(
+            f"{len(some)} rows on a device in {some.shape[1]} x {some.shape[2]} blocks may make {some.size} pairs, "
+            f"and there is room for {MOST_PAIRS}: take a model.attention_block above {blocks.query}"
+        )
+    return block_pairs(some, every, by=by)
 
 
 def _specs(by, group, blocks):
@@ -97,15 +103,12 @@ def _specs(by, group, blocks):
     return specs
 
 
-def _kernel(by, group, operands, sums, visit, finish, blocks):
-    """What is done at a step of the grid: the sums begin, a visit is added, the results are written."""
+def _kernel(by, group, operands, sums, add, finish, blocks):
+    """One step of the grid: begins the sums, adds a pair, writes the results."""
 
     def kernel(row, query, key, flags, start, end, *refs):
-        operand_refs, result_refs, sum_refs = (
-            refs[:operands],
-            refs[operands : -len(sums)],
-            refs[-len(sums) :],
-        )
+        operand_refs, result_refs = refs[:operands], refs[operands : -len(sums)]
+        sum_refs = refs[-len(sums) :]
         t = pl.program_id(1)
         first, last = flags[t] & FIRST != 0, flags[t] & LAST != 0
         if by == "key":
@@ -118,7 +121,7 @@ def _kernel(by, group, operands, sums, visit, finish, blocks):
 
         @pl.when(flags[t] & FULL != 0)
         def _():
-            visit(lambda scores: scores, *operand_refs, *sum_refs)
+            add(lambda scores: scores, *operand_refs, *sum_refs)
 
         @pl.when(flags[t] & (VISIBLE | FULL) == VISIBLE)
         def _():
@@ -126,7 +129,7 @@ def _kernel(by, group, operands, sums, visit, finish, blocks):
                 jnp.int32, (blocks.key, blocks.query), 0
             )
             inside = (position >= start[...]) & (position < end[...])
-            visit(lambda scores: jnp.where(inside, scores, MASKED), *operand_refs, *sum_refs)
+            add(lambda scores: jnp.where(inside, scores, MASKED), *operand_refs, *sum_refs)
 
         @pl.when(last)
         def _():

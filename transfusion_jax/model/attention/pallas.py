@@ -9,13 +9,13 @@ are found in one pass over blocks of keys by an online softmax. The backward pas
     delta_i = do_i . o_i             ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = sum_j ds_ij k_j / sqrt(H)        dk_j = sum_i ds_ij q_i / sqrt(H)        dv_j = sum_i p_ij do_i
 
-A kernel walks a list of pairs of blocks (`visits.py`), which is prefetched as scalars: the grid is as long as the list,
-so blocks outside every interval cost nothing. Sums are kept in float32 in VMEM from the first visit of a block to its
-last (`block_sums.py`). dk and dv of a key head sum over the query heads that share it in the same way.
+A kernel goes through a list of pairs of blocks (`block_pairs.py`), prefetched as scalars: the grid is as long as the
+list, and blocks outside every interval cost nothing. Sums are kept in VMEM, in float32, from the first pair of a block
+to its last (`block_sums.py`). dk and dv of a key head also sum over the query heads that share it.
 
-Inside these files positions come last, [B, N, H, L] and [B, K, H, S], and scores are [keys, queries]. So a head of 64
-fills the lanes of a register as well as one of 128 does, and whatever belongs to a query (its interval, maximum, lse,
-delta) is a row of them that broadcasts over keys as it is.
+Inside these files positions come last, [B, N, H, L] and [B, K, H, S], and scores are [keys, queries]. A head of 64 then
+fills the lanes of a register as well as one of 128, and whatever belongs to a query (its interval, maximum, lse, delta)
+is a row that broadcasts over keys as it is.
 """
 
 import functools
@@ -97,7 +97,7 @@ def _output(k_start, k_end, q, k, v, *, blocks):
     # At least MASKED / 2, so that masked scores vanish even in a query without a visible key so far.
     sums = (1, MASKED / 2), (1, 0.0), (H, 0.0)
 
-    def visit(masked, q, k, v, peak, total, acc):
+    def add(masked, q, k, v, peak, total, acc):
         s = masked(_scores(q, k))
         new_peak = jnp.maximum(peak[...], s.max(0, keepdims=True))
         p, decay = jnp.exp(s - new_peak), jnp.exp(peak[...] - new_peak)
@@ -113,7 +113,7 @@ def _output(k_start, k_end, q, k, v, *, blocks):
     operands = ("query", q), ("key", k), ("key", v)
     bounds = k_start, k_end
     return block_sums(
-        "interval_attention", "query", bounds, operands, results, sums, visit, finish, blocks
+        "interval_attention", "query", bounds, operands, results, sums, add, finish, blocks
     )
 
 
@@ -134,14 +134,14 @@ def _gradients(k_start, k_end, q, k, v, d_out, lse, delta, *, blocks):
         ds = p * (_dot(v[...], d_out[...], 0, 0) - delta[...])
         return p.astype(v.dtype), ds.astype(q.dtype)
 
-    def visit_q(masked, q, k, v, d_out, lse, delta, acc):
+    def add_q(masked, q, k, v, d_out, lse, delta, acc):
         _, ds = p_ds(masked, q, k, v, d_out, lse, delta)
         acc[...] += _dot(k[...], ds, 1, 0)
 
     def finish_q(dq, acc):
         dq[...] = (acc[...] * H**-0.5).astype(dq.dtype)
 
-    def visit_kv(masked, q, k, v, d_out, lse, delta, acc_k, acc_v):
+    def add_kv(masked, q, k, v, d_out, lse, delta, acc_k, acc_v):
         p, ds = p_ds(masked, q, k, v, d_out, lse, delta)
         acc_k[...] += _dot(q[...], ds, 1, 1)
         acc_v[...] += _dot(d_out[...], p, 1, 1)
@@ -153,11 +153,11 @@ def _gradients(k_start, k_end, q, k, v, d_out, lse, delta, *, blocks):
     run = functools.partial(block_sums, bounds=(k_start, k_end), operands=operands, blocks=blocks)
     (dq,) = run(
         "interval_attention_dq", "query",
-        results=[("query", q)], sums=[(H, 0.0)], visit=visit_q, finish=finish_q,
+        results=[("query", q)], sums=[(H, 0.0)], add=add_q, finish=finish_q,
     )  # fmt: skip
     dk, dv = run(
         "interval_attention_dkv", "key",
-        results=[("key", k), ("key", v)], sums=[(H, 0.0), (H, 0.0)], visit=visit_kv, finish=finish_kv,
+        results=[("key", k), ("key", v)], sums=[(H, 0.0), (H, 0.0)], add=add_kv, finish=finish_kv,
     )  # fmt: skip
     return dq, dk, dv
 

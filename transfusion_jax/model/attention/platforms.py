@@ -1,8 +1,8 @@
-"""Where each implementation of attention runs, checked for the platform that a computation is lowered for.
+"""The platforms of each implementation of attention, checked when a computation is lowered for one.
 
-That platform is known only when the computation is lowered: a process on a CPU can compile for a TPU that it does not
-have (`jax.experimental.topologies`), so the default backend says nothing. A primitive that returns its operand as it
-is carries the check there.
+Only then is the platform known: a process on a CPU can compile for a TPU that it does not have
+(`jax.experimental.topologies`), whatever its default backend. The check is the lowering rule of a primitive that
+returns its operand.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ DEFAULT_BLOCK = {"chunked": 128, "pallas": 512}
 
 
 def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
-    """The model with the implementation that it has on a platform.
+    """The model with "auto" replaced by the implementation for a platform.
 
     Raises:
       ValueError: its implementation, or its remat policy, does not run there.
@@ -38,18 +38,16 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
     if model.attention != "auto":
         require_platform(model.attention, platform)
     else:
-        implementation, block = best(platform, model.attention_block)
+        implementation, block = automatic(platform, model.attention_block)
         model = replace(model, attention=implementation, attention_block=block)
     if model.remat == "attention" and model.attention not in DEFAULT_BLOCK:
         kinds = " and ".join(DEFAULT_BLOCK)
-        raise ValueError(
-            f"model.remat='attention' keeps what {kinds} attention give, and this is {model.attention}"
-        )
+        raise ValueError(f"model.remat='attention' needs {kinds} attention, not {model.attention}")
     return model
 
 
-def best(platform: str, block: int) -> tuple[str, int]:
-    """The implementation, and its block, that "auto" stands for; a block that does not fit a kernel is left to it."""
+def automatic(platform: str, block: int) -> tuple[str, int]:
+    """(implementation, block) that "auto" stands for; a block that the kernel cannot have becomes its default."""
     if platform == "tpu":
         return "pallas", 0 if block % 128 else block
     on_gpu = platform in ("gpu", "cuda") and importlib.util.find_spec("tokamax") is not None
@@ -57,10 +55,9 @@ def best(platform: str, block: int) -> tuple[str, int]:
 
 
 def require_platform(implementation: str, platform: str) -> None:
-    """Raises ValueError, with the implementations that do, unless this one runs on the platform."""
-    platform = (
-        "cuda" if platform == "gpu" else platform
-    )  # as a device calls what lowering calls "cuda"
+    """Raises ValueError, naming the implementations that do, unless this one runs on the platform."""
+    # A device says "gpu" where lowering says "cuda".
+    platform = "cuda" if platform == "gpu" else platform
 
     def runs(name: str) -> bool:
         return PLATFORMS[name] is None or platform in PLATFORMS[name]
@@ -73,13 +70,13 @@ def require_platform(implementation: str, platform: str) -> None:
         )
 
 
-def checked(x: Array, implementation: str) -> Array:
-    """x as it is; an integer array, so that nothing is differentiated.
+def refuse_other_platforms(x: Array, implementation: str) -> Array:
+    """x unchanged: an integer array of the computation, so nothing is differentiated.
 
     Raises:
       ValueError: when lowered for a platform on which the implementation does not run.
     """
-    return _checked.bind(x, implementation=implementation)
+    return _platform_check.bind(x, implementation=implementation)
 
 
 def _lowering(context, x, *, implementation: str):
@@ -88,11 +85,13 @@ def _lowering(context, x, *, implementation: str):
     return [x]
 
 
-_checked = Primitive("checked_attention_platform")
-_checked.def_impl(lambda x, **parameters: jax.jit(lambda x: _checked.bind(x, **parameters))(x))
-_checked.def_abstract_eval(lambda x, **_: x)
-mlir.register_lowering(_checked, _lowering)
-batching.primitive_batchers[_checked] = lambda xs, axes, **parameters: (
-    _checked.bind(*xs, **parameters),
+_platform_check = Primitive("attention_platform_check")
+_platform_check.def_impl(
+    lambda x, **parameters: jax.jit(lambda x: _platform_check.bind(x, **parameters))(x)
+)
+_platform_check.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(_platform_check, _lowering)
+batching.primitive_batchers[_platform_check] = lambda xs, axes, **parameters: (
+    _platform_check.bind(*xs, **parameters),
     axes[0],
 )

@@ -1,1 +1,1 @@
-"""From an image grid to vectors of the transformer and back."""
+"""Patch encoders: from an image grid to vectors of the transformer and back."""

@@ -1,0 +1,61 @@
+"""The rows of a batch: what each has in the cache, and what it does next.
+
+A row is a request that is being answered. In TEXT it samples tokens until EOS or BOI. In IMAGE, after
+BOI, it draws one image, then adds EOI and is back in TEXT. Then it is DONE. Rows move through these
+states at their own pace: a phase runs on all rows, but changes only those in its state. Whatever it
+writes into the cache of the others lies past their length, where no interval reaches.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from transfusion_jax.batch import Batch
+from transfusion_jax.model.interface import Context, Model
+from transfusion_jax.model.transformer import KVCache
+
+TEXT, IMAGE, DONE = 0, 1, 2
+
+
+class Rows(NamedTuple):
+    cache: KVCache
+    length_B: Array
+    """Entries of the cache that count."""
+    logits_BV: Array
+    """Of the next position."""
+    status_B: Array
+    """TEXT, IMAGE or DONE."""
+    key_B: Array
+    """Of all of a row's random draws; each folds in where it takes place."""
+
+    @property
+    def context(self) -> Context:
+        return Context(self.cache, self.length_B)
+
+    @property
+    def place_key_B(self) -> Array:
+        """Keys of what each row draws at its next position."""
+        return jax.vmap(jax.random.fold_in)(self.key_B, self.length_B)
+
+
+def start(
+    model: Model, batch: Batch, length_B: Array, key_B: Array, *, capacity: int, timestep: int
+) -> Rows:
+    """Reads the prompts, whose images are seen at `timestep`, into a cache of `capacity` positions."""
+    t_BM = jnp.full_like(batch.image_start_BM, timestep)
+    hidden_BLD, cache = model.read(batch, t_BM, model.new_cache(len(length_B), capacity))
+    last_B1D = jnp.take_along_axis(hidden_BLD, (length_B - 1)[:, None, None], axis=1)
+    logits_BV = model.logits(last_B1D)[:, 0]
+    return Rows(cache, length_B, logits_BV, jnp.full_like(length_B, TEXT), key_B)
+
+
+def feed(model: Model, rows: Rows, token_B: Array, *, advance_B: Array) -> Rows:
+    """Adds one token to the rows in `advance`."""
+    hidden_B1D, cache = model.extend(token_B[:, None], rows.context)
+    return rows._replace(
+        cache=cache,
+        length_B=rows.length_B + advance_B.astype(jnp.int32),
+        logits_BV=jnp.where(advance_B[:, None], model.logits(hidden_B1D)[:, 0], rows.logits_BV),
+    )
