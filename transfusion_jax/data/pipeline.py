@@ -1,10 +1,11 @@
-"""The data order: row i of a run is a function of (seed, i), whatever the hosts, devices and restarts.
+"""The data order: row i is a function of (seed, i), whatever the hosts, devices and restarts.
 
-    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack--> batches --slice--> a host's part
+    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack-->
+    batches --slice--> a host's part
 
-Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row i (caption, order,
-dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has a state: training resumes at step s by
-starting to read at batch s.
+Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row
+i (caption, order, dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has
+state: training resumes at step s by reading from batch s.
 """
 
 import hashlib
@@ -57,7 +58,8 @@ class Data:
             )
         self.experiment, self.tokenizer = experiment, tokenizer
         self.mixture = Mixture(experiment.data, experiment.train.steps)
-        self.sources, row_length = [], experiment.data.row_length
+        self.sources = []
+        row_length = experiment.data.row_length
         for config, source in zip(
             experiment.data.sources, load_sources(experiment, split), strict=True
         ):
@@ -65,7 +67,8 @@ class Data:
             packed = kept_plan(lengths, row_length, source.splittable, source.assets.plans)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
-                    f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}"
+                    f"source {config.name!r} has no document that fits {split} rows: "
+                    f"{ledger(packed)}"
                 )
             self.sources.append(PlannedSource(config.name, source, packed))
 
@@ -87,9 +90,9 @@ class Data:
         return self.rows().batch(rows, drop_remainder=True, batch_fn=stack)[block::blocks]
 
     def once(self, batch_rows: int, most: int | None = None) -> Iterator[Batch]:
-        """Every row of every source once, in order, in batches; the last is filled up with empty rows.
+        """Every row of every source once, in order; empty rows fill up the last batch.
 
-        With `most`, no more than so many rows, evenly spaced over all of them.
+        With `most`, at most so many rows, evenly spaced over all of them.
         """
         rng = np.random.default_rng(self.experiment.train.seed)
         total = sum(len(source) for source in self.sources)
@@ -117,7 +120,7 @@ class Data:
         return pack(pieces, self.experiment.data.row_length, self.experiment.image)
 
     def ledger(self) -> dict[str, dict]:
-        """For every source: documents = in rows + rejected, by reason; rows; share of positions filled."""
+        """For every source: documents = in rows + rejected, by reason; rows; how full they are."""
         length = self.experiment.data.row_length
         return {
             s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)}
@@ -130,7 +133,7 @@ class Data:
         return {s.name: float(n / len(s)) for s, n in zip(self.sources, rows, strict=True)}
 
     def fingerprints(self) -> list[str]:
-        """A digest of each source's documents and plan: another means that the data changed under a run."""
+        """A digest of each source's documents and plan, by which changed data are noticed."""
         digests = []
         for source in self.sources:
             digest, packed = hashlib.sha256(source.source.assets.digest), source.plan
@@ -157,7 +160,7 @@ def stack(rows: list[Batch]) -> Batch:
 
 
 def read(batches: grain.MapDataset, start: int, prefetch: int) -> Iterator[Batch]:
-    """Batches from `start` on, read ahead by threads; more of them than cores would only wait for each other."""
+    """Batches from `start` on, read ahead by threads, no more of them than cores."""
     threads = min(prefetch, 4, cores())
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(batches[start:].to_iter_dataset(options))
