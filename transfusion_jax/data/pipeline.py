@@ -1,7 +1,7 @@
 """The data order: row i is a function of (seed, i), whatever the hosts, devices and restarts.
 
     sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack-->
-    batches --slice--> a host's part
+    batches --select--> the rows that a process's devices hold
 
 Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row
 i (caption, order, dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has
@@ -10,8 +10,10 @@ state: training resumes at step s by reading from batch s.
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import jax
@@ -84,10 +86,10 @@ class Data:
             lambda i, item: self.row(*item, np.random.default_rng((seed, i)))
         )
 
-    def batches(self, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-        """Item s is block `block` of the `blocks` equal parts of global batch s."""
-        rows = self.experiment.data.batch_rows // blocks
-        return self.rows().batch(rows, drop_remainder=True, batch_fn=stack)[block::blocks]
+    def batches(self, rows: Sequence[int] | None = None) -> grain.MapDataset:
+        """Item s holds these rows of global batch s, by default all of them."""
+        size = self.experiment.data.batch_rows
+        return batched(self.rows(), size, range(size) if rows is None else rows, stack)
 
     def once(self, batch_rows: int, most: int | None = None) -> Iterator[Batch]:
         """Every row of every source once, in order; empty rows fill up the last batch.
@@ -153,6 +155,17 @@ def ledger(packed: Plan) -> dict:
         "rejected": rejected,
         "rows": len(packed),
     }
+
+
+def batched(
+    stream: grain.MapDataset, size: int, rows: Sequence[int], stack: Callable[[list], Any]
+) -> grain.MapDataset:
+    """Item s holds these rows of global batch s, which is items s * size ... (s + 1) * size - 1."""
+
+    def batch(s: int) -> Any:
+        return stack([stream[s * size + row] for row in rows])
+
+    return grain.MapDataset.range(sys.maxsize // size).map(batch)
 
 
 def stack(rows: list[Batch]) -> Batch:
