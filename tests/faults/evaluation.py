@@ -180,8 +180,8 @@ FAULTS = [
     Fault(
         "the likelihood of text is taken beside noisy images",
         LIKELIHOOD,
-        "batch, clean, jnp.zeros_like(noise), chunk)",
-        "batch, clean, noise, chunk)",
+        "Noise(clean, jnp.zeros_like(noise))",
+        "Noise(clean, noise)",
         "likelihood",
     ),
     Fault(
