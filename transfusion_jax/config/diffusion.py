@@ -9,19 +9,26 @@ from transfusion_jax.errors import require
 @dataclass(frozen=True)
 class DiffusionConfig:
     schedule: Literal["cosine", "flow"] = "cosine"
+    """How signal and noise mix over time: variance-preserving cosine, or a straight line (flow)."""
     steps: int = 1000
     """T: training timesteps, 0 (almost clean) to T - 1 (almost noise)."""
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
-    noise_limit: int = 500
-    """Timesteps of an image that comes before its caption are drawn below this (Table 8); T
-    switches it off."""
+    """What the model predicts of an image: its noise (the paper), v, or the velocity of a flow."""
+    noise_limit: int = 0
+    """Timesteps of an image that something follows, as its caption does, are drawn below this (500
+    in Table 8). 0 and T switch it off, as in the controlled setting of section 4.1."""
 
     def __post_init__(self):
         require(self.steps > 1, f"diffusion.steps={self.steps} must be at least 2")
         require(
-            0 < self.noise_limit <= self.steps,
-            f"diffusion.noise_limit={self.noise_limit} must be in 1..diffusion.steps={self.steps}",
+            0 <= self.noise_limit <= self.steps,
+            f"diffusion.noise_limit={self.noise_limit} must be in 0..diffusion.steps={self.steps}",
         )
+
+    @property
+    def context_limit(self) -> int:
+        """Timesteps of an image that something follows are drawn below this."""
+        return self.noise_limit or self.steps
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,9 @@ class SamplerConfig:
     """How images are drawn; `generate` can override steps, guidance and temperature."""
 
     kind: Literal["ddpm", "ddim"] = "ddpm"
+    """`ddpm` adds noise at every step (ancestral sampling), `ddim` is deterministic."""
     steps: int = 250
+    """Denoising steps of an image; at most `diffusion.steps`."""
     guidance: float = 3.0
     """Weight w of classifier-free guidance: uncond + w * (cond - uncond); 1 is no guidance."""
     clip: float = 10.0

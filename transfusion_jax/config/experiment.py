@@ -36,6 +36,7 @@ class Experiment:
     """Beginnings of the names of fields that do not change what is trained, so a run may be resumed with others."""
 
     name: str
+    """Names the run directory, `runs/<name>`, and a point of a sweep."""
     image: ImageConfig = ImageConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()

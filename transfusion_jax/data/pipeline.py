@@ -1,16 +1,19 @@
-"""The data order: row i of a run is a function of (seed, i), whatever the hosts, devices and restarts.
+"""The data order: row i is a function of (seed, i), whatever the hosts, devices and restarts.
 
-    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack--> batches --slice--> a host's part
+    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack-->
+    batches --select--> the rows that a process's devices hold
 
-Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row i (caption, order,
-dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has a state: training resumes at step s by
-starting to read at batch s.
+Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row
+i (caption, order, dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has
+state: training resumes at step s by reading from batch s.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import jax
@@ -57,7 +60,8 @@ class Data:
             )
         self.experiment, self.tokenizer = experiment, tokenizer
         self.mixture = Mixture(experiment.data, experiment.train.steps)
-        self.sources, row_length = [], experiment.data.row_length
+        self.sources = []
+        row_length = experiment.data.row_length
         for config, source in zip(
             experiment.data.sources, load_sources(experiment, split), strict=True
         ):
@@ -65,7 +69,8 @@ class Data:
             packed = kept_plan(lengths, row_length, source.splittable, source.assets.plans)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
-                    f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}"
+                    f"source {config.name!r} has no document that fits {split} rows: "
+                    f"{ledger(packed)}"
                 )
             self.sources.append(PlannedSource(config.name, source, packed))
 
@@ -81,15 +86,15 @@ class Data:
             lambda i, item: self.row(*item, np.random.default_rng((seed, i)))
         )
 
-    def batches(self, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-        """Item s is block `block` of the `blocks` equal parts of global batch s."""
-        rows = self.experiment.data.batch_rows // blocks
-        return self.rows().batch(rows, drop_remainder=True, batch_fn=stack)[block::blocks]
+    def batches(self, rows: Sequence[int] | None = None) -> grain.MapDataset:
+        """Item s holds these rows of global batch s, by default all of them."""
+        size = self.experiment.data.batch_rows
+        return batched(self.rows(), size, range(size) if rows is None else rows, stack)
 
     def once(self, batch_rows: int, most: int | None = None) -> Iterator[Batch]:
-        """Every row of every source once, in order, in batches; the last is filled up with empty rows.
+        """Every row of every source once, in order; empty rows fill up the last batch.
 
-        With `most`, no more than so many rows, evenly spaced over all of them.
+        With `most`, at most so many rows, evenly spaced over all of them.
         """
         rng = np.random.default_rng(self.experiment.train.seed)
         total = sum(len(source) for source in self.sources)
@@ -117,7 +122,7 @@ class Data:
         return pack(pieces, self.experiment.data.row_length, self.experiment.image)
 
     def ledger(self) -> dict[str, dict]:
-        """For every source: documents = in rows + rejected, by reason; rows; share of positions filled."""
+        """For every source: documents = in rows + rejected, by reason; rows; how full they are."""
         length = self.experiment.data.row_length
         return {
             s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)}
@@ -130,7 +135,7 @@ class Data:
         return {s.name: float(n / len(s)) for s, n in zip(self.sources, rows, strict=True)}
 
     def fingerprints(self) -> list[str]:
-        """A digest of each source's documents and plan: another means that the data changed under a run."""
+        """A digest of each source's documents and plan, by which changed data are noticed."""
         digests = []
         for source in self.sources:
             digest, packed = hashlib.sha256(source.source.assets.digest), source.plan
@@ -152,12 +157,23 @@ def ledger(packed: Plan) -> dict:
     }
 
 
+def batched(
+    stream: grain.MapDataset, size: int, rows: Sequence[int], stack: Callable[[list], Any]
+) -> grain.MapDataset:
+    """Item s holds these rows of global batch s, which is items s * size ... (s + 1) * size - 1."""
+
+    def batch(s: int) -> Any:
+        return stack([stream[s * size + row] for row in rows])
+
+    return grain.MapDataset.range(sys.maxsize // size).map(batch)
+
+
 def stack(rows: list[Batch]) -> Batch:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
 def read(batches: grain.MapDataset, start: int, prefetch: int) -> Iterator[Batch]:
-    """Batches from `start` on, read ahead by threads; more of them than cores would only wait for each other."""
+    """Batches from `start` on, read ahead by threads, no more of them than cores."""
     threads = min(prefetch, 4, cores())
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(batches[start:].to_iter_dataset(options))

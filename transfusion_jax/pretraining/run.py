@@ -20,7 +20,7 @@ from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.files import write_atomic
-from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
@@ -44,7 +44,7 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
       CheckpointError: the run has checkpoints, and none can be read.
     """
     mesh = make_mesh(experiment.mesh)
-    host_block(batch_sharding(mesh), experiment.data.batch_rows)
+    process_rows(batch_sharding(mesh), experiment.data.batch_rows)
     planned = blueprint(experiment, mesh)
     check_directory(experiment, directory)
     tokenizer = tokenizer_of(experiment, directory)
