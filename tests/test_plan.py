@@ -86,9 +86,7 @@ def test_unknown_topologies_are_refused_with_those_known(capsys, small, name):
 
 def test_bad_input_is_one_line(capsys, small, tmp_path, monkeypatch):
     for path in (tmp_path / "nowhere" / "plan.json", tmp_path):
-        assert f"--json {path}: " in refused(
-            capsys, small, "--json", str(path)
-        )
+        assert f"--json {path}" in refused(capsys, small, "--json", str(path))
     assert "perhaps you meant --model.width" in refused(capsys, small, "--model.widht", "3")
     assert "--slices 0 must be at least 1" in refused(capsys, small, "--slices", "0")
     assert "name a topology" in refused(capsys, small, "--mesh.topology", "")
