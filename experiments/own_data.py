@@ -1,14 +1,16 @@
-"""Your own pictures, captions and text: copy this file, name your data, and change what you like (docs/data.md).
+"""Your own pictures, captions and text: copy this file, name your data, change what you like.
 
     transfusion-jax prepare my/folder --out data/mine --height 32 --width 32
     transfusion-jax train experiments/own_data.py
 
-Hardware: two CPU cores; not timed itself, `emoji.py`, a model of this size, took 0.8 s a step.
-Expected: a model of 3.5 M parameters that draws the colours of what captions say, and little of its form.
+docs/data.md says more.
+Hardware: two CPU cores; not timed, but `emoji.py`, a model of this size, took 0.8 s a step.
+Expected: a model of 3.5 M parameters that draws the colours that captions name, and few forms.
 """
 
 from transfusion_jax.config import (
     DataConfig,
+    DiffusionConfig,
     Experiment,
     ModelConfig,
     OptimizerConfig,
@@ -16,13 +18,14 @@ from transfusion_jax.config import (
     SourceConfig,
     TrainConfig,
 )
-from transfusion_jax.data.sources.dataset import image_config, vocab_size
+from transfusion_jax.data.sources.dataset import open_dataset
 
 DATA = "data/mine"
 
 
 def config() -> Experiment:
-    image = image_config(DATA, patch=4)
+    dataset = open_dataset(DATA)
+    image = dataset.image_config(patch=4)
     return Experiment(
         name="own_data",
         image=image,
@@ -31,14 +34,15 @@ def config() -> Experiment:
             width=192,
             heads=4,
             mlp_width=512,
-            vocab_size=vocab_size(DATA),
+            vocab_size=dataset.embedding_rows,
             compute_dtype="float32",
             timestep="after",
             patch_position="learned",
         ),
+        diffusion=DiffusionConfig(noise_limit=500),
         data=DataConfig(
             sources=(SourceConfig(DATA),),
-            row_length=4 * image.span + 64,
+            row_length=dataset.row_length(image, images=4),
             batch_rows=8,
             max_epochs=100.0,
         ),

@@ -1,4 +1,4 @@
-"""Packed rows for tests, written as strings, with the mask that they must have spelled out position by position."""
+"""Packed rows for tests, written as strings, each with its mask, position by position."""
 
 import numpy as np
 

@@ -131,7 +131,9 @@ def test_pairs_are_the_visible_blocks_sorted(by, intervals):
     )
     inside = (key >= start[..., None]) & (key < end[..., None])
     inside = inside.reshape(len(start), 9, block_q, 6, block_k)
-    listed = jax.jit(lambda *bounds: block_pairs(*visible_blocks(*bounds, block_q, block_k, 6), by=by))
+    listed = jax.jit(
+        lambda *bounds: block_pairs(*visible_blocks(*bounds, block_q, block_k, 6), by=by)
+    )
     table, count = listed(intervals.k_start_BL, intervals.k_end_BL)
     row, query, key, flags = (np.asarray(x)[:count] for x in table)
     pairs = list(zip(row, query, key, strict=True))

@@ -1,10 +1,12 @@
-"""The autoencoder: sizes and shapes, the quantiser against brute force, weights on disk, equality with diffusers."""
+"""The autoencoder: sizes and shapes, the quantiser against brute force, files, and diffusers."""
 
 import dataclasses
 import functools
 import json
 import math
+import os
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,25 +36,32 @@ def images(*shape: int, seed: int = 0) -> np.ndarray:
 
 @functools.cache
 def parameters(config: AutoencoderConfig, seed: int = 0) -> dict:
-    """Random parameters, drawn by NumPy: faster than compiling a draw for every shape."""
+    """Random parameters, drawn with NumPy because JAX would compile a draw for every shape."""
     rng = np.random.default_rng(seed)
-    draw = lambda shape: (
-        rng.normal(size=shape) * (math.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.5)
-    )  # noqa: E731
-    abstract = nnx.to_pure_dict(abstract_autoencoder(config)[1])
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf.shape), jnp.float32), abstract)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        scale = math.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.5
+        return jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32)
+
+    _, abstract = abstract_autoencoder(config)
+    return jax.tree.map(draw, nnx.to_pure_dict(abstract))
 
 
 def run(config: AutoencoderConfig, method, *arrays):
     """`method(model, *arrays)` of the autoencoder with `parameters(config)`, compiled."""
     graph, _ = abstract_autoencoder(config)
-    return jax.jit(lambda p, *arrays: method(nnx.merge(graph, p), *arrays))(
-        parameters(config), *arrays
-    )
+
+    @jax.jit
+    def compiled(p, *arrays):
+        return method(nnx.merge(graph, p), *arrays)
+
+    return compiled(parameters(config), *arrays)
 
 
 def size(config: AutoencoderConfig) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_autoencoder(config)[1]))
+    """Number of parameters."""
+    _, abstract = abstract_autoencoder(config)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
 
 
 # The network.
@@ -73,28 +82,25 @@ def test_without_encoder_attention_it_is_stable_diffusions():
     [(AutoencoderConfig(), (32, 32, 8)), (tiny(), (8, 8, 4))],
     ids=["paper", "tiny"],
 )
-def test_latents_have_the_shape_that_is_promised(config, shape):
+def test_shapes_of_latents_and_reconstructions(config, shape):
     graph, state = abstract_autoencoder(config)
     image = jax.ShapeDtypeStruct((2, config.size, config.size, 3), jnp.float32)
     latent = jax.eval_shape(lambda p, x: nnx.merge(graph, p).encode(x), state, image)
+    decoded = jax.eval_shape(lambda p, z: nnx.merge(graph, p).decode(z), state, latent.mean)
     assert latent.mean.shape == latent.log_variance.shape == (2, *shape)
-    assert (
-        jax.eval_shape(lambda p, z: nnx.merge(graph, p).decode(z), state, latent.mean).shape
-        == image.shape
-    )
+    assert decoded.shape == image.shape
 
 
-def test_a_fresh_autoencoder_keeps_the_scale_of_what_it_sees():
-    model = build(
-        dataclasses.replace(SMALL, multipliers=(1, 1)), 0
-    )  # one width, so that few draws are compiled
+def test_initialisation_preserves_scale():
+    # A single width means few shapes, hence few compiled draws.
+    model = build(dataclasses.replace(SMALL, multipliers=(1, 1)), 0)
     graph, state = nnx.split(model)
     latent = jax.jit(lambda s, x: nnx.merge(graph, s).encode(x))(state, images(2, 16, 16, 3))
     image = jax.jit(lambda s, z: nnx.merge(graph, s).decode(z))(state, latent.mean)
     assert all(0.1 < float(jnp.std(x)) < 3 for x in (*latent, image))
 
 
-def test_it_encodes_sizes_other_than_its_own():
+def test_it_encodes_sizes_that_it_was_not_trained_on():
     image = run(SMALL, lambda model, x: model.decode(model.encode(x).mean), images(1, 24, 10, 3))
     assert image.shape == (1, 24, 10, 3)
 
@@ -105,44 +111,48 @@ def test_every_parameter_matters():
 
     def loss(p, x):
         model = nnx.merge(graph, p)
-        latent = model.quantizer(model.features(x))
-        return jnp.sum(model.decode(latent.latent) * jax.random.normal(key, x.shape)) + jnp.sum(
-            latent.loss_B
-        )
+        quantized = model.quantizer(model.features(x))
+        reconstruction = model.decode(quantized.latent)
+        weight = jax.random.normal(key, x.shape)
+        return jnp.sum(reconstruction * weight) + jnp.sum(quantized.loss_B)
 
     gradients = jax.jit(jax.grad(loss))(parameters(VQ), jnp.asarray(images(2, 16, 16, 3)))
     flat = traverse_util.flatten_dict(gradients)
-    # A bias of the keys adds the same to all logits of a query, which the softmax takes away.
-    dead = [
-        name
-        for name, g in flat.items()
-        if name[-2:] != ("to_k", "bias") and float(jnp.max(jnp.abs(g))) == 0
-    ]
-    assert not dead
+    dead = {name for name, gradient in flat.items() if float(jnp.max(jnp.abs(gradient))) == 0}
+    # A bias of the keys adds the same to all logits of a query, which the softmax ignores. Its
+    # gradient is 0 up to rounding.
+    assert {name for name in dead if name[-2:] != ("to_k", "bias")} == set()
 
 
-def test_last_kernel_is_where_its_path_says():
-    kernel = run(SMALL, lambda model: model.last_kernel[...])
-    assert kernel.shape == (3, 3, 8, 3)
-    np.testing.assert_array_equal(
-        kernel, traverse_util.flatten_dict(parameters(SMALL))[LAST_KERNEL]
-    )
+def test_the_output_is_linear_in_the_last_kernel():
+    flat = traverse_util.flatten_dict(parameters(SMALL))
+    graph, _ = abstract_autoencoder(SMALL)
+    latent = images(1, 4, 4, 4)
+
+    @jax.jit
+    def decode(factor):
+        scaled = traverse_util.unflatten_dict(flat | {LAST_KERNEL: factor * flat[LAST_KERNEL]})
+        return nnx.merge(graph, scaled).decode(latent)
+
+    bias = flat["decoder", "conv_out", "bias"][None, None, None]
+    np.testing.assert_allclose(decode(0.0), np.broadcast_to(bias, (1, 8, 8, 3)), rtol=1e-6)
+    np.testing.assert_allclose(decode(3.0) - bias, 3 * (decode(1.0) - bias), rtol=1e-4, atol=1e-5)
 
 
-def test_batch_cut_by_a_mesh_gives_the_same():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+def test_a_batch_cut_by_a_mesh_gives_the_same():
+    def quantise(model, x):
+        return model.quantizer(model.features(x))
+
     graph, abstract = abstract_autoencoder(VQ)
-    quantise = lambda model, x: model.quantizer(model.features(x))  # noqa: E731
-    p, x = parameters(VQ), images(4, 16, 16, 3)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    x = images(4, 16, 16, 3)
     with jax.set_mesh(mesh):
-        p = jax.device_put(p, parameter_shardings(abstract, mesh))
-        cut = jax.jit(lambda p, x: quantise(nnx.merge(graph, p), x))(
-            p, jax.device_put(x, batch_sharding(mesh))
-        )
+        placed = jax.device_put(parameters(VQ), parameter_shardings(abstract, mesh))
+        cut_x = jax.device_put(x, batch_sharding(mesh))
+        cut = jax.jit(lambda p, x: quantise(nnx.merge(graph, p), x))(placed, cut_x)
     whole = run(VQ, quantise, x)
-    assert cut.codes.sharding.is_equivalent_to(
-        NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 3
-    )
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    assert cut.codes.sharding.is_equivalent_to(rows, 3)
     np.testing.assert_array_equal(cut.codes, whole.codes)
     np.testing.assert_allclose(cut.loss_B, whole.loss_B, rtol=1e-4)
 
@@ -153,7 +163,9 @@ def test_batch_cut_by_a_mesh_gives_the_same():
         ({"size": 30, "multipliers": (1, 2, 4)}, "model.size=30 must be a multiple of 4"),
         ({"groups": 3}, r"model.groups=3 must divide the channels of each resolution, \(8, 16\)"),
         ({"kind": "gan"}, "model.kind='gan'"),
-        ({"codes": 0}, "must be positive"),
+        ({"codes": 0}, "model.codes=0 must be positive"),
+        ({"multipliers": (1, 0)}, r"model.multipliers=\(1, 0\) must be positive"),
+        ({"multipliers": ()}, r"model.multipliers=\(\) must be positive, and at least one"),
     ],
 )
 def test_config_says_what_is_wrong(change, message):
@@ -165,11 +177,14 @@ def test_config_says_what_is_wrong(change, message):
 
 
 def test_kl_of_known_gaussians():
-    mean, variance = np.array([0.0, 2.0, -1.0]), np.array([1.0, 0.25, 3.0])
+    mean = np.array([0.0, 2.0, -1.0])
+    variance = np.array([1.0, 0.25, 3.0])
     element = 0.5 * (mean**2 + variance - 1 - np.log(variance))
-    shape = (3, 2, 2, 5)
-    whole = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32)[:, None, None, None], shape)  # noqa: E731
-    kl = Gaussian(whole(mean), whole(np.log(variance))).kl()
+
+    def everywhere(x):
+        return jnp.broadcast_to(jnp.asarray(x, jnp.float32)[:, None, None, None], (3, 2, 2, 5))
+
+    kl = Gaussian(everywhere(mean), everywhere(np.log(variance))).kl()
     np.testing.assert_allclose(kl, 20 * element, rtol=1e-6, atol=1e-6)
     assert kl[0] == 0
 
@@ -196,51 +211,55 @@ def test_log_variance_is_clipped():
 @pytest.mark.parametrize("n", [1, 37, 2 * q.CHUNK, 2 * q.CHUNK + 5])
 def test_nearest_is_the_nearest(n):
     rng = np.random.default_rng(n)
-    book, latents = (
-        rng.normal(size=(n, 3)).astype(np.float32),
-        rng.normal(size=(2, 5, 7, 3)).astype(np.float32),
-    )
-    distances = np.sum((latents[..., None, :].astype(np.float64) - book) ** 2, axis=-1)
-    np.testing.assert_array_equal(
-        q.nearest(jnp.asarray(latents), jnp.asarray(book)), np.argmin(distances, axis=-1)
-    )
+    codebook = rng.normal(size=(n, 3)).astype(np.float32)
+    latents = rng.normal(size=(2, 5, 7, 3)).astype(np.float32)
+    distances = np.sum((latents[..., None, :].astype(np.float64) - codebook) ** 2, axis=-1)
+    indices = q.nearest(jnp.asarray(latents), jnp.asarray(codebook))
+    np.testing.assert_array_equal(indices, np.argmin(distances, axis=-1))
 
 
-def test_of_equal_codes_the_first_is_taken():
-    book = jnp.zeros((q.CHUNK + 3, 2))
-    np.testing.assert_array_equal(q.nearest(jnp.ones((1, 2, 2, 2)), book), np.zeros((1, 2, 2)))
+def test_ties_go_to_the_first_code():
+    codebook = jnp.zeros((q.CHUNK + 3, 2))
+    indices = q.nearest(jnp.ones((1, 2, 2, 2)), codebook)
+    np.testing.assert_array_equal(indices, np.zeros((1, 2, 2)))
 
 
 def test_gradients_pass_straight_through():
     module = q.Quantizer(16, 3, rngs=nnx.Rngs(params=0))
-    latent, weight = jnp.asarray(images(2, 4, 4, 3)), jnp.asarray(images(2, 4, 4, 3, seed=1))
+    latent = jnp.asarray(images(2, 4, 4, 3))
+    weight = jnp.asarray(images(2, 4, 4, 3, seed=1))
     out = module(latent)
     np.testing.assert_allclose(out.latent, module.lookup(out.codes), atol=1e-7)
     gradient = jax.grad(lambda z: jnp.sum(module(z).latent * weight))(latent)
     np.testing.assert_array_equal(gradient, weight)
 
 
-def test_codebook_and_commitment_losses_pull_on_different_things():
+def test_the_codebook_loss_moves_codes_and_the_commitment_loss_latents():
     module = q.Quantizer(16, 3, rngs=nnx.Rngs(params=0))
     graph, state = nnx.split(module)
     latent = jnp.asarray(images(2, 4, 4, 3))
-    loss = lambda s, z, beta: jnp.sum(nnx.merge(graph, s)(z, beta).loss_B)  # noqa: E731
-    apart = latent - module.lookup(module(latent).codes)
-    np.testing.assert_allclose(
-        module(latent).loss_B, 1.25 * jnp.mean(apart**2, axis=(1, 2, 3)), rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        jax.grad(loss, 1)(state, latent, 0.25), 0.25 * 2 * apart / 48, rtol=1e-5, atol=1e-8
-    )
-    of_book = jax.grad(loss)(state, latent, 0.25)["codebook"][...]
-    np.testing.assert_array_equal(of_book, jax.grad(loss)(state, latent, 0.0)["codebook"][...])
+    elements = 4 * 4 * 3
+
+    def loss(state, latent, commitment):
+        return jnp.sum(nnx.merge(graph, state)(latent, commitment).loss_B)
+
+    def codebook_gradient(commitment):
+        return jax.grad(loss)(state, latent, commitment)["codebook"][...]
+
+    out = module(latent)
+    apart = latent - module.lookup(out.codes)
+    expected_loss = 1.25 * jnp.mean(apart**2, axis=(1, 2, 3))
+    np.testing.assert_allclose(out.loss_B, expected_loss, rtol=1e-6)
+
+    latent_gradient = jax.grad(loss, 1)(state, latent, 0.25)
+    expected = 0.25 * 2 * apart / elements
+    np.testing.assert_allclose(latent_gradient, expected, rtol=1e-5, atol=1e-8)
+
     expected = np.zeros((16, 3))
-    np.add.at(
-        expected,
-        np.asarray(module(latent).codes).reshape(-1),
-        np.asarray(-2 * apart / 48).reshape(-1, 3),
-    )
-    np.testing.assert_allclose(of_book, expected, rtol=1e-4, atol=1e-6)
+    pulls = np.asarray(-2 * apart / elements).reshape(-1, 3)
+    np.add.at(expected, np.asarray(out.codes).reshape(-1), pulls)
+    np.testing.assert_allclose(codebook_gradient(0.25), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(codebook_gradient(0.25), codebook_gradient(0.0))
 
 
 def test_usage_in_closed_form():
@@ -249,43 +268,73 @@ def test_usage_in_closed_form():
     one = q.usage(jnp.full((3, 2, 2), 5), 16)
     np.testing.assert_allclose([one.share, one.perplexity], [1 / 16, 1.0], rtol=1e-6)
     uneven = q.usage(jnp.array([0, 0, 0, 1]), 2)
-    np.testing.assert_allclose(
-        uneven.perplexity, math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), rtol=1e-6
-    )
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    np.testing.assert_allclose(uneven.perplexity, math.exp(entropy), rtol=1e-6)
 
 
 def test_dead_codes_are_revived_and_live_ones_stay():
-    book, latents = jnp.asarray(images(6, 3)), jnp.asarray(images(2, 4, 4, 3, seed=1)) + 10.0
+    key = jax.random.key(0)
+    codebook = images(6, 3)
+    latents = images(2, 4, 4, 3, seed=1) + 10.0
     counts = q.count(jnp.array([[0, 2], [2, 5]]), 6)
     np.testing.assert_array_equal(counts, [1, 0, 2, 0, 0, 1])
-    new = np.asarray(q.revive(book, latents, counts, jax.random.key(0)))
-    np.testing.assert_array_equal(new[[0, 2, 5]], book[np.array([0, 2, 5])])
-    rows = {tuple(row) for row in np.asarray(latents).reshape(-1, 3)}
-    assert all(tuple(row) in rows for row in new[[1, 3, 4]])
-    assert len({tuple(row) for row in new[[1, 3, 4]]}) > 1
-    np.testing.assert_array_equal(
-        q.revive(book, latents, jnp.ones(6, jnp.int32), jax.random.key(0)), book
-    )
+    new = np.asarray(q.revive(jnp.asarray(codebook), jnp.asarray(latents), counts, key))
+    np.testing.assert_array_equal(new[[0, 2, 5]], codebook[[0, 2, 5]])
+    revived = {tuple(code) for code in new[[1, 3, 4]]}
+    assert revived <= {tuple(latent) for latent in latents.reshape(-1, 3)}
+    assert len(revived) > 1
+    all_used = q.revive(jnp.asarray(codebook), jnp.asarray(latents), counts * 0 + 1, key)
+    np.testing.assert_array_equal(all_used, codebook)
 
 
 # Our own layout.
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
 @pytest.mark.parametrize("config", [SMALL, VQ], ids=["kl", "vq"])
-def test_saved_codec_comes_back(config, tmp_path):
-    model = nnx.merge(abstract_autoencoder(config)[0], parameters(config, 3))
+def test_a_saved_codec_loads_the_same(config, tmp_path):
+    graph, _ = abstract_autoencoder(config)
+    model = nnx.merge(graph, parameters(config, 3))
     save_codec(tmp_path / "a", config, nnx.state(model, nnx.Param), 0.5, -0.25)
     save_codec(tmp_path / "b", config, parameters(config, 3), 0.5, -0.25)
     codec = load_codec(tmp_path / "a")
     assert (codec.config, codec.scale, codec.shift) == (config, 0.5, -0.25)
     jax.tree.map(np.testing.assert_array_equal, codec.parameters, parameters(config, 3))
-    for file in ("config.json", "weights.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == [
-        "config.json",
-        "weights.safetensors",
-    ]
+    files = contents(tmp_path / "a")
+    assert files.keys() == {"config.json", "weights.safetensors"}
+    assert files == contents(tmp_path / "b")
     assert codec.digest == load_codec(tmp_path / "b").digest
+
+
+def test_a_failed_save_leaves_the_old_codec_and_no_partial_file(tmp_path, monkeypatch):
+    save_codec(tmp_path, SMALL, parameters(SMALL), 1.0, 0.0)
+    before = contents(tmp_path)
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_codec(tmp_path, SMALL, parameters(SMALL, 1), 1.0, 0.0)
+    assert contents(tmp_path) == before
+
+
+def test_a_save_killed_between_the_renames_leaves_no_config(tmp_path, monkeypatch):
+    save_codec(tmp_path, SMALL, parameters(SMALL), 1.0, 0.0)
+    rename = os.replace
+
+    def killed_after_one(source, target):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        save_codec(tmp_path, SMALL, parameters(SMALL, 1), 1.0, 0.0)
+    with pytest.raises(ValueError, match="no config.json"):
+        load_codec(tmp_path)
 
 
 def test_digest_changes_with_weights_config_and_scale(tmp_path):
@@ -299,7 +348,8 @@ def test_digest_changes_with_weights_config_and_scale(tmp_path):
 
 def test_codec_encodes_and_decodes(tmp_path):
     save_codec(tmp_path, SMALL, parameters(SMALL), 1.0, 0.0)
-    codec, x = load_codec(tmp_path), images(2, 16, 8, 3)
+    codec = load_codec(tmp_path)
+    x = images(2, 16, 8, 3)
     mean, deviation = codec.encode(x)
     latent = run(SMALL, lambda model, x: model.encode(x), x)
     assert mean.shape == deviation.shape == (2, *codec.latent_shape(16, 8)) == (2, 8, 4, 4)
@@ -310,12 +360,12 @@ def test_codec_encodes_and_decodes(tmp_path):
     assert float(jnp.max(decoded)) == 1 and float(jnp.min(decoded)) == -1
 
 
-def test_vq_codec_gives_codes_without_deviation(tmp_path):
+def test_a_vq_codec_gives_codes_without_deviation(tmp_path):
     save_codec(tmp_path, VQ, parameters(VQ), 1.0, 0.0)
     codec = load_codec(tmp_path)
     mean, deviation = codec.encode(images(2, 16, 16, 3))
-    book = {tuple(row) for row in np.asarray(codec.parameters["quantizer"]["codebook"])}
-    assert all(tuple(row) in book for row in np.asarray(mean).reshape(-1, 4))
+    codebook = {tuple(code) for code in np.asarray(codec.parameters["quantizer"]["codebook"])}
+    assert {tuple(latent) for latent in np.asarray(mean).reshape(-1, 4)} <= codebook
     assert not np.any(deviation)
 
 
@@ -354,7 +404,7 @@ def test_a_config_that_does_not_fit_is_one_clear_error(change, message, tmp_path
         load_codec(tmp_path)
 
 
-def test_what_is_not_there_is_one_clear_error(tmp_path):
+def test_a_missing_codec_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="no such directory: .*absent"):
         load_codec(tmp_path / "absent")
     with pytest.raises(ValueError, match="no config.json in .*$"):
@@ -374,9 +424,8 @@ def test_damaged_weights_are_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="weights.safetensors is damaged"):
         load_codec(tmp_path)
     file.rename(tmp_path / "weights.bin")
-    with pytest.raises(
-        ValueError, match="no weights.safetensors in .*; weights.bin cannot be read"
-    ):
+    message = "no weights.safetensors in .*; weights.bin cannot be read"
+    with pytest.raises(ValueError, match=message):
         load_codec(tmp_path)
 
 
@@ -386,13 +435,13 @@ def test_damaged_weights_are_one_clear_error(tmp_path):
 def published(
     channels: tuple[int, ...] = (8, 16), z: int = 4, projected: bool = True, **more
 ) -> tuple[dict, dict]:
-    """config.json and random tensors under the names that published checkpoints of two resolutions have."""
-    rng, tensors = np.random.default_rng(0), {}
+    """config.json and random tensors, named as in published checkpoints with two resolutions."""
+    rng = np.random.default_rng(0)
+    tensors = {}
 
     def add(name, *shape):
-        tensors[f"{name}.weight"] = rng.normal(size=shape).astype(np.float32) / math.sqrt(
-            math.prod(shape[1:]) or 1
-        )
+        fan_in = math.prod(shape[1:])
+        tensors[f"{name}.weight"] = rng.normal(size=shape).astype(np.float32) / math.sqrt(fan_in)
         tensors[f"{name}.bias"] = rng.normal(size=shape[:1]).astype(np.float32) / 10
 
     def block(name, inputs, outputs):
@@ -423,11 +472,20 @@ def published(
         add("quant_conv", 2 * z, 2 * z, 1, 1)
         add("post_quant_conv", z, z, 1, 1)
     config = {
-        "_class_name": "AutoencoderKL", "_diffusers_version": "0.42.1", "act_fn": "silu", "in_channels": 3,
-        "out_channels": 3, "latent_channels": z, "block_out_channels": list(channels), "layers_per_block": 1,
-        "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "norm_num_groups": 4, "sample_size": 16, "force_upcast": True,
-    }  # fmt: skip
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.42.1",
+        "act_fn": "silu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": z,
+        "block_out_channels": list(channels),
+        "layers_per_block": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        "force_upcast": True,
+    }
     if not projected:
         config |= {"use_quant_conv": False, "use_post_quant_conv": False}
     return config | more, tensors
@@ -436,9 +494,8 @@ def published(
 def publish(directory, config: dict, tensors: dict, variant: str = ""):
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(
-        tensors, directory / f"diffusion_pytorch_model{variant}.safetensors"
-    )
+    file = directory / f"diffusion_pytorch_model{variant}.safetensors"
+    safetensors.numpy.save_file(tensors, file)
     return directory
 
 
@@ -446,7 +503,8 @@ def test_published_codec_saved_as_ours_is_the_same(tmp_path):
     config, tensors = published(scaling_factor=0.3611, shift_factor=0.1159)
     codec = load_codec(publish(tmp_path / "theirs", config, tensors))
     save_codec(tmp_path / "ours", codec.config, codec.parameters, codec.scale, codec.shift)
-    again, x = load_codec(tmp_path / "ours"), images(1, 16, 16, 3)
+    again = load_codec(tmp_path / "ours")
+    x = images(1, 16, 16, 3)
     assert again.digest == codec.digest
     np.testing.assert_array_equal(again.encode(x)[0], codec.encode(x)[0])
 
@@ -454,37 +512,33 @@ def test_published_codec_saved_as_ours_is_the_same(tmp_path):
 def test_old_names_and_convolutions_of_attention_load_the_same(tmp_path):
     config, tensors = published()
     new = load_codec(publish(tmp_path / "new", config, tensors))
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = dict(tensors)
-    for ours, old in names.items():
+    for current, old in old_names.items():
         renamed = {
-            k.replace(f"attentions.0.{ours}.", f"attentions.0.{old}."): v
-            for k, v in renamed.items()
+            name.replace(f"attentions.0.{current}.", f"attentions.0.{old}."): tensor
+            for name, tensor in renamed.items()
         }
-    assert renamed.keys() != tensors.keys()
+    assert len(renamed.keys() - tensors.keys()) == 2 * 2 * 4
     assert load_codec(publish(tmp_path / "old", config, renamed)).digest == new.digest
-    square = {
-        k: v[:, :, None, None] if "attentions" in k and v.ndim == 2 else v
-        for k, v in tensors.items()
+    convolutions = {
+        name: x[:, :, None, None] if "attentions" in name and x.ndim == 2 else x
+        for name, x in tensors.items()
     }
-    assert load_codec(publish(tmp_path / "square", config, square)).digest == new.digest
+    published_again = publish(tmp_path / "convolutions", config, convolutions)
+    assert load_codec(published_again).digest == new.digest
 
 
 def test_half_precision_files_load(tmp_path):
     config, tensors = published()
     full = load_codec(publish(tmp_path / "full", config, tensors))
-    half = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
-    halved = load_codec(publish(tmp_path / "half", config, half, ".fp16"))
-    brain = load_codec(
-        publish(tmp_path / "brain", config, {k: v.astype(jnp.bfloat16) for k, v in tensors.items()})
-    )
-    for codec, bits in ((halved, 11), (brain, 8)):
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(codec.parameters))
-        jax.tree.map(
-            lambda a, b, bits=bits: np.testing.assert_allclose(a, b, rtol=2.0**-bits, atol=1e-6),
-            codec.parameters,
-            full.parameters,
-        )
+    for dtype, variant, bits in ((np.float16, ".fp16", 11), (jnp.bfloat16, "", 8)):
+        rounded = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        directory = publish(tmp_path / np.dtype(dtype).name, config, rounded, variant)
+        half = jax.tree.leaves(load_codec(directory).parameters)
+        for leaf, exact in zip(half, jax.tree.leaves(full.parameters), strict=True):
+            assert leaf.dtype == jnp.float32
+            np.testing.assert_allclose(leaf, exact, rtol=2.0**-bits, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -522,71 +576,85 @@ def test_tensors_that_do_not_fit_are_named_as_in_the_file(tmp_path):
     }
     with pytest.raises(ValueError) as error:
         load_codec(publish(tmp_path / "x", config, kept))
-    assert (
-        "36 missing (decoder.mid_block.attentions.0.to_q.bias, decoder.mid_block.attentions.0.to_q"
-        in str(error.value)
-    )
-    assert "1 unknown (loss.logvar)" in str(error.value)
-    assert (
-        "1 of another shape (decoder.conv_in.weight (16, 5, 3, 3) instead of (16, 4, 3, 3))"
-        in str(error.value)
-    )
+    message = str(error.value)
+    attention = "decoder.mid_block.attentions.0"
+    assert f"36 missing ({attention}.to_q.bias, {attention}.to_q" in message
+    assert "1 unknown (loss.logvar)" in message
+    wrong = "decoder.conv_in.weight (16, 5, 3, 3) instead of (16, 4, 3, 3)"
+    assert f"1 of another shape ({wrong})" in message
 
 
 def test_bin_instead_of_safetensors_is_named(tmp_path):
-    publish(tmp_path / "x", *published())
-    (tmp_path / "x" / "diffusion_pytorch_model.safetensors").rename(
-        tmp_path / "x" / "diffusion_pytorch_model.bin"
-    )
-    with pytest.raises(
-        ValueError, match="no diffusion_pytorch_model.safetensors in .*model.bin cannot be read"
-    ):
-        load_codec(tmp_path / "x")
+    directory = publish(tmp_path / "x", *published())
+    weights = directory / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    message = "no diffusion_pytorch_model.safetensors in .*model.bin cannot be read"
+    with pytest.raises(ValueError, match=message):
+        load_codec(directory)
 
 
-# Narrow ones of the published architectures: what varies between them, and the depth of the first.
+# The published architectures made narrow: everything they differ in, and the depth of the first.
 ARCHITECTURES = {
     "stable_diffusion_1": {
-        "block_out_channels": (8, 16, 24, 24), "layers_per_block": 2, "sample_size": 512, "scaling_factor": 0.18215,
+        "block_out_channels": (8, 16, 24, 24),
+        "layers_per_block": 2,
+        "sample_size": 512,
+        "scaling_factor": 0.18215,
     },
-    "stable_diffusion_xl": {"block_out_channels": (8, 16), "sample_size": 1024, "scaling_factor": 0.13025},
+    "stable_diffusion_xl": {
+        "block_out_channels": (8, 16),
+        "sample_size": 1024,
+        "scaling_factor": 0.13025,
+    },
     "stable_diffusion_3": {
-        "block_out_channels": (8, 16), "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
-        "scaling_factor": 1.5305, "shift_factor": 0.0609,
+        "block_out_channels": (8, 16),
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
     },
     "flux": {
-        "block_out_channels": (16, 32), "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
-        "scaling_factor": 0.3611, "shift_factor": 0.1159, "layers_per_block": 2,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
     },
     "no_middle_attention": {"block_out_channels": (8, 12), "mid_block_add_attention": False},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def oracle():
-    """torch and diffusers."""
+    """The modules torch and diffusers."""
+    reason = "needs torch and diffusers, whose autoencoder is the reference"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what their own imports say
-        reason = "torch and diffusers are not installed: their autoencoder is not here to be compared with"
-        return pytest.importorskip("torch", reason=reason), pytest.importorskip(
-            "diffusers", reason=reason
-        )
+        warnings.simplefilter("ignore")  # their imports warn
+        torch = pytest.importorskip("torch", reason=reason)
+        diffusers = pytest.importorskip("diffusers", reason=reason)
+    return torch, diffusers
 
 
 def diffusers_autoencoder(oracle, **config):
-    """Diffusers' own, with every weight random."""
+    """Diffusers' `AutoencoderKL` with random weights."""
     torch, diffusers = oracle
     levels = len(config["block_out_channels"])
     model = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        norm_num_groups=4, **config,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        **config,
+    )
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
-        scale = math.prod(weight.shape[1:]) ** -0.5 if weight.ndim > 1 else 0.3
-        weight.data = scale * torch.randn(weight.shape, generator=generator) + (
-            0.5 if weight.ndim == 1 else 0.0
-        )
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1:
+            weight.data = math.prod(weight.shape[1:]) ** -0.5 * noise
+        else:
+            weight.data = 0.5 + 0.3 * noise
     return model
 
 
@@ -600,23 +668,25 @@ def test_codec_equals_diffusers(name, oracle, tmp_path):
     assert codec.scale == config.get("scaling_factor", 0.18215)
     assert codec.shift == config.get("shift_factor", 0.0)
 
+    def channels_last(tensor):
+        return tensor.numpy().transpose(0, 2, 3, 1)
+
     x = images(2, 16, 24, 3)
-    channels_last = lambda tensor: tensor.numpy().transpose(0, 2, 3, 1)  # noqa: E731
     with torch.no_grad():
-        expected = theirs.encode(torch.tensor(x.transpose(0, 3, 1, 2))).latent_dist
-        mean, deviation = channels_last(expected.mean), channels_last(expected.std)
-        decoded = channels_last(theirs.decode(expected.mean).sample.clip(-1, 1))
-    assert (
-        min(mean.std(), deviation.std(), decoded.std()) > 0.1
-    )  # so that the tolerance means something
-    ours = codec.encode(x)
-    np.testing.assert_allclose(ours[0], mean, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(ours[1], deviation, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(codec.decode(mean), decoded, atol=1e-4, rtol=0)
+        posterior = theirs.encode(torch.tensor(x.transpose(0, 3, 1, 2))).latent_dist
+        expected_mean = channels_last(posterior.mean)
+        expected_deviation = channels_last(posterior.std)
+        expected_images = channels_last(theirs.decode(posterior.mean).sample.clip(-1, 1))
+    for expected in (expected_mean, expected_deviation, expected_images):
+        assert expected.std() > 0.1  # far above the tolerance
+    mean, deviation = codec.encode(x)
+    np.testing.assert_allclose(mean, expected_mean, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(deviation, expected_deviation, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(codec.decode(expected_mean), expected_images, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("projected", [True, False])
-def test_the_names_of_this_file_are_diffusers(projected, oracle):
+def test_published_in_this_file_has_the_names_and_shapes_of_diffusers(projected, oracle):
     config, tensors = published(projected=projected)
     fields = (
         "block_out_channels",
@@ -625,9 +695,7 @@ def test_the_names_of_this_file_are_diffusers(projected, oracle):
         "use_quant_conv",
         "use_post_quant_conv",
     )
-    theirs = diffusers_autoencoder(
-        oracle, **{name: config[name] for name in fields if name in config}
-    ).state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == {
-        k: v.shape for k, v in tensors.items()
-    }
+    options = {name: config[name] for name in fields if name in config}
+    theirs = diffusers_autoencoder(oracle, **options).state_dict()
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == shapes

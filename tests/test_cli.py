@@ -1,4 +1,4 @@
-"""Bad input: one clear line, exit code 2, nothing written. Run in this process for speed."""
+"""Bad input: one clear line, exit code 2, nothing written. In this process, for speed."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion_jax.commands.main import load_experiment, main
+from transfusion_jax.commands.experiments import load_experiment
+from transfusion_jax.commands.main import main
 from transfusion_jax.config import stored as stored_config
 from transfusion_jax.images import read_image, write_image
 
@@ -44,6 +45,8 @@ def fails(capsys, *arguments: str) -> str:
         ("--train.steps -4", "train.steps=-4 must be positive"),
         ("--sampler.steps 5000", "sampler.steps=5000"),
         ("nonsense", "nonsense"),
+        ("--evaluation scenes", "suite 'scenes' judges pictures of 32x32x3 or 64x64x3"),
+        ("--tyro-print-completion bash", "cannot use --tyro-print-completion bash"),
     ],
 )
 def test_bad_overrides(capsys, tmp_path, overrides, message):
@@ -60,6 +63,10 @@ def test_bad_overrides(capsys, tmp_path, overrides, message):
         ("def config(): return 3", "returns int, not an Experiment"),
         ("def config(: pass", "SyntaxError"),
         ("import nowhere", "nowhere"),
+        ("raise SystemExit(3)", "fails with SystemExit: 3"),
+        ("def config(): return int('x')", "experiment.py: invalid literal for int()"),
+        ("config = 3", "'int' object is not callable"),
+        ("\0", "null bytes"),
     ],
 )
 def test_bad_experiment_files(capsys, tmp_path, content, message):
@@ -72,7 +79,8 @@ def test_bad_experiment_files(capsys, tmp_path, content, message):
 def test_points_of_a_sweep(tmp_path):
     path = tmp_path / "sweep.py"
     path.write_text(
-        "from transfusion_jax.config import paper\ndef sweep():\n    yield paper('0.16B')\n    yield paper('7B')\n"
+        "from transfusion_jax.config import paper\n"
+        "def sweep():\n    yield paper('0.16B')\n    yield paper('7B')\n"
     )
     assert load_experiment(f"{path}:transfusion_7B").model.width == 4096
     with pytest.raises(
@@ -81,10 +89,19 @@ def test_points_of_a_sweep(tmp_path):
         load_experiment(f"{path}:3B")
     with pytest.raises(ValueError, match=r"has no function config\(\)"):
         load_experiment(str(path))
+    for body, message in (
+        ("yield 3", r"sweep\(\) of .* must yield experiments"),
+        ("yield int('x')", "invalid literal for int"),
+        ("return 3", "fails with TypeError"),
+    ):
+        path.write_text(f"def sweep():\n    {body}\n")
+        with pytest.raises(ValueError, match=message):
+            load_experiment(f"{path}:a")
 
 
 def test_overrides_reach_every_kind_of_field():
-    arguments = "--model.width 256 --data.sources.1.weight 2.5 --optimizer.b2 0.9 --evaluation sums --name x"
+    arguments = "--model.width 256 --data.sources.1.weight 2.5 --optimizer.b2 0.9 --name x"
+    arguments += " --evaluation sums"
     got = load_experiment(DIGITS, arguments.split())
     assert (got.model.width, got.data.sources[1].weight, got.optimizer.b2) == (256, 2.5, 0.9)
     assert (got.evaluation, got.name) == (("sums",), "x")
@@ -93,7 +110,7 @@ def test_overrides_reach_every_kind_of_field():
 def test_a_run_directory_of_another_config_is_never_touched(capsys, tmp_path):
     stored = stored_config.dumps(load_experiment(DIGITS))
     (tmp_path / "config.json").write_text(stored)
-    arguments = ("--optimizer.learning-rate", "0.1", "--train.steps", "7", "--mesh.fsdp", "2")
+    arguments = ("--optimizer.learning-rate", "0.1", "--train.steps", "700", "--mesh.fsdp", "2")
     line = fails(capsys, "train", DIGITS, "--run-dir", str(tmp_path), *arguments)
     assert "optimizer.learning_rate: 0.002 -> 0.1; train.steps" in line and "mesh" not in line
     assert (tmp_path / "config.json").read_text() == stored
@@ -120,33 +137,61 @@ def test_config_survives_json_and_says_what_differs():
         stored_config.loads(json.dumps(later), "later.json")
 
 
-def test_generate_refuses_bad_input(capsys, tmp_path):
-    out = ("--out", str(tmp_path / "out"))
-    assert "the prompt is empty" in fails(capsys, "generate", str(tmp_path), "--prompt", "", *out)
-    assert "not a run directory" in fails(capsys, "generate", str(tmp_path), "--prompt", "x", *out)
-    assert "--num 0" in fails(
-        capsys, "generate", str(tmp_path), "--prompt", "x", "--num", "0", *out
-    )
-    assert "--frobnicate" in fails(
-        capsys, "generate", str(tmp_path), "--prompt", "x", "--frobnicate", *out
-    )
-    assert "--out" in fails(capsys, "generate", str(tmp_path), "--prompt", "x")
-    assert "'fid' is not one of" in fails(capsys, "evaluate", str(tmp_path), "--suite", "fid")
-    assert not (tmp_path / "out").exists()
+RUN = "{}"
+"""Stands for a directory that is there, and no run."""
 
 
-def test_help_lists_the_fields_of_an_experiment(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", DIGITS, "--help"])
-    assert "--optimizer.learning-rate" in capsys.readouterr().out
-    assert main(["train", "--help"]) == 0
-    assert "--run-dir" in capsys.readouterr().out
-    assert "name an experiment file" in fails(capsys, "train")
-
-
-def test_no_command_and_unknown_command(capsys):
-    assert "COMMAND" in fails(capsys)
-    assert "frob" in fails(capsys, "frob")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate {} --prompt x", "--out"),
+        ("generate {} --prompt= --out {}/out", "the prompt is empty"),
+        ("generate {} --prompt x --out {}/out", "not a run directory"),
+        ("generate {} --prompt x --num 0 --out {}/out", "--num 0 must be at least 1"),
+        ("generate {} --prompt x --num 1.5 --out {}/out", "invalid int value: '1.5'"),
+        ("generate {} --prompt x --seed -1 --out {}/out", "--seed -1 must be in 0..2^32 - 1"),
+        ("generate {} --prompt x --frobnicate --out {}/out", "--frobnicate"),
+        ("generate {} --prompt x --out {}/file", "file is a file, not a directory"),
+        ("generate {} --prompt x --out {}/file/out", "file is a file, not a directory"),
+        ("generate --prompt x --out {}/out", "RUN_DIR"),
+        ("evaluate {}", "not a run directory"),
+        ("evaluate {} --suite fid", "'fid' is not one of"),
+        ("evaluate {} --max-rows 0", "--max-rows 0 must be a positive number or `all`"),
+        ("evaluate {} --max-rows some", "--max-rows some must be"),
+        ("evaluate {} --out {}", "is a directory, not a file"),
+        ("evaluate {} --out {}/none/x.json", "none is not a directory"),
+        ("evaluate {} --seed 3", "unknown arguments: --seed 3"),
+        (f"evaluate {'x' * 300}", "File name too long"),
+        ("train", "name an experiment file (see transfusion-jax train --help)"),
+        ("inspect", "name an experiment file (see transfusion-jax inspect --help)"),
+        (f"inspect {DIGITS} --row -1", "--row -1 must be in"),
+        (f"inspect {DIGITS} --row {10**30}", "must be in"),
+        (f"inspect {DIGITS} --out {{}}/x.txt", "x.txt must end in one of"),
+        (f"inspect {DIGITS} --out {{}}/none/x.png", "none is not a directory"),
+        (f"inspect {DIGITS} --out {{}}", "is a directory, not a file"),
+        ("autoencoder", "name an experiment file (see transfusion-jax autoencoder --help)"),
+        (f"autoencoder {DIGITS}", "returns Experiment, not an AutoencoderExperiment"),
+        ("plan", "name an experiment file (see transfusion-jax plan --help)"),
+        (f"plan {DIGITS}", "name a topology"),
+        (f"plan {DIGITS} --topology v5p:4x4x4 --json {{}}", "is a directory, not a file"),
+        ("prepare {}", "name the directory to make: --out DIR"),
+        ("prepare --out {}/out", "name at least one input"),
+        ("prepare {} --out {}/out --part 5/4", "--part 5/4 is not one of 4 parts"),
+        ("prepare {} --out {}/out --workers 0", "--workers 0 must be at least 1"),
+        ("prepare {} --out {}/out --frob 3", "--frob"),
+        (f"prepare {DIGITS} --out {{}}/out", "returns Experiment, not a Preparation"),
+        ("prepare none.py --out {}/out", "there is no experiment file none.py"),
+        ("", "COMMAND"),
+        ("frob", "'frob'"),
+        ("frob --help", "'frob'"),
+        ("train none.py --help", "there is no experiment file none.py"),
+    ],
+)
+def test_bad_input_of_every_command(capsys, tmp_path, monkeypatch, line, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert message in fails(capsys, *(word.replace(RUN, str(tmp_path)) for word in line.split()))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_images_survive_a_file_and_are_cropped_and_resized(tmp_path):

@@ -97,7 +97,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(workplace):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     said = finish(start("train", path / "tiny.py", "--run-dir", run_dir))
-    assert "going on from checkpoint" in said
+    assert "resuming from checkpoint" in said
     whole, resumed = logged(path / "whole"), logged(run_dir)
     assert [{k: row[k] for k in ("step", *LOSSES)} for row in resumed] == [
         {k: row[k] for k in ("step", *LOSSES)} for row in whole

@@ -1,6 +1,5 @@
 import json
 import math
-import shutil
 from dataclasses import replace
 
 import jax
@@ -10,15 +9,15 @@ import pytest
 
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding, partition_spec
 from transfusion_jax.planning.hlo import parse
 from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.planning.program import read_program
+from transfusion_jax.pretraining.objective import total
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
-from transfusion_jax.training import checkpoint as checkpoint_lib
-from transfusion_jax.training.checkpoint import CheckpointError, Checkpoints
+from transfusion_jax.training.checkpoint import Checkpoints
 from transfusion_jax.training.metrics import MetricsLog, read_metrics
 from transfusion_jax.training.watchdog import TrainingFailed, check_finite
 
@@ -32,11 +31,17 @@ def build(experiment, mesh_config=ONE):
 
 def run(experiment, tokenizer, mesh_config, steps, state=None):
     """Losses of some steps, and the state after them."""
-    mesh, plan = build(experiment, mesh_config)
+    mesh, planned = build(experiment, mesh_config)
+    return take(mesh, planned, compiled_step(planned), experiment, tokenizer, steps, state)
+
+
+def take(mesh, planned, step, experiment, tokenizer, steps, state=None):
     with jax.set_mesh(mesh):
-        state = plan.initialise() if state is None else state
-        step, sharding = compiled_step(plan), batch_sharding(mesh)
-        batches, losses, start = Data(experiment, tokenizer).batches(), [], int(state.step)
+        state = planned.initialise() if state is None else state
+        sharding = batch_sharding(mesh)
+        batches = Data(experiment, tokenizer).batches()
+        losses = []
+        start = int(state.step)
         for s in range(start, start + steps):
             state, metrics = step(state, jax.device_put(batches[s], sharding))
             losses.append(float(metrics["loss"]))
@@ -45,8 +50,20 @@ def run(experiment, tokenizer, mesh_config, steps, state=None):
 
 
 @pytest.fixture(scope="module")
-def single(experiment, tokenizer):
-    return run(experiment, tokenizer, ONE, 20)
+def one(experiment):
+    """Mesh of one device, blueprint, compiled step."""
+    mesh, planned = build(experiment)
+    return mesh, planned, compiled_step(planned)
+
+
+@pytest.fixture(scope="module")
+def single(one, experiment, tokenizer):
+    return take(*one, experiment, tokenizer, 20)
+
+
+@pytest.fixture(scope="module")
+def batch(one, experiment, tokenizer):
+    return jax.device_put(Data(experiment, tokenizer).batches()[0], batch_sharding(one[0]))
 
 
 def test_training_learns_and_advances_everything(single, experiment):
@@ -78,7 +95,8 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
     np.testing.assert_allclose(losses, single[0], rtol=1e-4)
     if mesh_config.fsdp == 1:
         return
-    # Parameters, average and both moments: each device holds its share, norms and the timestep's odd ends aside.
+    # Parameters, average and both moments: each device holds its share, norms and the timestep's
+    # odd ends aside.
     for tree in (state.parameters, state.ema, state.optimizer):
         total = sum(x.nbytes for x in jax.tree.leaves(tree))
         here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
@@ -98,7 +116,8 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
 def test_accumulated_gradients_are_those_of_the_whole_batch(
     single, experiment, tokenizer, parts, mesh_config
 ):
-    """Rows differ in how much text and how many images they have, so a mean of the parts' means would not do."""
+    """Rows differ in how much text and how many images they have, so a mean of the parts' means
+    would not do."""
     batch = Data(experiment, tokenizer).batches()[0]
     images = [batch.image_weight_BM[part::parts].sum() for part in range(parts)]
     assert min(images) < max(images)
@@ -109,14 +128,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 
 def program_text(experiment, mesh_config):
     """The compiled step of an experiment."""
-    mesh, plan = build(experiment, mesh_config)
+    mesh, planned = build(experiment, mesh_config)
     with jax.set_mesh(mesh):
-        lowered = compiled_step(plan).lower(plan.abstract, abstract_batch(experiment, mesh))
+        lowered = compiled_step(planned).lower(planned.abstract, abstract_batch(experiment, mesh))
         return lowered.compile().as_text()
 
 
 def test_positions_that_are_cut_share_the_work(experiment):
-    """Eight devices that cut rows in four compute no more, each, than eight that have rows of their own."""
+    """Eight devices that cut rows in four compute no more, each, than eight that have rows of their
+    own."""
     flops = [
         read_program(program_text(experiment, MeshConfig(data=1, fsdp=8 // n, sequence=n)), 2).flops
         for n in (1, 4)
@@ -138,7 +158,8 @@ def test_attention_that_is_kept_is_not_computed_again(experiment):
     ids=["one", "eight"],
 )
 def test_the_logits_of_all_positions_never_exist(experiment, mesh_config):
-    """No array of the compiled step has the size of B x L x V on a device, unless a chunk is a whole row."""
+    """No array of the compiled step has the size of B x L x V on a device, unless a chunk is a
+    whole row."""
 
     def largest(chunk):
         parted = replace(experiment, train=replace(experiment.train, vocab_chunk=chunk))
@@ -157,40 +178,60 @@ def test_the_logits_of_all_positions_never_exist(experiment, mesh_config):
     assert largest(24) < here <= largest(length)
 
 
-def test_the_state_is_donated(experiment, tokenizer):
-    mesh, plan = build(experiment)
+def test_the_state_is_donated(one, batch):
+    mesh, planned, step = one
     with jax.set_mesh(mesh):
-        state = plan.initialise()
-        compiled_step(plan)(
-            state, jax.device_put(Data(experiment, tokenizer).batches()[0], batch_sharding(mesh))
-        )
+        state = planned.initialise()
+        step(state, batch)
     assert all(
         x.is_deleted() for x in jax.tree.leaves((state.parameters, state.ema, state.optimizer))
     )
 
 
-def test_non_finite_gradients_are_skipped_and_counted(experiment, tokenizer):
-    mesh, plan = build(experiment)
+def test_timesteps_and_noise_are_drawn_anew_at_every_step(one, batch):
+    mesh, planned, step = one
     with jax.set_mesh(mesh):
-        step, state = compiled_step(plan), plan.initialise()
-        batch = jax.device_put(Data(experiment, tokenizer).batches()[0], batch_sharding(mesh))
-        poisoned = replace(batch, latents_BMhwc=batch.latents_BMhwc.at[0, 0].set(jnp.nan))
-        state, _ = step(state, batch)
+        initial = planned.initialise()
+        losses = []
+        for number in (0, 1, 0):  # the same parameters and the same rows, at two steps
+            state = replace(jax.tree.map(jnp.copy, initial), step=jnp.int32(number))
+            losses.append(float(step(state, batch)[1]["image_loss"]))
+    assert losses[0] == losses[2] and abs(losses[1] / losses[0] - 1) > 1e-4
+
+
+NAN_GRADIENT, NAN_LOSS = 7.0, 8.0  # marks of a batch
+
+
+def marked_total(text_BL, image_BM, part, whole, image_weight):
+    """The objective; for a marked batch, either the loss or its gradients are NaN."""
+    losses = total(text_BL, image_BM, part, whole, image_weight)
+    mark = whole.latents_BMhwc[0, 0, 0, 0, 0]
+    root = jnp.sqrt(jnp.where(mark == NAN_GRADIENT, 0.0 * losses.total, 1.0)) - 1.0
+    missing = jnp.where(mark == NAN_LOSS, jnp.nan, 0.0)
+    return replace(losses, total=losses.total + root + missing)
+
+
+def test_a_step_that_is_not_finite_in_loss_or_gradients_is_skipped(experiment, batch, monkeypatch):
+    monkeypatch.setattr("transfusion_jax.pretraining.step.total", marked_total)
+    mesh, planned = build(experiment)
+
+    def marked(mark):
+        return replace(batch, latents_BMhwc=batch.latents_BMhwc.at[0, 0, 0, 0, 0].set(mark))
+
+    with jax.set_mesh(mesh):
+        step = compiled_step(planned)
+        state, _ = step(planned.initialise(), batch)
         before = jax.device_get((state.parameters, state.ema, state.optimizer))
-        for expected in (1, 2):
-            state, metrics = step(state, poisoned)
+        for expected, mark in enumerate((NAN_GRADIENT, NAN_LOSS, jnp.nan), start=1):
+            state, metrics = step(state, marked(mark))
+            assert math.isfinite(metrics["loss"]) == (mark == NAN_GRADIENT)
+            assert math.isfinite(metrics["grad_norm"]) == (mark == NAN_LOSS)
             assert int(metrics["skipped_in_a_row"]) == int(metrics["skipped"]) == expected
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            before,
-            jax.device_get((state.parameters, state.ema, state.optimizer)),
-        )
+        after = jax.device_get((state.parameters, state.ema, state.optimizer))
+        jax.tree.map(np.testing.assert_array_equal, before, after)
         state, metrics = step(state, batch)
-        assert (int(metrics["skipped_in_a_row"]), int(metrics["skipped"]), int(state.step)) == (
-            0,
-            2,
-            4,
-        )
+    assert int(metrics["skipped_in_a_row"]) == 0
+    assert int(metrics["skipped"]) == 3 and int(state.step) == 5
 
 
 def test_training_stops_after_ten_skips_in_a_row():
@@ -199,119 +240,24 @@ def test_training_stops_after_ten_skips_in_a_row():
         check_finite(101, 10, 10)
 
 
-def checkpoints(path, said=None, keep=3):
-    return Checkpoints(path / "checkpoints", keep, (said if said is not None else []).append)
-
-
 def test_a_checkpoint_restores_on_another_mesh_and_trains_on(
     single, experiment, tokenizer, tmp_path
 ):
     losses, _ = single
     _, state = run(experiment, tokenizer, MeshConfig(data=1, fsdp=4, tensor=2), 10)
-    saved = checkpoints(tmp_path)
-    saved.save(state, {"train_seconds": 1.5, "data": "x"})
+    saved = Checkpoints(tmp_path / "checkpoints", 3, print)
+    saved.save(state, {"train_seconds": 1.5, "data": ["x"]})
     assert saved.wait()
-    _, plan = build(experiment, MeshConfig(data=2, fsdp=2, tensor=2))
-    restored, progress = saved.restore(plan.abstract)
+    _, planned = build(experiment, MeshConfig(data=2, fsdp=2, tensor=2))
+    restored, _ = saved.restore(planned.abstract)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(restored))
-    wanted = jax.tree.leaves(plan.abstract)
+    wanted = jax.tree.leaves(planned.abstract)
     assert all(
         x.sharding == w.sharding for x, w in zip(jax.tree.leaves(restored), wanted, strict=True)
     )
-    assert float(progress["train_seconds"]) == 1.5 and progress["data"] == "x"
     more, _ = run(experiment, tokenizer, MeshConfig(data=2, fsdp=2, tensor=2), 10, restored)
     np.testing.assert_allclose(more, losses[10:], rtol=1e-4)
     saved.close()
-
-
-def _truncate(step_dir):
-    largest = max((p for p in step_dir.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:100])
-
-
-def _flip_bits(step_dir):
-    for path in step_dir.rglob("d/*"):
-        content = bytearray(path.read_bytes())
-        for at in range(len(content) // 2, len(content) // 2 + 8):
-            content[at] ^= 0xFF
-        path.write_bytes(content)
-
-
-def _empty(step_dir):
-    for path in list(step_dir.iterdir()):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@pytest.mark.parametrize("damage", [_truncate, _flip_bits, _empty])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    single, experiment, tmp_path, damage
-):
-    _, state = single
-    saved = checkpoints(tmp_path)
-    older = replace(state, step=state.step - 5)
-    for each in (older, state):
-        saved.save(each, {"train_seconds": 0.0, "data": "x"})
-    saved.close()
-    damage(tmp_path / "checkpoints" / "20")
-
-    said: list[str] = []
-    reopened = checkpoints(tmp_path, said)
-    _, plan = build(experiment)
-    restored, _ = reopened.restore(plan.abstract)
-    assert int(restored.step) == 15
-    assert any("20 is damaged" in line for line in said), said
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(older), jax.device_get(restored))
-    # Step 20 can be saved again, and what was there is kept aside.
-    reopened.save(state, {"train_seconds": 0.0, "data": "x"})
-    assert reopened.wait() and reopened.steps == [15, 20]
-    assert (tmp_path / "damaged" / "20").exists()
-    reopened.close()
-
-
-def test_no_readable_checkpoint_is_an_error_and_none_at_all_is_not(single, experiment, tmp_path):
-    _, plan = build(experiment)
-    saved = checkpoints(tmp_path)
-    assert saved.restore(plan.abstract) is None
-    saved.save(single[1], {"train_seconds": 0.0, "data": "x"})
-    saved.close()
-    _empty(tmp_path / "checkpoints" / "20")
-    with pytest.raises(CheckpointError, match="none of the checkpoints"):
-        checkpoints(tmp_path).restore(plan.abstract)
-
-
-def test_a_save_that_fails_leaves_the_last_good_one(single, experiment, tmp_path, monkeypatch):
-    said: list[str] = []
-    saved = checkpoints(tmp_path, said)
-    saved.save(single[1], {"train_seconds": 0.0, "data": "x"})
-    assert saved.wait()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(saved._manager, "save_checkpointables_async", full)
-    saved.save(replace(single[1], step=single[1].step + 1), {"train_seconds": 0.0, "data": "x"})
-    assert "No space left" in said[-1] and "last good one is step 20" in said[-1]
-    assert saved.steps == [20] and not saved.wait()
-    # Once there is room again, the next save succeeds.
-    saved.save(replace(single[1], step=single[1].step + 2), {"train_seconds": 0.0, "data": "x"})
-    assert saved.wait() and saved.steps == [20, 22]
-    saved.close()
-
-
-def test_old_checkpoints_go_by_policy(single, tmp_path):
-    saved = checkpoints(tmp_path, keep=2)
-    for extra in range(4):
-        saved.save(
-            replace(single[1], step=single[1].step + extra), {"train_seconds": 0.0, "data": "x"}
-        )
-    saved.close()
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [22, 23]
-
-
-def test_checksum_sees_any_flipped_bit():
-    tree = {"a": jnp.arange(100, dtype=jnp.float32), "b": jnp.arange(3, dtype=jnp.int32)}
-    flipped = {**tree, "a": tree["a"].at[7].set(jnp.nextafter(tree["a"][7], jnp.float32(100)))}
-    assert int(checkpoint_lib.checksum(tree)) != int(checkpoint_lib.checksum(flipped))
 
 
 def test_metrics_are_cut_back_to_the_step_of_a_resumed_run(tmp_path):
@@ -338,8 +284,7 @@ def test_mesh_errors_name_what_does_not_fit(experiment):
         "tensor": 2,
     }
     with pytest.raises(ValueError, match=r"batch_rows=12 is not divisible by the 8 shards"):
-        host_block(batch_sharding(make_mesh(MeshConfig(8))), 12)
-    assert host_block(batch_sharding(make_mesh(MeshConfig(8))), 16) == (0, 1)
+        process_rows(batch_sharding(make_mesh(MeshConfig(8))), 12)
     with pytest.raises(ValueError, match="does not divide"):
         blueprint(
             replace(experiment, model=replace(experiment.model, mlp_width=97)),

@@ -1,10 +1,12 @@
 """Atomic writes: a temporary file, fsync, rename."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = f".{secrets.token_hex(4)}.partial"
 """Suffix of this process's temporary files. Random, because processes on other machines may share its number."""
@@ -30,3 +32,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_atomic(path: Path, content: bytes) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())

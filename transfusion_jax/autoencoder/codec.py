@@ -1,17 +1,18 @@
-"""Ready autoencoders on disk: the published `AutoencoderKL` weights in diffusers' layout, and our own.
+"""A trained autoencoder: its directory on disk, and encoding and decoding with it.
 
-    PATH/config.json  PATH/diffusion_pytorch_model.safetensors    diffusers (Stable Diffusion 1 to 3, XL, FLUX)
-    PATH/config.json  PATH/weights.safetensors                    `save_codec`
+A directory has one of two layouts:
 
-Our config.json holds the fields of `AutoencoderConfig`, `scale` and `shift`; our tensors are the parameters under their
-dotted names. Published kernels are [out, in, height, width], ours [height, width, in, out].
+    config.json  weights.safetensors                    ours, written by `save_codec`
+    config.json  diffusion_pytorch_model.safetensors    diffusers', see `published.py`
+
+Our config.json holds the fields of `AutoencoderConfig`, `scale` and `shift`. Our tensors are the
+parameters, named by their dotted paths.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,42 +27,24 @@ from flax import nnx, traverse_util
 from jax import Array
 from jax.typing import ArrayLike
 
+from transfusion_jax.autoencoder import published
 from transfusion_jax.autoencoder.config import AutoencoderConfig
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
 from transfusion_jax.errors import require
+from transfusion_jax.files import atomic_path
 
-CONFIG, WEIGHTS = "config.json", "weights.safetensors"
-PUBLISHED_WEIGHTS = tuple(
-    f"diffusion_pytorch_model{kind}.safetensors" for kind in ("", ".fp16", ".bf16")
-)
+CONFIG = "config.json"
+WEIGHTS = "weights.safetensors"
+PICKLED = (".bin", ".pt", ".ckpt", ".pth")
+"""Suffixes of pickled weights, which an error names but nothing opens."""
 
-# Diffusers' defaults, for what a published config.json leaves out.
-PUBLISHED_DEFAULTS: dict[str, Any] = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (64,), "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "act_fn": "silu",
-    "norm_num_groups": 32, "sample_size": 32, "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None,
-    "latents_std": None, "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
-}  # fmt: skip
-
-# Our name of a module, and the published one.
-RENAMES = {
-    ".downsample.": ".downsamplers.0.conv.",
-    ".upsample.": ".upsamplers.0.conv.",
-    ".mid_block.attention.": ".mid_block.attentions.0.",
-    ".to_out.": ".to_out.0.",
-}
-# The attention's parts in checkpoints of 2022 and 2023, and what they are called since.
-OLD_NAMES = {
-    ".query.": ".to_q.",
-    ".key.": ".to_k.",
-    ".value.": ".to_v.",
-    ".proj_attn.": ".to_out.0.",
-}
+Tensors = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """A trained autoencoder. A model is fed `(latents - shift) * scale`."""
+    """A trained autoencoder; models see its latents as `(latents - shift) * scale`."""
 
     path: Path
     config: AutoencoderConfig
@@ -70,47 +53,51 @@ class Codec:
     scale: float
     shift: float
     digest: str
-    """SHA-256 of configuration and weights: the same in either layout, another for any other autoencoder."""
+    """SHA-256 of configuration, scale, shift and weights; the same for both layouts."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape (h, w, c) of the latents of an image of height x width pixels.
+        """Latent shape (h, w, c) of an image with height x width pixels.
 
         Raises:
-          ValueError: the downsampling does not divide the size.
+          ValueError: the autoencoder's downsampling does not divide the height or the width.
         """
         factor = self.config.downsampling
         require(
             height % factor == 0 and width % factor == 0,
-            f"the autoencoder in {self.path} reduces by {factor}, which does not divide {height}x{width} pixels",
+            f"the autoencoder in {self.path} reduces by {factor}, which does not divide "
+            f"{height}x{width} pixels",
         )
         return height // factor, width // factor, self.config.latent_channels
 
     def encode(self, images_BHWC: ArrayLike) -> tuple[Array, Array]:
-        """Mean and standard deviation [B, h, w, c] of the latents of images in [-1, 1], neither scaled nor shifted.
+        """Mean and standard deviation, [B, h, w, c] each, of the latents of images in [-1, 1].
 
-        A "vq" autoencoder gives its codes' vectors and deviations of 0.
+        The latents are neither scaled nor shifted. For a "vq" autoencoder the mean is the nearest
+        codebook entry and the deviation 0.
 
         Raises:
-          ValueError: the autoencoder does not take images of this size or number of channels.
+          ValueError: wrong number of channels, or a size that the downsampling does not divide.
         """
         images = jnp.asarray(images_BHWC, jnp.float32)
         self.latent_shape(*images.shape[1:3])
         require(
             images.shape[3] == self.config.channels,
-            f"the autoencoder in {self.path} takes {self.config.channels} channels, not {images.shape[3]}",
+            f"the autoencoder in {self.path} takes {self.config.channels} channels, not "
+            f"{images.shape[3]}",
         )
         return self._encode(self.parameters, images)
 
     def decode(self, latents_Bhwc: ArrayLike) -> Array:
-        """Images [B, H, W, C], clipped to [-1, 1], of latents that are neither scaled nor shifted."""
+        """Images [B, H, W, C], clipped to [-1, 1]; latents are neither scaled nor shifted."""
         return self._decode(self.parameters, jnp.asarray(latents_Bhwc, jnp.float32))
 
     def image(self, picture_HWC: np.ndarray) -> np.ndarray:
-        """The latent [h, w, c], its mean, of a picture in [-1, 1] as a model is fed it."""
-        return (np.asarray(self.encode(picture_HWC[None])[0][0]) - self.shift) * self.scale
+        """The mean latent [h, w, c] of a picture in [-1, 1], scaled and shifted for a model."""
+        mean_Bhwc, _ = self.encode(picture_HWC[None])
+        return (np.asarray(mean_Bhwc[0]) - self.shift) * self.scale
 
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
-        """The picture [H, W, C] in [-1, 1] of a latent as a model is fed it."""
+        """The picture [H, W, C] in [-1, 1] of a scaled and shifted latent; inverts `image`."""
         return np.asarray(self.decode(image_hwc[None] / self.scale + self.shift))[0]
 
     @functools.cached_property
@@ -136,10 +123,10 @@ class Codec:
 
 
 def load_codec(path: Path) -> Codec:
-    """The autoencoder in a directory, in either layout.
+    """Loads the autoencoder in a directory with either layout.
 
     Raises:
-      ValueError: there is none, it is of another kind, or it is damaged.
+      ValueError: no autoencoder there, an unsupported kind, or damaged files.
     """
     path = Path(path)
     require(path.is_dir(), f"no such directory: {path}")
@@ -148,21 +135,20 @@ def load_codec(path: Path) -> Codec:
     require(file.is_file(), f"no {CONFIG} in {path}{hint}")
     try:
         raw = json.loads(file.read_text())
-        require(isinstance(raw, dict), "it must hold a JSON object")
-        published = "_class_name" in raw
-        config, scale, shift = _published_config(raw) if published else _own_config(raw)
+        require(isinstance(raw, dict), "not a JSON object")
+        foreign = published.is_published(raw)
+        config, scale, shift = published.read_config(raw) if foreign else _own_config(raw)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} does not describe an autoencoder: {error}") from None
     graph, abstract = abstract_autoencoder(config)
     leaves = traverse_util.flatten_dict(nnx.to_pure_dict(abstract))
     shapes = {_dotted(place): leaf.shape for place, leaf in leaves.items()}
-    tensors = (_published_tensors if published else _own_tensors)(path, shapes)
+    tensors = _published_tensors(path, shapes) if foreign else _own_tensors(path, shapes)
     parameters = traverse_util.unflatten_dict(
         {place: jnp.asarray(tensors[_dotted(place)]) for place in leaves}
     )
-    return Codec(
-        path, config, graph, parameters, scale, shift, _digest(config, scale, shift, tensors)
-    )
+    digest = _digest(config, scale, shift, tensors)
+    return Codec(path, config, graph, parameters, scale, shift, digest)
 
 
 def save_codec(
@@ -172,9 +158,10 @@ def save_codec(
     scale: float,
     shift: float,
 ) -> None:
-    """Writes a directory that `load_codec` reads; the same autoencoder gives the same bytes.
+    """Writes a directory for `load_codec`; equal autoencoders give equal bytes.
 
-    What is there before is replaced when both files are written; a config.json never stands beside other weights.
+    An autoencoder already there is replaced once both new files are written. A process killed
+    between the two renames leaves weights without a config.json, never with the wrong one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     pure = nnx.to_pure_dict(parameters) if isinstance(parameters, nnx.State) else parameters
@@ -183,21 +170,21 @@ def save_codec(
         _dotted(place): np.ascontiguousarray(leaf, np.float32) for place, leaf in leaves.items()
     }
     fields = {**dataclasses.asdict(config), "scale": float(scale), "shift": float(shift)}
-    weights, description = directory / f"{WEIGHTS}.partial", directory / f"{CONFIG}.partial"
-    weights.write_bytes(safetensors.numpy.save(dict(sorted(tensors.items()))))
-    description.write_text(json.dumps(fields, indent=2) + "\n")
-    (directory / CONFIG).unlink(missing_ok=True)
-    weights.replace(directory / WEIGHTS)
-    description.replace(directory / CONFIG)
+    # Left in reverse order: the weights are renamed first, while there is no config.json.
+    with (
+        atomic_path(directory / CONFIG) as description,
+        atomic_path(directory / WEIGHTS) as weights,
+    ):
+        weights.write_bytes(safetensors.numpy.save(dict(sorted(tensors.items()))))
+        description.write_text(json.dumps(fields, indent=2) + "\n")
+        (directory / CONFIG).unlink(missing_ok=True)
 
 
-def _dotted(place: tuple) -> str:
+def _dotted(place: tuple[str | int, ...]) -> str:
     return ".".join(map(str, place))
 
 
-def _digest(
-    config: AutoencoderConfig, scale: float, shift: float, tensors: Mapping[str, np.ndarray]
-) -> str:
+def _digest(config: AutoencoderConfig, scale: float, shift: float, tensors: Tensors) -> str:
     fields = {**dataclasses.asdict(config), "scale": scale, "shift": shift}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -208,123 +195,52 @@ def _digest(
 
 def _own_config(raw: dict[str, Any]) -> tuple[AutoencoderConfig, float, float]:
     names = {field.name for field in dataclasses.fields(AutoencoderConfig)} | {"scale", "shift"}
-    missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
+    missing = sorted(names - raw.keys())
+    unknown = sorted(raw.keys() - names)
     require(
         not missing and not unknown,
         f"missing fields {missing}, unknown fields {unknown}, and no _class_name",
     )
-    scale, shift = float(raw["scale"]), float(raw["shift"])
-    fields = {name: value for name, value in raw.items() if name not in ("scale", "shift")}
-    return (
-        AutoencoderConfig(**{**fields, "multipliers": tuple(fields["multipliers"])}),
-        scale,
-        shift,
-    )
+    fields = dict(raw)
+    scale = float(fields.pop("scale"))
+    shift = float(fields.pop("shift"))
+    multipliers = tuple(fields.pop("multipliers"))
+    return AutoencoderConfig(**fields, multipliers=multipliers), scale, shift
 
 
-def _published_config(raw: dict[str, Any]) -> tuple[AutoencoderConfig, float, float]:
-    require(
-        raw["_class_name"] == "AutoencoderKL",
-        f"_class_name={raw['_class_name']!r} is not 'AutoencoderKL'",
-    )
-    raw = PUBLISHED_DEFAULTS | raw
-    widths = raw["block_out_channels"]
-    for name, known in (
-        ("down_block_types", "DownEncoderBlock2D"),
-        ("up_block_types", "UpDecoderBlock2D"),
-    ):
-        other = [block for block in raw[name] if block != known]
-        require(not other, f"{name} has {', '.join(map(repr, other))}; only {known!r} is known")
-        require(
-            len(raw[name]) == len(widths),
-            f"{name}={raw[name]} and block_out_channels={widths} differ in length",
-        )
-    require(raw["act_fn"] in ("silu", "swish"), f"act_fn={raw['act_fn']!r} is not 'silu'")
-    for one, two in (("in_channels", "out_channels"), ("use_quant_conv", "use_post_quant_conv")):
-        require(raw[one] == raw[two], f"{one}={raw[one]} and {two}={raw[two]} differ")
-    for name in ("latents_mean", "latents_std"):
-        require(
-            raw[name] is None,
-            f"{name}={raw[name]} is not supported, only scaling_factor and shift_factor",
-        )
-    side, unit = raw["sample_size"], math.gcd(*widths)
-    config = AutoencoderConfig(
-        size=side if isinstance(side, int) else min(side),
-        channels=raw["in_channels"],
-        latent_channels=raw["latent_channels"],
-        width=unit,
-        multipliers=tuple(width // unit for width in widths),
-        groups=raw["norm_num_groups"],
-        blocks=raw["layers_per_block"],
-        middle_attention=raw["mid_block_add_attention"],
-        encoder_attention=False,
-        latent_projection=raw["use_quant_conv"],
-    )
-    return config, float(raw["scaling_factor"]), float(raw["shift_factor"] or 0.0)
-
-
-def _own_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    tensors = _read(path / WEIGHTS)
-    _check(path / WEIGHTS, tensors, shapes)
+def _own_tensors(directory: Path, shapes: Shapes) -> Tensors:
+    file = directory / WEIGHTS
+    tensors = _read(file)
+    _check(file, tensors, shapes)
     return tensors
 
 
-def _published_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _published_tensors(directory: Path, shapes: Shapes) -> Tensors:
     """Published weights under our names and in our layout."""
-    file = next(
-        (path / name for name in PUBLISHED_WEIGHTS if (path / name).is_file()),
-        path / PUBLISHED_WEIGHTS[0],
-    )
-    tensors = dict(_modern(name, tensor) for name, tensor in _read(file).items())
-    names = {name: _published_name(name) for name in shapes}
-    published = {names[name]: _published_shape(shape) for name, shape in shapes.items()}
-    _check(file, tensors, published)
-    ours = {name: tensors[names[name]] for name in shapes}
-    return {name: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T for name, x in ours.items()}
+    file = published.weights_file(directory)
+    tensors = published.to_current_names(_read(file))
+    names = {name: published.tensor_name(name) for name in shapes}
+    _check(file, tensors, {names[name]: published.tensor_shape(shapes[name]) for name in shapes})
+    return {name: published.to_our_layout(tensors[names[name]]) for name in shapes}
 
 
-def _published_name(name: str) -> str:
-    for ours, theirs in RENAMES.items():
-        name = name.replace(ours, theirs)
-    stem, leaf = name.rsplit(".", 1)
-    return f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"
-
-
-def _published_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
-
-
-def _modern(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-    """A tensor as diffusers stores it today: attention under its new names, and as linear maps, not convolutions."""
-    if ".attentions." not in name:
-        return name, tensor
-    for old, new in OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name, tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
-
-
-def _read(file: Path) -> dict[str, np.ndarray]:
+def _read(file: Path) -> Tensors:
     """All tensors of a safetensors file, in float32."""
     if not file.is_file():
-        other = sorted(
-            x.name for x in file.parent.iterdir() if x.suffix in (".bin", ".pt", ".ckpt", ".pth")
-        )
-        raise ValueError(
-            f"no {file.name} in {file.parent}"
-            + (f"; {', '.join(other)} cannot be read" if other else "")
-        )
+        pickled = sorted(x.name for x in file.parent.iterdir() if x.suffix in PICKLED)
+        hint = f"; {', '.join(pickled)} cannot be read" if pickled else ""
+        raise ValueError(f"no {file.name} in {file.parent}{hint}")
     try:
-        with safetensors.safe_open(file, framework="flax") as reader:  # NumPy alone has no bfloat16
+        # Not framework="numpy": NumPy itself has no bfloat16.
+        with safetensors.safe_open(file, framework="flax") as reader:
             return {name: np.asarray(reader.get_tensor(name), np.float32) for name in reader.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
-def _check(
-    file: Path, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raises ValueError unless the file has exactly the tensors of the configuration beside it."""
-    wrong = [
+def _check(file: Path, tensors: Tensors, shapes: Shapes) -> None:
+    """Raises ValueError unless the tensors are exactly those of the configuration."""
+    misshapen = [
         f"{name} {tensors[name].shape} instead of {shape}"
         for name, shape in shapes.items()
         if name in tensors and tensors[name].shape != shape
@@ -332,14 +248,11 @@ def _check(
     kinds = {
         "missing": sorted(shapes.keys() - tensors.keys()),
         "unknown": sorted(tensors.keys() - shapes.keys()),
-        "of another shape": sorted(wrong),
+        "of another shape": sorted(misshapen),
     }
     faults = [
         f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
         for kind, names in kinds.items()
         if names
     ]
-    require(
-        not faults,
-        f"the tensors of {file} are not those that its {CONFIG} describes: {'; '.join(faults)}",
-    )
+    require(not faults, f"the tensors of {file} do not match its {CONFIG}: {'; '.join(faults)}")

@@ -1,4 +1,7 @@
-"""Vector quantisation (van den Oord et al. 2017, arXiv 1711.00937): each latent becomes the nearest code of a book."""
+"""Vector quantisation: each latent becomes the nearest entry of a codebook.
+
+Van den Oord et al. 2017, arXiv 1711.00937. Entries are called codes, and so are their indices.
+"""
 
 from typing import NamedTuple
 
@@ -7,16 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-CHUNK = 2048  # codes that all latents are compared with at a time, so that [latents, codes] need not exist
+CHUNK = 2048
+"""Codes per step of the search; distances to all codes at once would take [latents, codes]."""
 
 
 class Quantized(NamedTuple):
     latent: Array
-    """[B, h, w, z]: the codes' vectors; gradients pass to the latents as if nothing had been done to them."""
+    """[B, h, w, z]: the nearest codes, with straight-through gradients to the latents."""
     codes: Array
-    """[B, h, w], int32."""
+    """[B, h, w], int32: their indices."""
     loss_B: Array
-    """Codebook loss + commitment * commitment loss, the mean over an example's elements."""
+    """Codebook loss + commitment * commitment loss, averaged over an example's elements."""
 
 
 class Quantizer(nnx.Module):
@@ -29,54 +33,58 @@ class Quantizer(nnx.Module):
         self.codebook = nnx.Param(value, out_sharding=(None, None), eager_sharding=False)
 
     def __call__(self, latent_Bhwz: Array, commitment: float = 0.25) -> Quantized:
-        """Quantises latents, with the loss of equation 3: |sg(z) - e|^2 + commitment |z - sg(e)|^2."""
+        """Quantises latents; the loss is |sg(z) - e|^2 + commitment |z - sg(e)|^2 (equation 3)."""
+        sg = jax.lax.stop_gradient
         codes_Bhw = nearest(latent_Bhwz, self.codebook[...])
         code_Bhwz = self.lookup(codes_Bhw)
-        fixed = jax.lax.stop_gradient
-        squares_Bhwz = (fixed(latent_Bhwz) - code_Bhwz) ** 2 + commitment * (
-            latent_Bhwz - fixed(code_Bhwz)
-        ) ** 2
-        straight_Bhwz = latent_Bhwz + fixed(code_Bhwz - latent_Bhwz)
-        return Quantized(straight_Bhwz, codes_Bhw, jnp.mean(squares_Bhwz, axis=(1, 2, 3)))
+        codebook_Bhwz = (sg(latent_Bhwz) - code_Bhwz) ** 2
+        commitment_Bhwz = (latent_Bhwz - sg(code_Bhwz)) ** 2
+        return Quantized(
+            latent=latent_Bhwz + sg(code_Bhwz - latent_Bhwz),
+            codes=codes_Bhw,
+            loss_B=jnp.mean(codebook_Bhwz + commitment * commitment_Bhwz, axis=(1, 2, 3)),
+        )
 
     def lookup(self, codes: Array) -> Array:
-        """Vectors [..., z] of codes [...]."""
+        """Codebook entries [..., z] of indices [...]."""
         return self.codebook[...][codes]
 
 
 def nearest(latent: Array, codebook: Array) -> Array:
-    """Indices [...], int32, of the codes nearest to latents [..., z]; of equal ones the first."""
+    """Indices [...], int32, of the codes nearest to latents [..., z]; the lowest one in a tie."""
     latent, codebook = jax.lax.stop_gradient((latent, codebook))
     n, z = codebook.shape
     chunk = min(CHUNK, n)
-    fill = -n % chunk
-    codes_CKz = jnp.pad(codebook, ((0, fill), (0, 0))).reshape(-1, chunk, z)
-    # |z - e|^2 without |z|^2, which all codes share.
-    squares_CK = jnp.pad(jnp.sum(codebook**2, axis=1), (0, fill), constant_values=jnp.inf).reshape(
-        -1, chunk
-    )
+    padding = -n % chunk
+    squares = jnp.sum(codebook**2, axis=1)
+    squares_CK = jnp.pad(squares, (0, padding), constant_values=jnp.inf).reshape(-1, chunk)
+    codes_CKz = jnp.pad(codebook, ((0, padding), (0, 0))).reshape(-1, chunk, z)
+    starts_C = jnp.arange(0, n, chunk, dtype=jnp.int32)
 
-    def compare(best, piece):
+    def compare(best, codes):
         distance, index = best
-        codes_Kz, squares_K, start = piece
+        codes_Kz, squares_K, start = codes
+        # |z - e|^2 less |z|^2, which is the same for all codes.
         product = jnp.einsum("...z,Kz->...K", latent, codes_Kz, precision=jax.lax.Precision.HIGHEST)
         distances = squares_K.reshape((1,) * (product.ndim - 1) + (-1,)) - 2.0 * product
-        least = jnp.min(distances, axis=-1)
-        here = start + jnp.argmin(distances, axis=-1).astype(jnp.int32)
-        return (jnp.minimum(distance, least), jnp.where(least < distance, here, index)), None
+        nearest_distance = jnp.min(distances, axis=-1)
+        nearest_index = start + jnp.argmin(distances, axis=-1).astype(jnp.int32)
+        index = jnp.where(nearest_distance < distance, nearest_index, index)
+        return (jnp.minimum(distance, nearest_distance), index), None
 
     lead = latent.shape[:-1]
-    first = (jnp.full(lead, jnp.inf, jnp.float32), jnp.zeros(lead, jnp.int32))
-    starts = jnp.arange(0, n, chunk, dtype=jnp.int32)
-    (_, index), _ = jax.lax.scan(compare, first, (codes_CKz, squares_CK, starts))
+    none = (jnp.full(lead, jnp.inf, jnp.float32), jnp.zeros(lead, jnp.int32))
+    (_, index), _ = jax.lax.scan(compare, none, (codes_CKz, squares_CK, starts_C))
     return index
 
 
 class Usage(NamedTuple):
+    """How much of a codebook a set of codes uses."""
+
     share: Array
-    """Of the codes, those that occur."""
+    """Fraction of the n codes that occur at all."""
     perplexity: Array
-    """exp of the entropy of the codes' frequencies: n where all occur equally often."""
+    """exp(entropy of the frequencies of the codes): n if all occur equally often."""
 
 
 def count(codes: Array, n: int) -> Array:
@@ -85,7 +93,7 @@ def count(codes: Array, n: int) -> Array:
 
 
 def usage(codes: Array, n: int) -> Usage:
-    """How much of a book of n codes these ones use."""
+    """Usage of a codebook of n entries by codes of any shape."""
     counts = count(codes, n).astype(jnp.float32)
     frequency = counts / jnp.sum(counts)
     entropy = jnp.sum(jax.scipy.special.entr(frequency))
@@ -93,7 +101,7 @@ def usage(codes: Array, n: int) -> Usage:
 
 
 def revive(codebook: Array, latents: Array, counts: Array, key: Array) -> Array:
-    """The codebook [n, z] with every code of count 0 moved to a random one of the latents [..., z]."""
+    """The codebook [n, z] with each code of count 0 replaced by a random latent out of [..., z]."""
     candidates = latents.reshape(-1, latents.shape[-1])
     drawn = jax.random.randint(key, counts.shape, 0, candidates.shape[0])
     return jnp.where((counts == 0)[:, None], jax.lax.stop_gradient(candidates)[drawn], codebook)

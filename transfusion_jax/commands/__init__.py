@@ -1,1 +1,1 @@
-"""The command line, a file for each command: parse, call, print."""
+"""The command line, one file per command: parse, call, print."""

@@ -6,22 +6,18 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from transfusion_jax.config.experiment import Experiment, ImageConfig
-
-# Fields that do not change what is trained, so a run may be resumed with others.
-RESUMABLE = (
-    "mesh.", "model.remat", "model.attention", "data.prefetch", "data.max_epochs", "train.accumulation",
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every",
-)  # fmt: skip
+from transfusion_jax.config.experiment import Experiment
+from transfusion_jax.config.model import ImageConfig
 
 
-def differences(stored: Experiment, asked: Experiment) -> list[str]:
-    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`."""
+def differences(stored: Any, asked: Any) -> list[str]:
+    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`: all that differ, but those that
+    the experiments' class lets change (`RESUMABLE`)."""
     old, new = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(asked))
     return [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old | new)
-        if old.get(name) != new.get(name) and not name.startswith(RESUMABLE)
+        if old.get(name) != new.get(name) and not name.startswith(type(asked).RESUMABLE)
     ]
 
 

@@ -1,8 +1,8 @@
 """Packing: which documents make which row, from their lengths alone; and the row itself.
 
-Text alone is cut freely, and fills its rows. Where there are images, every row starts with the longest document
-that is left and is filled as well as the others can (best-fit packing: Ding et al. 2024, arXiv 2404.10830); then only
-text longer than a row is cut.
+Text alone is cut freely and fills its rows. With images, every row starts with the longest document
+that is left and is filled as well as the others allow (best-fit packing: Ding et al. 2024, arXiv
+2404.10830); then only text longer than a row is cut.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from transfusion_jax.files import atomic_path
 
 @dataclass(frozen=True)
 class Plan:
-    """Row r holds the pieces row_start[r] ... row_start[r + 1] - 1; a piece is [begin, end) of a document.
+    """Row r holds pieces row_start[r] ... row_start[r + 1] - 1, each [begin, end) of a document.
 
     Every document is in some row or in `rejected`.
     """
 
     VERSION: ClassVar[int] = 1
-    """Of the algorithm; a plan that was kept is used only under the same."""
+    """Of the algorithm; a cached plan of another version is not used."""
 
     row_start: np.ndarray
     document: np.ndarray
@@ -42,7 +42,7 @@ class Plan:
         return len(self.row_start) - 1
 
     def save(self, file: Path) -> None:
-        """Writes the plan whole or not at all."""
+        """Writes the plan atomically."""
         file.parent.mkdir(exist_ok=True)
         arrays = {name: getattr(self, name) for name in ("row_start", "document", "begin", "end")}
         with atomic_path(file) as partial, partial.open("wb") as out:
@@ -73,15 +73,15 @@ class Plan:
         return float((self.end - self.begin).sum() / max(len(self) * row_length, 1))
 
 
-def plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray) -> Plan:
-    """Packs documents of these lengths. `cut` says, of each or of all, whether it may be cut (text only)."""
+def plan(lengths: np.ndarray, row_length: int, splittable: bool | np.ndarray) -> Plan:
+    """Packs documents of these lengths; a row may cut only those that are `splittable`."""
     lengths = np.asarray(lengths, np.int64)
-    cut = np.broadcast_to(cut, lengths.shape)
-    rejected = {"empty": lengths < 1, "longer than a row": ~cut & (lengths > row_length)}
-    # A fixed shuffle, so that neighbours in the data are not neighbours in a row.
+    splittable = np.broadcast_to(splittable, lengths.shape)
+    rejected = {"empty": lengths < 1, "longer than a row": ~splittable & (lengths > row_length)}
+    # A fixed shuffle: neighbours in the data should not be neighbours in a row.
     document = np.random.default_rng(0).permutation(len(lengths))
     document = document[~np.any([*rejected.values()], axis=0)[document]]
-    if cut.all():
+    if splittable.all():
         row, document, begin, end = _concatenate(document, lengths, row_length)
     else:
         pieces = -(-lengths[document] // row_length)
@@ -97,17 +97,24 @@ def plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray) -> Plan:
     return Plan(row_start, document[order], begin[order], end[order], reasons)
 
 
-def kept_plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray, folder: Path) -> Plan:
-    """`plan`, kept in a folder under a digest of what it follows from; where it cannot be kept, it is made anew."""
+def kept_plan(
+    lengths: np.ndarray, row_length: int, splittable: bool | np.ndarray, folder: Path | None
+) -> Plan:
+    """`plan`, cached in `folder` under a digest of its inputs; without a folder, just `plan`.
+
+    A cache that is damaged or cannot be written costs time, nothing else.
+    """
+    if folder is None:
+        return plan(lengths, row_length, splittable)
     inputs = hashlib.sha256(f"{Plan.VERSION} {row_length}".encode())
     inputs.update(np.ascontiguousarray(lengths, "<i8").tobytes())
-    inputs.update(np.broadcast_to(cut, np.shape(lengths)).tobytes())
+    inputs.update(np.broadcast_to(splittable, np.shape(lengths)).tobytes())
     file = folder / f"{inputs.hexdigest()[:16]}.npz"
     with contextlib.suppress(
         OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile
-    ):  # if damaged
+    ):
         return Plan.load(file)
-    made = plan(lengths, row_length, cut)
+    made = plan(lengths, row_length, splittable)
     with contextlib.suppress(OSError):
         made.save(file)
     return made
@@ -116,7 +123,7 @@ def kept_plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray, fold
 def _concatenate(
     document: np.ndarray, lengths: np.ndarray, row_length: int
 ) -> tuple[np.ndarray, ...]:
-    """Row, document, begin and end of every piece when documents follow one another and rows cut freely."""
+    """Row, document, begin and end of every piece when documents are laid end to end."""
     stop = np.cumsum(lengths[document])
     start, total = stop - lengths[document], int(stop[-1]) if len(stop) else 0
     edges = np.union1d(start, np.arange(0, total, row_length))
@@ -128,8 +135,8 @@ def _concatenate(
 def _by_patterns(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """The row of every piece, none longer than a row.
 
-    Lengths repeat, so rows do: a pattern, which says how many pieces of each length a row takes, is used as often
-    as the pieces that are left allow. The work grows with the number of patterns, not of pieces.
+    Lengths repeat, so rows do: a pattern, which says how many pieces of each length a row takes, is
+    used as often as the remaining pieces allow. Work grows with the number of patterns, not pieces.
     """
     row, rows = np.zeros(len(lengths), np.int64), 0
     order = np.argsort(lengths, kind="stable")
@@ -151,11 +158,12 @@ def _by_patterns(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _pattern(count: list[int], left: int, capacity: int) -> dict[int, int]:
-    """Lengths, and how many of each, that fill one row well; always with the greatest length that is left.
+    """Lengths, and how many of each, that fill one row well; the greatest length left is in it.
 
-    Bit l of `left` says whether pieces of length l are left. Greedy takes the longest piece that fits, until none
-    does. That fills a row unless all lengths are alike, as those of pairs are: thirteen of 300 leave 196 of 4,096.
-    Then one piece more is tried, each as near as can be to its equal share of the room.
+    Bit l of `left` says whether pieces of length l are left. Greedy takes the longest piece that
+    fits until none does. That fills a row unless all lengths are alike, as those of pairs are:
+    thirteen of 300 leave 196 of 4,096 empty. Then one piece more is tried, each as close as
+    possible to an equal share of the room.
     """
 
     def take(share: int) -> bool:
@@ -188,26 +196,28 @@ def _pattern(count: list[int], left: int, capacity: int) -> dict[int, int]:
 def pack(
     pieces: Sequence[tuple[Sequenced, int, int]], row_length: int, image: ImageConfig
 ) -> Batch:
-    """One row, as a `Batch` without its leading dimension, from [begin, end) of each sequenced document."""
-    L, M = row_length, max(row_length // image.span, 1)
+    """One row, a `Batch` without its leading dimension, from [begin, end) of each document."""
+    L = row_length
+    M = max(L // image.span, 1)
     tokens, segment, position, target = (np.zeros(L, np.int32) for _ in range(4))
     weight = np.zeros(L, np.float32)
     latents = np.zeros((M, *image.shape), np.float32)
-    start, limit = np.full(M, L, np.int32), np.ones(M, np.int32)
+    start = np.full(M, L, np.int32)
+    limit = np.ones(M, np.int32)
     at = slot = 0
     for number, (document, begin, end) in enumerate(pieces, 1):
         # A document may be shorter than planned: a caption may have been dropped.
         end = min(end, len(document.tokens))
         here = slice(at, at + end - begin)
-        tokens[here], target[here] = document.tokens[begin:end], document.target[begin:end]
+        tokens[here] = document.tokens[begin:end]
+        target[here] = document.target[begin:end]
         weight[here] = document.weight[begin:end]
-        segment[here], position[here] = number, np.arange(end - begin)
+        segment[here] = number
+        position[here] = np.arange(end - begin)
         for first_patch, span in document.images:
-            latents[slot], start[slot], limit[slot] = (
-                span.latent_hwc,
-                at + first_patch,
-                span.noise_limit,
-            )
+            latents[slot] = span.latent_hwc
+            start[slot] = at + first_patch
+            limit[slot] = span.noise_limit
             slot += 1
         at += end - begin
     return Batch(tokens, segment, position, target, weight, latents, start, limit)

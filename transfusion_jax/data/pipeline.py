@@ -1,16 +1,19 @@
-"""The data order: row i of a run is a function of (seed, i), whatever the hosts, devices and restarts.
+"""The data order: row i is a function of (seed, i), whatever the hosts, devices and restarts.
 
-    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack--> batches --slice--> a host's part
+    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack-->
+    batches --select--> the rows that a process's devices hold
 
-Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row i (caption, order,
-dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has a state: training resumes at step s by
-starting to read at batch s.
+Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row
+i (caption, order, dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has
+state: training resumes at step s by reading from batch s.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import jax
@@ -20,8 +23,7 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import sequence
 from transfusion_jax.data.mixture import Mixture
-from transfusion_jax.data.packing import Plan, kept_plan, pack, plan
-from transfusion_jax.data.sources.prepared import Prepared
+from transfusion_jax.data.packing import Plan, kept_plan, pack
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -58,18 +60,17 @@ class Data:
             )
         self.experiment, self.tokenizer = experiment, tokenizer
         self.mixture = Mixture(experiment.data, experiment.train.steps)
-        self.sources, row_length = [], experiment.data.row_length
+        self.sources = []
+        row_length = experiment.data.row_length
         for config, source in zip(
             experiment.data.sources, load_sources(experiment, split), strict=True
         ):
             lengths = source.lengths(tokenizer)
-            if isinstance(source, Prepared):
-                packed = kept_plan(lengths, row_length, source.cut, source.plans)
-            else:
-                packed = plan(lengths, row_length, source.cut)
+            packed = kept_plan(lengths, row_length, source.splittable, source.assets.plans)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
-                    f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}"
+                    f"source {config.name!r} has no document that fits {split} rows: "
+                    f"{ledger(packed)}"
                 )
             self.sources.append(PlannedSource(config.name, source, packed))
 
@@ -85,36 +86,43 @@ class Data:
             lambda i, item: self.row(*item, np.random.default_rng((seed, i)))
         )
 
-    def batches(self, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-        """Item s is block `block` of the `blocks` equal parts of global batch s."""
-        rows = self.experiment.data.batch_rows // blocks
-        return self.rows().batch(rows, drop_remainder=True, batch_fn=stack)[block::blocks]
+    def batches(self, rows: Sequence[int] | None = None) -> grain.MapDataset:
+        """Item s holds these rows of global batch s, by default all of them."""
+        size = self.experiment.data.batch_rows
+        return batched(self.rows(), size, range(size) if rows is None else rows, stack)
 
-    def once(self, batch_rows: int) -> Iterator[Batch]:
-        """Every row of every source once, in order, in batches; the last is filled up with empty rows."""
+    def once(self, batch_rows: int, most: int | None = None) -> Iterator[Batch]:
+        """Every row of every source once, in order; empty rows fill up the last batch.
+
+        With `most`, at most so many rows, evenly spaced over all of them.
+        """
         rng = np.random.default_rng(self.experiment.train.seed)
-        rows = (self.row(source, r, rng) for source in self.sources for r in range(len(source)))
+        total = sum(len(source) for source in self.sources)
+        count = total if most is None else min(most, total)
+        ends = np.cumsum([len(source) for source in self.sources])
+        places = (total * (2 * i + 1) // (2 * count) for i in range(count))
+        found = ((place, int(np.searchsorted(ends, place, side="right"))) for place in places)
+        rows = (
+            self.row(self.sources[at], place - int(ends[at]) + len(self.sources[at]), rng)
+            for place, at in found
+        )
         empty = pack([], self.experiment.data.row_length, self.experiment.image)
         while batch := list(itertools.islice(rows, batch_rows)):
             yield stack(batch + [empty] * (batch_rows - len(batch)))
 
     def row(self, source: PlannedSource, r: int, rng: np.random.Generator) -> Batch:
-        patches, numbers = (
-            self.experiment.image.patches,
-            [number for number, _, _ in source.plan.row(r)],
-        )
-        if isinstance(source.source, Prepared):  # makes the images of a row at once
-            documents = source.source.documents(numbers, self.tokenizer, rng)
-        else:
-            documents = [source.source.document(number, self.tokenizer, rng) for number in numbers]
+        """Row r of a source."""
+        planned = source.plan.row(r)
+        numbers = [number for number, _, _ in planned]
+        documents = source.source.documents(numbers, self.tokenizer, rng)
         pieces = [
-            (sequence(document, self.tokenizer, patches), begin, end)
-            for document, (_, begin, end) in zip(documents, source.plan.row(r), strict=True)
+            (sequence(document, self.tokenizer, self.experiment.image.patches), begin, end)
+            for document, (_, begin, end) in zip(documents, planned, strict=True)
         ]
         return pack(pieces, self.experiment.data.row_length, self.experiment.image)
 
     def ledger(self) -> dict[str, dict]:
-        """For every source: documents = in rows + rejected, by reason; rows; share of positions filled."""
+        """For every source: documents = in rows + rejected, by reason; rows; how full they are."""
         length = self.experiment.data.row_length
         return {
             s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)}
@@ -127,18 +135,11 @@ class Data:
         return {s.name: float(n / len(s)) for s, n in zip(self.sources, rows, strict=True)}
 
     def fingerprints(self) -> list[str]:
-        """A digest of each source's documents and plan: another means that the data changed under a run."""
+        """A digest of each source's documents and plan, by which changed data are noticed."""
         digests = []
         for source in self.sources:
-            digest = hashlib.sha256(
-                source.source.digest if isinstance(source.source, Prepared) else b""
-            )
-            for array in (
-                source.plan.row_start,
-                source.plan.document,
-                source.plan.begin,
-                source.plan.end,
-            ):
+            digest, packed = hashlib.sha256(source.source.assets.digest), source.plan
+            for array in (packed.row_start, packed.document, packed.begin, packed.end):
                 digest.update(np.ascontiguousarray(array, np.int64).tobytes())
             digests.append(digest.hexdigest()[:16])
         return digests
@@ -156,12 +157,23 @@ def ledger(packed: Plan) -> dict:
     }
 
 
+def batched(
+    stream: grain.MapDataset, size: int, rows: Sequence[int], stack: Callable[[list], Any]
+) -> grain.MapDataset:
+    """Item s holds these rows of global batch s, which is items s * size ... (s + 1) * size - 1."""
+
+    def batch(s: int) -> Any:
+        return stack([stream[s * size + row] for row in rows])
+
+    return grain.MapDataset.range(sys.maxsize // size).map(batch)
+
+
 def stack(rows: list[Batch]) -> Batch:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
 def read(batches: grain.MapDataset, start: int, prefetch: int) -> Iterator[Batch]:
-    """Batches from `start` on, read ahead by threads; more of them than cores would only wait for each other."""
+    """Batches from `start` on, read ahead by threads, no more of them than cores."""
     threads = min(prefetch, 4, cores())
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(batches[start:].to_iter_dataset(options))

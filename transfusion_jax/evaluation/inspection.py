@@ -11,12 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 
+from transfusion_jax.autoencoder.codec import load_codec
 from transfusion_jax.batch import Batch
 from transfusion_jax.data.pipeline import Data, stack
-from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.figures import INK, save, show, wrapped
 from transfusion_jax.model.attention.intervals import row_intervals
-from transfusion_jax.preparation.preview import to_picture
 
 COUNTED = 256  # rows of the totals
 
@@ -29,16 +28,18 @@ def inspect_row(data: Data, number: int, path: Path) -> str:
     interval = np.asarray(intervals.k_start_BL[0]), np.asarray(intervals.k_end_BL[0])
     L, documents = len(row.tokens_BL), int(row.segment_BL.max())
     starts = row.image_start_BM[row.image_start_BM < L]
-    picture = (
-        to_picture(source.source.dataset) if isinstance(source.source, Prepared) else lambda x: x
-    )
+    latents = source.source.assets.latents
+    pictures = list(row.latents_BMhwc[: len(starts)])
+    if latents is not None:
+        pictures = [load_codec(latents.directory).picture(x) for x in pictures]
     lines = [f"{i:4}  {_words(data, row, i)}" for i in range(1, documents + 1)]
     texts = [_text(data, row, int(row.segment_BL[start])) for start in starts]
     filled = float((row.segment_BL > 0).mean())
-    title = f"row {number}, from {source.name}: {documents} documents, {len(starts)} images, {filled:.1%} filled"
-    row_picture(
-        row, interval, texts, [picture(x) for x in row.latents_BMhwc[: len(starts)]], title, path
+    title = (
+        f"row {number}, from {source.name}: {documents} documents, {len(starts)} images, "
+        f"{filled:.1%} filled"
     )
+    row_picture(row, interval, texts, pictures, title, path)
     return "\n".join([title, *lines])
 
 
@@ -80,54 +81,75 @@ def totals(data: Data) -> str:
         f"first {COUNTED} rows of {data.experiment.data.row_length}: {np.mean(filled):.1%} filled, "
         f"{np.mean(images):.1f} images in a row ({min(images)} to {max(images)})"
     ]
+    steps = data.experiment.train.steps
+    epochs = data.epochs(steps)
+    width = max(map(len, epochs))
     for name in counts:
         lines.append(
-            f"  {name:24}{counts[name] / COUNTED:7.1%} of rows {text[name]:12,} text tokens {image[name]:12,} patches"
+            f"  {name:{width}} {counts[name] / COUNTED:7.1%} of rows {text[name]:12,} text tokens "
+            f"{image[name]:12,} patches"
         )
-    for name, epochs in data.epochs(data.experiment.train.steps).items():
-        lines.append(f"  {name:24}read {epochs:.2f} times in {data.experiment.train.steps} steps")
+    for name, times in epochs.items():
+        lines.append(f"  {name:{width}} read {times:.2f} times in {steps} steps")
     return "\n".join(lines)
 
 
 def row_picture(
-    row: Batch, interval: tuple[np.ndarray, np.ndarray], texts: Sequence[str], pictures: Sequence[np.ndarray],
-    title: str, path: Path,
-) -> None:  # fmt: skip
+    row: Batch,
+    interval: tuple[np.ndarray, np.ndarray],
+    texts: Sequence[str],
+    pictures: Sequence[np.ndarray],
+    title: str,
+    path: Path,
+) -> None:
     """One packed row (a `Batch` without its leading dimension).
 
-    Left, the interval mask, query i down and keys [start, end) across. Right, the row's positions in reading order,
-    coloured by document, patches darker, padding white, and below where text is learned. Under both, the images with
-    the text of their documents and their noise limits. `interval` holds k_start [L] and k_end [L].
+    Left, the interval mask, query i down and keys [start, end) across. Right, the row's positions
+    in reading order, coloured by document, patches darker, padding white, and below where text is
+    learned. Under both, the images with the text of their documents and their noise limits.
+    `interval` holds k_start [L] and k_end [L].
     """
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     figure.suptitle(title, color=INK)
     grid = figure.add_gridspec(3, 2, height_ratios=(2, 1, 2.2))
+    _draw_mask(figure.add_subplot(grid[:2, 0]), row, interval)
+    positions = figure.add_subplot(grid[0, 1])
+    _draw_documents(positions, row, interval[1])
+    _draw_learned(figure.add_subplot(grid[1, 1], sharex=positions), row)
+    below = figure.add_subfigure(grid[2, :])
+    for number, axes in enumerate(below.subplots(max(-(-len(pictures) // 8), 1), 8).flat):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        if number < len(pictures):
+            show(axes, pictures[number])
+            caption = f"{wrapped(texts[number], 26, 3)}\nt < {int(row.image_limit_BM[number])}"
+            axes.set_xlabel(caption, fontsize=6.5, color=INK)
+    save(figure, path, 110)
+
+
+_COLOURS = ListedColormap(["white", *plt.get_cmap("tab10").colors[:9]])
+_DOCUMENTS = {"cmap": _COLOURS, "vmin": 0, "vmax": 9, "interpolation": "nearest"}
+
+
+def _draw_mask(axes: plt.Axes, row: Batch, interval: tuple[np.ndarray, np.ndarray]) -> None:
     keys = np.arange(len(row.tokens_BL))
     mask = (keys >= interval[0][:, None]) & (keys < interval[1][:, None])
-    axes = figure.add_subplot(grid[:2, 0])
-    axes.imshow(
-        mask * (1 + row.segment_BL[:, None] % 9),
-        cmap=_COLOURS,
-        vmin=0,
-        vmax=9,
-        interpolation="nearest",
-    )
+    axes.imshow(mask * (1 + row.segment_BL[:, None] % 9), **_DOCUMENTS)
     axes.set(title="who sees whom", xlabel="keys", ylabel="queries")
 
-    patches = np.zeros(len(keys), bool)
-    for start in row.image_start_BM[row.image_start_BM < len(keys)]:
-        patches[start : interval[1][start]] = True
+
+def _draw_documents(axes: plt.Axes, row: Batch, end: np.ndarray) -> None:
+    patches = np.zeros(len(row.tokens_BL))
+    for start in row.image_start_BM[row.image_start_BM < len(patches)]:
+        patches[start : end[start]] = 1
     shade = np.where(row.segment_BL > 0, 1 + row.segment_BL % 9, 0)
-    positions = figure.add_subplot(grid[0, 1])
-    positions.imshow(
-        _lines(shade), cmap=_COLOURS, vmin=0, vmax=9, interpolation="nearest", aspect="auto"
-    )
-    positions.imshow(
-        _lines(patches * 1.0), cmap="gray_r", alpha=0.45 * _lines(patches * 1.0), aspect="auto"
-    )
-    positions.set(title="documents (patches darker)", yticks=[])
-    learned = figure.add_subplot(grid[1, 1], sharex=positions)
-    learned.imshow(
+    axes.imshow(_lines(shade), aspect="auto", **_DOCUMENTS)
+    axes.imshow(_lines(patches), cmap="gray_r", alpha=0.45 * _lines(patches), aspect="auto")
+    axes.set(title="documents (patches darker)", yticks=[])
+
+
+def _draw_learned(axes: plt.Axes, row: Batch) -> None:
+    axes.imshow(
         _lines(row.text_weight_BL),
         cmap="Greys",
         vmin=0,
@@ -135,22 +157,7 @@ def row_picture(
         interpolation="nearest",
         aspect="auto",
     )
-    learned.set(title="text under the loss", yticks=[], xlabel="position, line by line")
-
-    below = figure.add_subfigure(grid[2, :])
-    for number, axes in enumerate(below.subplots(max(-(-len(pictures) // 8), 1), 8).flat):
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        if number < len(pictures):
-            show(axes, pictures[number])
-            limit = int(row.image_limit_BM[number])
-            axes.set_xlabel(
-                f"{wrapped(texts[number], 26, 3)}\nt < {limit}", fontsize=6.5, color=INK
-            )
-    save(figure, path, 110)
-
-
-_COLOURS = ListedColormap(["white", *plt.get_cmap("tab10").colors[:9]])
+    axes.set(title="text under the loss", yticks=[], xlabel="position, line by line")
 
 
 def _lines(values: np.ndarray) -> np.ndarray:

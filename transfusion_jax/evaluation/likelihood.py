@@ -1,59 +1,88 @@
-"""Held-out text perplexity, and image loss by timestep."""
+"""Suite `likelihood`: held-out text perplexity, and image loss by timestep."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
+from transfusion_jax.batch import Batch
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.generation.engine import Engine
 
 BUCKETS = 10
-ROWS = 16
+"""Ranges of timesteps, as equal as can be."""
+BATCH = 16
+"""Rows measured at one time."""
 
 
-def likelihood(engine: Engine) -> dict:
-    """`text_perplexity`: exp of the mean loss over all text targets of the held-out rows, images clean.
+def likelihood(engine: Engine, samples: Path, rows: int | None) -> dict:
+    """Measures at most `rows` held-out rows, evenly spaced over all of them (None: every row).
 
-    Left out where no text is held out.
-
-    `image_loss_by_timestep`: mean squared error of the prediction over all held-out images, one timestep drawn
-    per image in each tenth of the timesteps, keyed "0-99", "100-199", ...
+    `text_perplexity`: exp of the mean loss over their text targets, images clean; left out where no
+    text is held out. `image_loss_by_timestep`: mean squared error of the prediction over their
+    images, for each image one timestep drawn from each tenth of the timesteps; keys are
+    "first-last", such as "0-99". `likelihood_rows`: the rows measured.
     """
     experiment = engine.experiment
-    width = experiment.diffusion.steps // BUCKETS
-
-    @jax.jit
-    def losses(parameters, batch, key):
-        """Sums and counts: text with clean images, then the images of every bucket."""
-        model = nnx.merge(engine.graph, parameters)
-        noise = jax.random.normal(key, batch.latents_BMhwc.shape)
-        clean = jnp.zeros_like(batch.image_start_BM)
-        chunk = experiment.train.vocab_chunk
-        text_BL = model.losses(batch, Noise(clean, jnp.zeros_like(noise)), chunk)["text"]
-
-        def bucket(number):
-            t_BM = width * number + jax.random.randint(
-                jax.random.fold_in(key, number), clean.shape, 0, width
-            )
-            image_BM = model.losses(batch, Noise(t_BM, noise), chunk)["image"]
-            return jnp.sum(image_BM * batch.image_weight_BM)
-
-        images = jax.lax.map(bucket, jnp.arange(BUCKETS))
-        weights = batch.text_weight_BL.sum(), batch.image_weight_BM.sum()
-        return jnp.sum(text_BL * batch.text_weight_BL), images, weights
-
-    text, images, texts, image_count = 0.0, np.zeros(BUCKETS), 0.0, 0.0
-    for number, batch in enumerate(Data(experiment, engine.tokenizer, "held_out").once(ROWS)):
+    data = Data(experiment, engine.tokenizer, "held_out")
+    edges = bucket_edges(experiment.diffusion.steps)
+    losses = _losses(engine, edges)
+    text, texts, image_count = 0.0, 0.0, 0.0
+    images = np.zeros(len(edges) - 1)
+    for number, batch in enumerate(data.once(BATCH, rows)):
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), number)
         text_sum, image_sums, weights = jax.device_get(losses(engine.parameters, batch, key))
         text, images = text + text_sum, images + image_sums
         texts, image_count = texts + weights[0], image_count + weights[1]
     by_timestep = {
-        f"{i * width}-{(i + 1) * width - 1}": float(loss / image_count)
-        for i, loss in enumerate(images)
+        f"{low}-{high - 1}": float(loss / image_count)
+        for low, high, loss in zip(edges[:-1], edges[1:], images, strict=True)
         if image_count
     }
+    total = sum(len(source) for source in data.sources)
     perplexity = {"text_perplexity": float(np.exp(text / texts))} if texts else {}
-    return {**perplexity, "image_loss_by_timestep": by_timestep}
+    return {
+        **perplexity,
+        "image_loss_by_timestep": by_timestep,
+        "likelihood_rows": total if rows is None else min(rows, total),
+    }
+
+
+def bucket_edges(steps: int) -> list[int]:
+    """Bucket i holds the timesteps edges[i] to edges[i + 1] - 1; together, 0 to `steps` - 1."""
+    buckets = min(BUCKETS, steps)
+    return [steps * i // buckets for i in range(buckets + 1)]
+
+
+def _losses(
+    engine: Engine, edges: Sequence[int]
+) -> Callable[[Any, Batch, Array], tuple[Array, Array, tuple[Array, Array]]]:
+    """Sums over a batch: text loss with clean images, image loss of every bucket, weights."""
+    chunk = engine.experiment.train.vocab_chunk
+    low = jnp.asarray(edges[:-1])
+    high = jnp.asarray(edges[1:])
+
+    @jax.jit
+    def losses(parameters, batch, key):
+        model = nnx.merge(engine.graph, parameters)
+        noise = jax.random.normal(key, batch.latents_BMhwc.shape)
+        clean = jnp.zeros_like(batch.image_start_BM)
+        text_BL = model.losses(batch, Noise(clean, jnp.zeros_like(noise)), chunk)["text"]
+
+        def bucket(number):
+            key_of_bucket = jax.random.fold_in(key, number)
+            t_BM = jax.random.randint(key_of_bucket, clean.shape, low[number], high[number])
+            image_BM = model.losses(batch, Noise(t_BM, noise), chunk)["image"]
+            return jnp.sum(image_BM * batch.image_weight_BM)
+
+        images = jax.lax.map(bucket, jnp.arange(len(low)))
+        weights = batch.text_weight_BL.sum(), batch.image_weight_BM.sum()
+        return jnp.sum(text_BL * batch.text_weight_BL), images, weights
+
+    return losses

@@ -1,7 +1,8 @@
-"""Scenes drawn, described and edited, each answer judged exactly (after GenEval: Ghosh et al. 2023, arXiv 2310.11513).
+"""Suite `scenes`: scenes drawn, described and edited, each answer judged exactly.
 
-GenEval asks a detector for the objects that the prompt names. Here the judge reads the whole picture, and a prompt
-is met only if it names all that is there: an object too many is as wrong as one too few.
+After GenEval (Ghosh et al. 2023, arXiv 2310.11513), which asks a detector for the objects that the
+prompt names. Here the judge reads the whole picture, and a prompt is met only if it names all that
+the picture shows: an object too many is as wrong as one too few.
 """
 
 import itertools
@@ -9,90 +10,104 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.data.sources.scenes.judge import holds, judge, parse, residual
-from transfusion_jax.data.sources.scenes.scene import COLOURS, KINDS, LARGEST, SIDES, Scene, render
-from transfusion_jax.data.sources.scenes.source import NOVEL_PAIRS, Pair, examples
-from transfusion_jax.data.sources.scenes.words import RELATIONS, Edit, choose, counted
-from transfusion_jax.figures import ACCENT, INK
+from transfusion_jax.data.sources.scenes.scene import Scene, render
+from transfusion_jax.data.sources.scenes.source import Pair, examples, pictures
+from transfusion_jax.data.sources.scenes.words import Edit, counted
+from transfusion_jax.evaluation.answers import only_picture, only_text
+from transfusion_jax.evaluation.scene_prompts import PROMPTS, prompts
+from transfusion_jax.evaluation.variety import Pictures, variety
+from transfusion_jax.figures import ACCENT, INK, RIGHT, frame, save, show
 from transfusion_jax.generation.engine import Engine
-from transfusion_jax.images import to_uint8
 
 COUNT = 100
 """Requests of each category."""
 SHOWN = 9
-RIGHT = "#2f7d55"
-SEEN_PAIRS = sorted(set(itertools.product(COLOURS, KINDS)) - NOVEL_PAIRS)
+HELD_OUT = 1000
+"""Held-out documents whose pictures drawn ones are compared with."""
+TRAINING = 10_000
+"""Training pictures that drawn ones are compared with."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A request, the picture shown for it (None: none came), what to write over that, and whether it is right."""
+    """A request: the picture to show (None: none came), its title, and whether it was met."""
 
     image: np.ndarray | None
     title: str
     right: bool
 
 
-def scenes(engine: Engine, samples: Path, count: int = COUNT) -> dict:
+def scenes(engine: Engine, samples: Path, rows: int | None, count: int = COUNT) -> dict:
     """Draws, describes and edits scenes; leaves the picture `scenes.png`.
 
     `geneval_single_object`, `..._two_objects`, `..._counting`, `..._colours`, `..._position` and
-    `..._colour_attribution`: shares of `count` prompts met, pairs of colour and kind as in training;
-    `geneval_overall`: their mean. `compositional`: the same of pairs that training never showed, half of them alone
-    and half beside another. `caption_accuracy`, `compositional_caption_accuracy`: captions that are true of a picture
-    of the split. `edit_accuracy`: held-out edits carried out and nothing else changed. `drawing_residual`: mean
-    distance of all drawings from what the judge saw in them. `judge_accuracy`: clean held-out pictures read exactly.
-
-    Raises:
-      ValueError: the model's images are no scenes.
+    `..._colour_attribution`: shares of `count` prompts met, pairs of colour and kind as in
+    training; `geneval_overall`: their mean. `compositional`: the same of pairs that training never
+    showed, half of them alone and half beside another. `caption_accuracy`,
+    `compositional_caption_accuracy`: captions that are true of a picture of the split.
+    `edit_accuracy`: held-out edits carried out and nothing else changed. `drawing_residual`: mean
+    distance of all drawings from what the judge saw in them. `judge_accuracy`: clean held-out
+    pictures read exactly. And the `variety` of the drawings: their spread for single objects, a
+    class for each kind, their distance from the first `TRAINING` pictures for all prompts.
     """
-    if engine.picture_shape not in [(side, side, 3) for side in SIDES]:
-        raise ValueError(
-            f"scenes are pictures of 32x32x3 or 64x64x3, the model's are {engine.picture_shape}"
-        )
-    answers = {name: draw(engine, prompts(name, count), seed) for seed, name in enumerate(PROMPTS)}
-    drawn = [a.image for group in answers.values() for a in group if a.image is not None]
+    side = engine.picture_shape[0]
+    drawn = {name: draw(engine, prompts(name, count), seed) for seed, name in enumerate(PROMPTS)}
     reader = engine.using(temperature=0.0)
-    answers["caption"] = describe(reader, "held_out", count)
-    answers["compositional_caption"] = describe(reader, "compositional", count)
-    answers["edit"] = edit(engine, count, seed=len(PROMPTS))
-    figure(answers, samples / "scenes.png")
+    answers = {
+        **drawn,
+        "caption": describe(reader, "held_out", count),
+        "compositional_caption": describe(reader, "compositional", count),
+        "edit": edit(engine, count, seed=len(PROMPTS)),
+    }
+    scenes_grid(answers, samples / "scenes.png")
     shares = {name: float(np.mean([a.right for a in group])) for name, group in answers.items()}
     geneval = {f"geneval_{name}": shares[name] for name in PROMPTS if name != "compositional"}
+    images = [a.image for group in drawn.values() for a in group if a.image is not None]
     return {
         **geneval,
         "geneval_overall": float(np.mean(list(geneval.values()))),
         "compositional": shares["compositional"],
-        **{
-            f"{name}_accuracy": shares[name]
-            for name in ("caption", "compositional_caption", "edit")
-        },
-        "drawing_residual": float(np.mean([residual(image) for image in drawn])) if drawn else None,
-        "judge_accuracy": judge_accuracy(engine.picture_shape[0], count),
+        "caption_accuracy": shares["caption"],
+        "compositional_caption_accuracy": shares["compositional_caption"],
+        "edit_accuracy": shares["edit"],
+        "drawing_residual": float(np.mean([residual(x) for x in images])) if images else None,
+        "judge_accuracy": judge_accuracy(side, count),
+        **drawn_variety(drawn, side),
     }
 
 
-def prompts(category: str, count: int) -> list[str]:
-    """The first `count` prompts of one of `PROMPTS`."""
-    rng = Random(f"prompts {category}")
-    return [PROMPTS[category](rng, number) for number in range(count)]
+def drawn_variety(drawn: dict[str, list[Answer]], side: int) -> dict:
+    """The `variety` of drawings, a class for each prompt of a single object.
+
+    Every other drawing is in a class of its own, which does not count for the spread.
+    """
+    answers = [answer for group in drawn.values() for answer in group]
+    single = {answer.title for answer in drawn["single_object"]}
+    classes = [a.title if a.title in single else str(i) for i, a in enumerate(answers)]
+    images = [None if a.image is None else np.clip(a.image, -1, 1) for a in answers]
+    real = [pair.scene for pair in examples("held_out", Pair, HELD_OUT)]
+    alone = [counted(s.objects[0].kind, 1) if len(s.objects) == 1 else "" for s in real]
+    return variety(
+        Pictures(images, classes),
+        Pictures(
+            [render(scene, side) for scene in real],
+            [name or str(number) for number, name in enumerate(alone)],
+        ),
+        pictures("train", range(TRAINING), side),
+    )
 
 
 def draw(engine: Engine, asked: Sequence[str], seed: int) -> list[Answer]:
-    """Draws every prompt; the first span must be a picture."""
-    images = [
-        _first_image(spans) for spans in engine.generate([(prompt,) for prompt in asked], seed)
-    ]
+    """Draws every prompt; the answer must be one picture."""
+    spans = engine.generate([(prompt,) for prompt in asked], seed)
+    images = [only_picture(answer) for answer in spans]
     return [
-        Answer(image, prompt, _meets(image, prompt))
+        Answer(image, prompt, image is not None and _true(prompt, judge(image)))
         for image, prompt in zip(images, asked, strict=True)
     ]
 
@@ -102,7 +117,7 @@ def describe(engine: Engine, split: str, count: int) -> list[Answer]:
     truth = [pair.scene for pair in examples(split, Pair, count)]
     images = [render(scene, engine.picture_shape[0]) for scene in truth]
     spans = engine.generate([(image,) for image in images])
-    captions = [s[0].strip() if len(s) == 1 and isinstance(s[0], str) else "" for s in spans]
+    captions = [only_text(answer).strip() for answer in spans]
     return [
         Answer(image, caption or "(no caption)", _true(caption, scene))
         for image, caption, scene in zip(images, captions, truth, strict=True)
@@ -110,11 +125,11 @@ def describe(engine: Engine, split: str, count: int) -> list[Answer]:
 
 
 def edit(engine: Engine, count: int, seed: int) -> list[Answer]:
-    """Edits the pictures of the first held-out edits; shown are the picture before and the one after."""
+    """Carries out the first held-out edits; shown are the pictures before and after."""
     edits, side = examples("held_out", Edit, count), engine.picture_shape[0]
     before = [render(e.scene, side) for e in edits]
     requests = [(image, e.instruction) for image, e in zip(before, edits, strict=True)]
-    after = [_first_image(spans) for spans in engine.generate(requests, seed)]
+    after = [only_picture(spans) for spans in engine.generate(requests, seed)]
     line = np.full((side, max(side // 32, 1), 3), -1, np.float32)
     return [
         Answer(
@@ -128,19 +143,8 @@ def edit(engine: Engine, count: int, seed: int) -> list[Answer]:
 
 def judge_accuracy(side: int, count: int) -> float:
     """Share of clean held-out pictures that the judge reads exactly."""
-    return float(
-        np.mean(
-            [judge(render(p.scene, side)) == p.scene for p in examples("held_out", Pair, count)]
-        )
-    )
-
-
-def _first_image(spans: list) -> np.ndarray | None:
-    return spans[0] if spans and isinstance(spans[0], np.ndarray) else None
-
-
-def _meets(image: np.ndarray | None, prompt: str) -> bool:
-    return image is not None and _true(prompt, judge(image))
+    truth = [pair.scene for pair in examples("held_out", Pair, count)]
+    return float(np.mean([judge(render(scene, side)) == scene for scene in truth]))
 
 
 def _true(caption: str, scene: Scene) -> bool:
@@ -148,92 +152,31 @@ def _true(caption: str, scene: Scene) -> bool:
     return claim is not None and holds(claim, scene)
 
 
-# Prompts
-
-
-def _single_object(rng: Random, number: int) -> str:
-    return counted(choose(tuple(KINDS), rng), 1)
-
-
-def _two_objects(rng: Random, number: int) -> str:
-    return " and ".join(_two_kinds(rng))
-
-
-def _counting(rng: Random, number: int) -> str:
-    return counted(choose(tuple(KINDS), rng), 2 + number % (LARGEST - 1))
-
-
-def _colours(rng: Random, number: int) -> str:
-    return counted(" ".join(choose(SEEN_PAIRS, rng)), 1)
-
-
-def _position(rng: Random, number: int) -> str:
-    return f" {choose(tuple(RELATIONS), rng)} ".join(_two_kinds(rng))
-
-
-def _colour_attribution(rng: Random, number: int) -> str:
-    return _two_pairs(choose(SEEN_PAIRS, rng), rng)
-
-
-def _compositional(rng: Random, number: int) -> str:
-    pair = choose(sorted(NOVEL_PAIRS), rng)
-    return _two_pairs(pair, rng) if number % 2 else counted(" ".join(pair), 1)
-
-
-def _two_kinds(rng: Random) -> tuple[str, str]:
-    kind = choose(tuple(KINDS), rng)
-    return counted(kind, 1), counted(choose([other for other in KINDS if other != kind], rng), 1)
-
-
-def _two_pairs(first: tuple[str, str], rng: Random) -> str:
-    """This pair and one seen in training, of another colour and another kind."""
-    second = choose(
-        [pair for pair in SEEN_PAIRS if pair[0] != first[0] and pair[1] != first[1]], rng
-    )
-    return " and ".join(counted(" ".join(pair), 1) for pair in (first, second))
-
-
-PROMPTS = {
-    "single_object": _single_object,
-    "two_objects": _two_objects,
-    "counting": _counting,
-    "colours": _colours,
-    "position": _position,
-    "colour_attribution": _colour_attribution,
-    "compositional": _compositional,
-}
-
-
-# Figure
-
-
-def figure(answers: dict[str, list[Answer]], path: Path) -> None:
+def scenes_grid(answers: dict[str, list[Answer]], path: Path) -> None:
     """A row of pictures for every category, framed by whether they are right."""
-    picture = plt.figure(figsize=(13, 1.6 * len(answers)), layout="constrained")
-    for (name, group), row in zip(
-        answers.items(), picture.subplots(len(answers), SHOWN), strict=True
-    ):
+    figure = plt.figure(figsize=(13, 1.6 * len(answers)), layout="constrained")
+    grid = figure.subplots(len(answers), SHOWN)
+    for (name, group), row in zip(answers.items(), grid, strict=True):
         for axes, answer in itertools.zip_longest(row, group[:SHOWN]):
-            axes.set(xticks=[], yticks=[])
-            colour = INK if answer is None else RIGHT if answer.right else ACCENT
-            for spine in axes.spines.values():
-                spine.set(visible=answer is not None, color=colour, linewidth=2)
-            if answer is not None:
-                axes.set_title(_printable(answer.title), fontsize=6, color=INK, parse_math=False)
-                axes.imshow(
-                    to_uint8(np.zeros((8, 8, 3)) + 1 if answer.image is None else answer.image)
-                )
+            _show(axes, answer)
         share = np.mean([a.right for a in group])
-        label = f"{name.replace('_', ' ')}\n{share:.0%}".replace(" caption", "\ncaption").replace(
-            "colour ", "colour\n"
-        )
+        label = f"{name.replace('_', ' ')}\n{share:.0%}"
+        label = label.replace(" caption", "\ncaption").replace("colour ", "colour\n")
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, color=INK)
-    picture.savefig(path, dpi=150)
-    plt.close(picture)
+    save(figure, path, 150)
+
+
+def _show(axes: plt.Axes, answer: Answer | None) -> None:
+    if answer is None:
+        axes.set(xticks=[], yticks=[])
+        frame(axes, None)
+        return
+    show(axes, np.ones((8, 8, 3)) if answer.image is None else answer.image)
+    frame(axes, RIGHT if answer.right else ACCENT)
+    axes.set_title(_printable(answer.title), fontsize=6, color=INK, parse_math=False)
 
 
 def _printable(title: str) -> str:
     """In lines, without what no font has: a model that has learned little writes any bytes."""
-    return textwrap.fill(
-        "".join(c if c.isascii() and c.isprintable() else "?" for c in title[:150]), 30
-    )
+    ascii_only = "".join(c if c.isascii() and c.isprintable() else "?" for c in title[:150])
+    return textwrap.fill(ascii_only, 30)

@@ -1,50 +1,99 @@
-"""Evaluation suites by name, and what a run says of itself at its end."""
+"""Evaluation suites by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from transfusion_jax.evaluation import digits as digits_lib
-from transfusion_jax.evaluation.digits import digits_grid
-from transfusion_jax.evaluation.likelihood import likelihood
-from transfusion_jax.evaluation.pairs import pairs
-from transfusion_jax.evaluation.scenes import scenes
-from transfusion_jax.evaluation.sums import sums
+from transfusion_jax.config import Experiment
+from transfusion_jax.data.pipeline import Data
+from transfusion_jax.data.sources.registry import SOURCES
+from transfusion_jax.data.sources.scenes.scene import SIDES
+from transfusion_jax.errors import require
+from transfusion_jax.evaluation import comparisons, digits, likelihood, pairs, scenes, sums
 from transfusion_jax.generation.engine import Engine
 
+ROWS = 512
+"""Held-out rows that a suite reads, unless asked for more."""
 
-def digits(engine: Engine, samples: Path) -> dict:
-    """Draws and reads digits; leaves the picture `digits.png`."""
-    classifier, classifier_accuracy = digits_lib.judge()
-    drawn, captions = digits_lib.draw(engine, classifier), digits_lib.read(engine)
-    digits_grid(drawn, captions, samples / "digits.png")
-    return digits_lib.scores(drawn, captions, classifier_accuracy)
+Measure = Callable[[Engine, Path, int | None], dict]
+"""(engine, directory for pictures, most held-out rows to read or None) -> metrics by name."""
 
 
-SUITES: dict[str, Callable[[Engine, Path], dict]] = {
-    "digits": digits,
-    "sums": lambda engine, samples: sums(engine),
-    "likelihood": lambda engine, samples: likelihood(engine),
-    "pairs": pairs,
-    "scenes": scenes,
+@dataclass(frozen=True)
+class Suite:
+    """What is measured, and on what it can be measured."""
+
+    measure: Measure
+    pictures: tuple[tuple[int, int, int], ...] = ()
+    """Shapes [H, W, C] of the pictures that it can judge; none named: any, or none are needed."""
+    held_out: bool = False
+    """Whether it reads the held-out documents of the run's own sources."""
+
+
+SUITES: dict[str, Suite] = {
+    "digits": Suite(digits.digits, pictures=(digits.SHAPE,)),
+    "sums": Suite(sums.sums),
+    "comparisons": Suite(comparisons.comparisons),
+    "likelihood": Suite(likelihood.likelihood, held_out=True),
+    "pairs": Suite(pairs.pairs, held_out=True),
+    "scenes": Suite(scenes.scenes, pictures=tuple((side, side, 3) for side in SIDES)),
 }
 
 
-def check_suites(names: tuple[str, ...]) -> None:
+def check_experiment(experiment: Experiment) -> None:
+    """Raises ValueError for a suite that does not exist, or cannot judge a built-in source.
+
+    What the pictures of prepared data are is known from the run directory only: `check_suites`.
+    """
+    check_names(experiment.evaluation)
+    if all(source.name in SOURCES for source in experiment.data.sources):
+        _check_pictures(experiment.evaluation, experiment.image.shape)
+
+
+def check_suites(engine: Engine, names: Sequence[str]) -> None:
+    """Raises ValueError for a suite that does not exist, or cannot measure this model."""
+    check_names(names)
+    _check_pictures(names, engine.picture_shape)
+    if any(SUITES[name].held_out for name in names):
+        Data(engine.experiment, engine.tokenizer, "held_out")
+
+
+def check_names(names: Sequence[str]) -> None:
     """Raises ValueError for a suite that does not exist."""
     for name in names:
-        if name not in SUITES:
-            raise ValueError(f"evaluation suite {name!r} is not one of {sorted(SUITES)}")
+        require(name in SUITES, f"evaluation suite {name!r} is not one of {sorted(SUITES)}")
+
+
+def _check_pictures(names: Sequence[str], shape: tuple[int, int, int]) -> None:
+    for name in names:
+        shapes = SUITES[name].pictures
+        require(
+            not shapes or shape in shapes,
+            f"suite {name!r} judges pictures of {' or '.join(map(_size, shapes))}, "
+            f"the model's are {_size(shape)}",
+        )
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def evaluate(
-    engine: Engine, names: tuple[str, ...], samples: Path, report: Callable[[str], None]
+    engine: Engine,
+    names: Sequence[str],
+    samples: Path,
+    report: Callable[[str], None],
+    rows: int | None = ROWS,
 ) -> dict:
-    """Runs the suites; one flat dict of their metrics, after the number of parameters."""
+    """Runs suites that pass `check_suites`; their metrics, after the number of parameters.
+
+    Suites leave their pictures in `samples`, and read at most `rows` held-out rows (None: all).
+    """
     samples.mkdir(parents=True, exist_ok=True)
     metrics = {"parameters": sum(x.size for x in jax.tree.leaves(engine.parameters))}
     for name in names:
         report(f"evaluating: {name}")
-        metrics |= SUITES[name](engine, samples)
+        metrics |= SUITES[name].measure(engine, samples, rows)
     return metrics

@@ -8,10 +8,11 @@ RANGE = 2.0  # of values in [-1, 1]
 
 
 def ssim(image_Bhwc: Array, reconstruction_Bhwc: Array) -> Array:
-    """Structural similarity of every picture [B], its mean over places and channels (Wang et al. 2004, equation 13).
+    """Structural similarity of every picture [B], its mean over places and channels.
 
-    Gaussian window of 11x11, sigma 1.5; K1 = 0.01, K2 = 0.03; only where the window lies inside the picture. For
-    smaller pictures the window shrinks to the largest odd side that fits.
+    Wang et al. 2004, equation 13. Gaussian window of 11x11, sigma 1.5; K1 = 0.01, K2 = 0.03; only
+    where the window lies inside the picture. For smaller pictures the window shrinks to the largest
+    odd side that fits.
     """
     sides = image_Bhwc.shape[1:3]
     half = min(5, (min(sides) - 1) // 2)

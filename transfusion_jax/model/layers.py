@@ -49,9 +49,7 @@ def product(
         return jnp.tensordot(x, kernel, contracted, preferred_element_type=dtype)
     lead, tail = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     inner = math.prod(kernel.shape[:contracted])
-    flat = jnp.matmul(
-        x.reshape(-1, inner), kernel.reshape(inner, -1), preferred_element_type=dtype
-    )
+    flat = jnp.matmul(x.reshape(-1, inner), kernel.reshape(inner, -1), preferred_element_type=dtype)
     return flat.reshape(*lead, *tail)
 
 

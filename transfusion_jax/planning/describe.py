@@ -53,7 +53,7 @@ def table(plans: list[Plan]) -> str:
         f"{'mesh':44}{'remat':11}{'parts':>5}{'a chip':>12}{'s a step':>10}{'of peak':>9}  bound by"
     ]
     for plan in ranked(plans):
-        row = f"{_mesh(plan):44}{plan.experiment.model.remat:11}{plan.experiment.train.accumulation:5}"
+        row = f"{_mesh(plan):43} {plan.experiment.model.remat:11}{plan.experiment.train.accumulation:5}"
         row += f"{size(plan.memory.peak):>12}"
         if plan.fits:
             bound = max(plan.costs.seconds, key=plan.costs.seconds.get)

@@ -184,7 +184,9 @@ def compile_step(
             return Memory(here * arguments, here * (peak - arguments), here * peak, memory), None
     said = compiled.memory_analysis()
     results = said.output_size_in_bytes - said.alias_size_in_bytes
-    taken = said.argument_size_in_bytes + said.temp_size_in_bytes + said.generated_code_size_in_bytes
+    taken = (
+        said.argument_size_in_bytes + said.temp_size_in_bytes + said.generated_code_size_in_bytes
+    )
     return Memory(
         arguments=here * said.argument_size_in_bytes,
         temporaries=here * said.temp_size_in_bytes,

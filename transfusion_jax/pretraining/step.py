@@ -1,72 +1,53 @@
-"""One optimisation step as a pure function: `step(state, batch) -> (state, metrics)`."""
+"""One step of pretraining as a pure function: `step(state, batch) -> (state, metrics)`."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
 
 from transfusion_jax.batch import Batch
-from transfusion_jax.diffusion.process import draw_training_noise
+from transfusion_jax.diffusion.process import Noise, draw_training_noise
 from transfusion_jax.pretraining.objective import Losses, batch_losses
-from transfusion_jax.pretraining.state import Blueprint, State
-from transfusion_jax.training.update import Metrics, accumulated, average, choose, learning_rate
+from transfusion_jax.pretraining.state import Blueprint
+from transfusion_jax.training.state import State, compiled
+from transfusion_jax.training.update import (
+    Metrics,
+    accumulated,
+    advance,
+    learning_rate,
+    step_key,
+    updated,
+    updates_made,
+)
 
 
 def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of an experiment; jit it once, with the state donated (`compiled_step`).
 
-    Timesteps and noise of row b come from (seed, step, b). A step whose loss or gradients are not finite
-    changes nothing but the counters.
+    Timesteps and noise of row b come from (seed, step, b).
     """
     experiment = blueprint.experiment
-    rate = learning_rate(experiment.optimizer, experiment.train.steps)
-
-    def loss(parameters, batch, microbatch, noise):
-        model = nnx.merge(blueprint.graph, parameters)
-        losses = batch_losses(model, microbatch, batch, noise, experiment.train)
-        return losses.total, losses
+    settings = experiment.train
+    rate = learning_rate(experiment.optimizer, settings.steps)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
-        noise = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
-        differentiate = functools.partial(jax.grad(loss, has_aux=True), state.parameters, batch)
-        nothing = jax.tree.map(jnp.zeros_like, state.parameters), Losses(*jnp.zeros(3))
-        arrays = batch, noise
-        gradients, losses = accumulated(
-            differentiate, arrays, experiment.train.accumulation, nothing
-        )
+        gradients, losses = _gradients(blueprint, state.parameters, batch, state.step)
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(losses.total)
-
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its integer counts
-            updates, optimizer = blueprint.optimizer.update(
-                gradients, state.optimizer, state.parameters
-            )
-            current_rate = rate(state.step - state.skipped)
-        parameters = optax.apply_updates(state.parameters, updates)
-        ema = average(state.ema, parameters, state.step - state.skipped, experiment.train.ema_decay)
-
-        keep = lambda new, old: choose(finite, new, old)  # noqa: E731
-        skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
-        new_state = State(
-            step=state.step + 1,
-            parameters=keep(parameters, state.parameters),
-            ema=keep(ema, state.ema),
-            optimizer=keep(optimizer, state.optimizer),
-            skipped=state.skipped + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-        )
+        new = updated(state, blueprint.optimizer, gradients, settings.ema_decay)
+        current_rate = rate(updates_made(state))
+        new_state, counts = advance(state, new, losses.total, norm)
         return new_state, {
             "loss": losses.total,
             "text_loss": losses.text,
             "image_loss": losses.image,
             "grad_norm": norm,
             "learning_rate": current_rate,
-            "skipped": new_state.skipped,
-            "skipped_in_a_row": new_state.skipped_in_a_row,
+            **counts,
         }
 
     return step
@@ -74,5 +55,24 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
 
 def compiled_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`train_step`, jitted: the state is donated and keeps its placement."""
-    placement = jax.tree.map(lambda x: x.sharding, blueprint.abstract)
-    return jax.jit(train_step(blueprint), donate_argnums=0, out_shardings=(placement, None))
+    return compiled(train_step(blueprint), blueprint.abstract)
+
+
+def _gradients(
+    blueprint: Blueprint, parameters: Any, batch: Batch, step: Array
+) -> tuple[Any, Losses]:
+    """Gradients of the batch's loss, added up over its microbatches; and its losses."""
+    settings = blueprint.experiment.train
+
+    def loss(
+        parameters: Any, batch: Batch, microbatch: Batch, noise: Noise
+    ) -> tuple[Array, Losses]:
+        model = nnx.merge(blueprint.graph, parameters)
+        losses = batch_losses(model, microbatch, batch, noise, settings)
+        return losses.total, losses
+
+    key = step_key(settings.seed, step)
+    noise = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
+    differentiate = functools.partial(jax.grad(loss, has_aux=True), parameters, batch)
+    zero = jax.tree.map(jnp.zeros_like, parameters), Losses(*jnp.zeros(3))
+    return accumulated(differentiate, (batch, noise), settings.accumulation, zero)

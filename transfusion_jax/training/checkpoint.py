@@ -1,10 +1,9 @@
-"""Checkpoints: what training needs to go on, saved together, asynchronously and atomically with Orbax.
+"""Checkpoints: all that training needs to resume, saved together by Orbax, in the background.
 
-Each holds the fields of a state (the parameters, their average, the optimizer, the counters) and the data position.
-Beside them goes a checksum of every part, made on the devices: the sum, modulo 2^32, of the bit patterns of all its
-elements.
-That sum does not depend on order or sharding, so a checkpoint can be verified on any mesh, and a damaged file
-that still decodes is found out.
+Each holds the fields of a state (parameters, average, optimizer, counters) and the run's progress.
+Each field is saved with a checksum, computed on the devices: the sum, modulo 2^32, of the bit
+patterns of all elements. The sum does not depend on order or sharding, so a checkpoint can be
+verified on any mesh, and damage that still decodes is found.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,9 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax import Array
 
 from transfusion_jax.errors import WorkFailed
+from transfusion_jax.training.state import AnyState
 
 Report = Callable[[str], None]
-State = TypeVar("State")  # any frozen dataclass of pytrees with a `step`
 FULL = os.strerror(errno.ENOSPC)
 
 
@@ -51,7 +50,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, report: Report):
         _quieten_orbax()
-        self._directory, self._keep, self._report = directory, keep, report
+        self._directory = directory
+        self._keep = keep
+        self._report = report
         directory.mkdir(parents=True, exist_ok=True)
         self._manager = self._open()
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
@@ -68,8 +69,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self._manager.checkpoints]
 
-    def save(self, state: State, progress: dict[str, Any]) -> None:
-        """Starts saving; the write goes on in the background. A write that fails is reported, not raised."""
+    def save(self, state: AnyState, progress: dict[str, Any]) -> None:
+        """Starts writing in the background. A write that fails is reported, not raised."""
         self.wait()
         step = int(state.step)
         parts = _parts(state)
@@ -78,26 +79,27 @@ class Checkpoints:
             response = self._manager.save_checkpointables_async(
                 step, {**parts, "progress": {**progress, "checksum": sums}}, force=True
             )
-            self._saving, self._saved = (step, response), True
-        except (
-            Exception
-        ) as error:  # a full disk shows itself here or in the background, as many types
+            self._saving = step, response
+            self._saved = True
+        except Exception as error:  # a full disk shows here or in the background, as many types
             self._failed(step, error)
 
     def wait(self) -> bool:
         """Waits for the write in progress; False if the last save failed."""
         if self._saving is not None:
-            (step, response), self._saving = self._saving, None
+            step, response = self._saving
+            self._saving = None
             try:
                 response.result()
             except Exception as error:
                 self._failed(step, error)
         return self._saved
 
-    def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest readable checkpoint, placed as `abstract`, and its progress; None if there is none at all.
+    def restore(self, abstract: AnyState) -> tuple[AnyState, dict[str, Any]] | None:
+        """The newest readable checkpoint, placed as `abstract`, and its progress; None if none.
 
-        A damaged one is named, moved to `damaged/` beside the others' directory, and the one before it is used.
+        A damaged one is named and moved to `damaged/` in the run directory, and the one before it
+        is used.
 
         Raises:
           CheckpointError: there are checkpoints, but none can be read.
@@ -114,8 +116,9 @@ class Checkpoints:
                 continue
             for bad in damaged:
                 self._set_aside(bad)
-            self._report(f"going on from checkpoint {self._directory / str(step)}")
-            progress, counters = parts.pop("progress"), parts.pop("counters")
+            self._report(f"resuming from checkpoint {self._directory / str(step)}")
+            progress = parts.pop("progress")
+            counters = parts.pop("counters")
             return dataclasses.replace(abstract, **counters, **parts), progress
         if damaged:
             raise CheckpointError(
@@ -151,7 +154,7 @@ class Checkpoints:
 
 
 def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, Any]:
-    """Step and averaged parameters of the newest readable checkpoint of a run; nothing else of it is read.
+    """Step and averaged parameters of the newest readable checkpoint of a run; only these are read.
 
     Raises:
       ValueError: there is none.
@@ -171,8 +174,8 @@ def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, A
     raise ValueError(f"there is no checkpoint in {directory} yet")
 
 
-def _parts(state: State) -> dict[str, Any]:
-    """The fields of a state: single arrays together as `counters`, trees by themselves, empty ones left out."""
+def _parts(state: AnyState) -> dict[str, Any]:
+    """A state as it is saved: single arrays together, as `counters`; each tree under its name."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     counters = {name: value for name, value in fields.items() if hasattr(value, "shape")}
     trees = {
@@ -194,7 +197,7 @@ def _load(
 
 
 def _quieten_orbax() -> None:
-    """Orbax narrates what it does, and at a damaged checkpoint drops its other reads; we say what matters."""
+    """Silences Orbax's running commentary, and its warnings about a damaged checkpoint."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

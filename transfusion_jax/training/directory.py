@@ -1,16 +1,60 @@
-"""A run directory, of whatever kind of run: whether a run may begin or go on in it."""
+"""A run directory, of any kind of run: checked, opened, and the progress in its checkpoints.
+
+config.json     the resolved experiment; written last, so a directory with one is complete
+checkpoints/    Orbax: the state, the seconds of training, the digests of the data
+"""
 
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion_jax.config.stored import differences, loads
+import jax
+
+from transfusion_jax.config.stored import differences, dumps, loads
+from transfusion_jax.files import write_atomic
+from transfusion_jax.training.checkpoint import Checkpoints, Report
+
+CONFIG = "config.json"
+# What an interrupted start can leave behind, before there is a config.
+STARTED = ("tokenizer.model", "ledger.json", "autoencoder")
+
+Fingerprints = tuple[tuple[str, str], ...]
+"""Name and digest of each source of data."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An open run directory."""
+
+    path: Path
+    checkpoints: Checkpoints
+    fingerprints: Fingerprints
+    state: Any | None
+    """The restored state; None where there is no checkpoint yet."""
+    train_seconds: float
+    """Spent on the steps that the state holds."""
+
+    @property
+    def start(self) -> int:
+        """Steps taken."""
+        return 0 if self.state is None else int(self.state.step)
+
+    def save(self, state: Any, train_seconds: float) -> None:
+        """Starts writing a checkpoint, in the background."""
+        digests = [digest for _, digest in self.fingerprints]
+        self.checkpoints.save(state, {"train_seconds": train_seconds, "data": digests})
 
 
 def check_directory(experiment: Any, directory: Path) -> None:
-    """Raises ValueError unless a run of `experiment`, of whatever kind, may begin or go on in `directory`."""
-    stored = directory / "config.json"
+    """Checks that a run of `experiment`, of whatever kind, may begin or resume in `directory`.
+
+    Raises:
+      ValueError: it may not: the directory belongs to another experiment, or is no run directory.
+    """
+    stored = directory / CONFIG
     if stored.exists():
         earlier = loads(stored.read_text(), str(stored), type(experiment))
         if changed := differences(earlier, experiment):
@@ -20,19 +64,61 @@ def check_directory(experiment: Any, directory: Path) -> None:
     elif directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, not a directory")
     elif directory.exists():
-        foreign = {p.name for p in directory.iterdir()} - {
-            "tokenizer.model",
-            "ledger.json",
-            "autoencoder",
-        }
+        foreign = {p.name for p in directory.iterdir()} - set(STARTED)
         if foreign := sorted(name for name in foreign if not name.endswith(".partial")):
             raise ValueError(
-                f"{directory} is not a run directory (no config.json), and holds {foreign[0]}"
+                f"{directory} is not a run directory (no {CONFIG}), and holds {foreign[0]}"
             )
 
 
+def open_directory(
+    path: Path,
+    experiment: Any,
+    abstract: Any,
+    fingerprints: Fingerprints,
+    fill: Callable[[Path], None],
+    report: Report,
+) -> RunDirectory:
+    """Opens the directory of a new run, or of one to resume, once `check_directory` has passed it.
+
+    `fill(path)` writes what a new run's directory holds beside its config. The newest readable
+    checkpoint is restored as `abstract`. A config that differs from the stored one, in fields that
+    may change, takes its place.
+
+    Raises:
+      ValueError: the data under the run has changed since the checkpoint.
+      CheckpointError: the run has checkpoints, and none can be read.
+    """
+    config, text = path / CONFIG, dumps(experiment)
+    leader = jax.process_index() == 0
+    if leader and not config.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        fill(path)
+        write_atomic(config, text.encode())
+    checkpoints = Checkpoints(path / "checkpoints", experiment.train.keep_checkpoints, report)
+    state = None
+    train_seconds = 0.0
+    if restored := checkpoints.restore(abstract):
+        state, progress = restored
+        _check_data(path, fingerprints, progress["data"])
+        train_seconds = float(progress["train_seconds"])
+    if leader and config.read_text() != text:
+        write_atomic(config, text.encode())
+    return RunDirectory(path, checkpoints, fingerprints, state, train_seconds)
+
+
+def _check_data(path: Path, fingerprints: Fingerprints, stored: list[str] | str) -> None:
+    """Raises ValueError if the data is not that of the checkpoint."""
+    stored = [stored] if isinstance(stored, str) else stored  # autoencoders once stored a string
+    pairs = zip(fingerprints, stored, strict=True)
+    if changed := [name for (name, digest), old in pairs if digest != old]:
+        raise ValueError(
+            f"the data under {path} has changed since it was trained: {', '.join(changed)}"
+        )
+
+
 def copy_directory(source: Path, target: Path) -> None:
-    """Copies a directory whole or not at all."""
+    """Copies a directory atomically, in place of what `target` was."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)

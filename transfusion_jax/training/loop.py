@@ -1,27 +1,73 @@
 """The training loop: dispatch a step, read the metrics of the one before, save, stop when asked."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from transfusion_jax.data.pipeline import read
-from transfusion_jax.parallel.mesh import host_block
 from transfusion_jax.parallel.rules import batch_sharding
-from transfusion_jax.pretraining.run import Run
-from transfusion_jax.pretraining.state import State
-from transfusion_jax.pretraining.step import compiled_step
 from transfusion_jax.training.checkpoint import Report
+from transfusion_jax.training.directory import RunDirectory
+from transfusion_jax.training.feed import Feed
 from transfusion_jax.training.monitor import Monitor
+from transfusion_jax.training.settings import Settings
 from transfusion_jax.training.update import Metrics
 from transfusion_jax.training.watchdog import StopSignal, TrainingFailed
 
 
+def _nothing(step: int, state: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train: all that the machine knows of what it trains.
+
+    A trainer writes its state, its step, its data and its description, and makes one of these.
+    """
+
+    directory: RunDirectory
+    settings: Settings
+    mesh: Mesh
+    feed: Feed
+    initialise: Callable[[], Any]
+    """Makes the state of step 0, on its devices."""
+    step: Callable[[Any, Any], tuple[Any, Metrics]]
+    """(state, batch) -> (state, metrics), compiled. `loss` and `skipped_in_a_row` are metrics."""
+    title: str
+    """What is trained, in a line."""
+    details: tuple[tuple[str, str], ...] = ()
+    """Label and text of more lines about it."""
+    after: Callable[[int, Any], None] = _nothing
+    """Called after each step with its number and the new state; it must not keep the state."""
+
+    def description(self) -> str:
+        """What is trained, on what, for how long."""
+        left = self.settings.steps - self.directory.start
+        amount = self.feed.amount
+        lines = (
+            *self.details,
+            (
+                "training",
+                f"{left} of {self.settings.steps} steps of {amount:,} {self.feed.unit} "
+                f"({amount * left / 1e6:,.1f} M)",
+            ),
+            (
+                "devices",
+                f"{self.mesh.size} {self.mesh.devices.flat[0].platform} "
+                f"({', '.join(f'{axis}={size}' for axis, size in self.mesh.shape.items())})",
+            ),
+            ("run", str(self.directory.path)),
+        )
+        return "\n".join([self.title, *(f"  {label:10}{text}" for label, text in lines)])
+
+
 @dataclass(frozen=True)
 class Outcome:
-    state: State
+    state: Any
     seconds: float
     """Of training, over all its restarts."""
     stopped_by: str | None
@@ -32,78 +78,62 @@ def train(run: Run, report: Report) -> Outcome:
     """Trains to the last step, or until a signal asks to stop; either way the state is saved.
 
     Raises:
-      TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was not written.
+      TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was
+        not written.
     """
-    settings = run.experiment.train
-    with jax.set_mesh(run.mesh), StopSignal() as stop:
-        state = run.blueprint.initialise() if run.state is None else run.state
-        start = int(state.step)
-        begin = time.perf_counter() - run.train_seconds
-        seconds = lambda: time.perf_counter() - begin  # noqa: E731
-        if start >= settings.steps:
-            return Outcome(state, run.train_seconds, None)
-
-        step_fn, sharding = compiled_step(run.blueprint), batch_sharding(run.mesh)
-        rows = run.experiment.data.batch_rows
-        batches = read(
-            run.data.batches(*host_block(sharding, rows)), start, run.experiment.data.prefetch
+    report(run.description())
+    try:
+        outcome = _train(run, report)
+    finally:
+        run.directory.checkpoints.close()
+    step = int(outcome.state.step)
+    if outcome.stopped_by:
+        report(
+            f"stopped by {outcome.stopped_by} at step {step}, saved; the same command resumes it"
         )
-        work = Work(
-            step=lambda state, batch: step_fn(state, on_devices(batch, sharding, rows)),
-            batches=batches,
-            save=lambda state: run.checkpoints.save(
-                state, {"train_seconds": seconds(), "data": run.data.fingerprints()}
-            ),
+    else:
+        report(f"trained {step} steps in {outcome.seconds:.0f} s")
+    return outcome
+
+
+def _train(run: Run, report: Report) -> Outcome:
+    if run.directory.start >= run.settings.steps:
+        return Outcome(run.directory.state, run.directory.train_seconds, None)
+    report("compiling the training step; time left is shown from the second step on")
+    begin = time.perf_counter() - run.directory.train_seconds
+    with StopSignal() as stop:
+        state, stopped_by = _take_steps(run, begin, stop)
+    if not run.directory.checkpoints.wait():
+        raise TrainingFailed(
+            f"trained to step {int(state.step)}, but its checkpoint could not be saved"
         )
-        amount = rows * run.experiment.data.row_length
-        with Monitor(run.directory, settings, start, amount, "tokens", run.data.epochs) as monitor:
-            state, stopped_by = take_steps(work, state, settings, monitor, stop)
-        if not run.checkpoints.wait():
-            raise TrainingFailed(
-                f"trained to step {int(state.step)}, but its checkpoint could not be saved"
-            )
-        return Outcome(state, seconds(), stopped_by)
+    return Outcome(state, time.perf_counter() - begin, stopped_by)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What the loop does at each step."""
-
-    step: Callable[[Any, Any], tuple[Any, Metrics]]
-    batches: Iterator[Any]
-    save: Callable[[Any], None]
-    after: Callable[[int, Any], None] = lambda step, state: None
-    """Called with every step taken and its state."""
-
-
-def take_steps(
-    work: Work, state: Any, settings: Any, monitor: "Monitor", stop: StopSignal
-) -> tuple[Any, str | None]:
-    """Goes on from `state` to step `settings.steps`; returns the last state, saved, and the signal that ended it early.
-
-    `settings` has the fields `steps` and `checkpoint_every`.
-    """
-    stopped_by, pending = None, None
-    for step in range(int(state.step) + 1, settings.steps + 1):
-        with monitor.waiting():
-            batch = next(work.batches)
-        state, metrics = work.step(state, batch)
-        if pending is not None:
-            monitor.read(*pending)
-        pending = step, metrics
-        stopped_by = stop.requested(step)
-        if step % settings.checkpoint_every == 0 or step == settings.steps or stopped_by:
-            monitor.read(*pending)
-            pending = None
-            work.save(state)
-        work.after(step, state)
-        if stopped_by:
-            break
+def _take_steps(run: Run, begin: float, stop: StopSignal) -> tuple[Any, str | None]:
+    """The last state, saved, and the signal that ended the run early; `begin` is a clock time."""
+    settings = run.settings
+    start = run.directory.start
+    sharding = batch_sharding(run.mesh)
+    with jax.set_mesh(run.mesh):
+        state = run.initialise() if run.directory.state is None else run.directory.state
+    batches = run.feed.read(start, sharding)
+    pending = None
+    with Monitor(run.directory.path, settings, start, run.feed) as monitor:
+        for step in range(start + 1, settings.steps + 1):
+            with monitor.waiting():
+                batch = next(batches)
+            with jax.set_mesh(run.mesh):
+                state, metrics = run.step(state, run.feed.on_devices(batch, sharding))
+            if pending is not None:
+                monitor.read(*pending)
+            pending = step, metrics
+            stopped_by = stop.requested(step)
+            if step % settings.checkpoint_every == 0 or step == settings.steps or stopped_by:
+                monitor.read(*pending)
+                pending = None
+                run.directory.save(state, time.perf_counter() - begin)
+            run.after(step, state)
+            if stopped_by:
+                break
     return state, stopped_by
-
-
-def on_devices(batch: Any, sharding: jax.sharding.NamedSharding, rows: int) -> Any:
-    """This process's part of a batch, as part of the global arrays."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:])), batch
-    )

@@ -8,7 +8,7 @@ from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
-    """Appends to the metrics of a run directory, from `step` on: what a killed run logged later is cut off."""
+    """Appends to the metrics of a run directory; removes what a killed run logged after `step`."""
 
     def __init__(self, run_dir: Path, step: int):
         self.path = run_dir / "metrics.jsonl"
@@ -20,7 +20,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, float]) -> None:
-        """Losses are written with all digits of their float32 values; what is not finite, which JSON lacks, as null."""
+        """Writes numbers with all digits of their float32 values, and null for non-finite ones."""
         row = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -1,6 +1,11 @@
-"""AdamW with global-norm clipping, linear warm-up and cosine decay (section 4.1; `recipe` defaults in config)."""
+"""From gradients to the next state: optimizer, moving average, skipped steps, accumulation.
+
+Pure functions on the arrays of any network: AdamW with global-norm clipping, linear warm-up and
+cosine decay (Transfusion, arXiv 2408.11039, section 4.1).
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,67 +15,146 @@ from flax import nnx
 from jax import Array
 
 from transfusion_jax.config import OptimizerConfig
+from transfusion_jax.errors import require
 from transfusion_jax.parallel.rules import constrain
+from transfusion_jax.training.state import AnyState
 
 Metrics = dict[str, Array]
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak over the warm-up, then a cosine to the final rate at `steps`."""
+def step_key(seed: int, step: Array) -> Array:
+    """The key of everything that is drawn at a step."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Array], Array]:
+    """The rate after a number of updates.
+
+    Linear from 0 to the peak over the warm-up, then a cosine to the final rate at `steps`.
+
+    Raises:
+      ValueError: the warm-up is longer than the run.
+    """
+    require(
+        config.warmup_steps <= steps,
+        f"optimizer.warmup_steps={config.warmup_steps} must not exceed train.steps={steps}",
+    )
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     floor = config.final_learning_rate / config.learning_rate
     decay = optax.cosine_decay_schedule(
         config.learning_rate, max(steps - config.warmup_steps, 1), floor
     )
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    schedule = optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+    def rate(updates: Array) -> Array:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its integer counts
+            return schedule(updates)
+
+    return rate
+
+
+def decayed(parameters: nnx.State) -> dict:
+    """Whether weight decay shrinks each parameter: matrices yes, vectors and norm scales no.
+
+    A nested dict like `nnx.to_pure_dict(parameters)`.
+    """
+    axes = {path: p.get_metadata("out_sharding") for path, p in nnx.to_flat_state(parameters)}
+    matrices = {path: len(names) > 1 and "norm" not in names for path, names in axes.items()}
+    return nnx.to_pure_dict(nnx.from_flat_state(matrices))
 
 
 def make_optimizer(
     config: OptimizerConfig, steps: int, parameters: nnx.State, start: int = 0
 ) -> optax.GradientTransformation:
-    """The optimizer for nested dicts of arrays shaped like `parameters`, whose axis names say what decays.
+    """The optimizer for nested dicts shaped like `parameters`, whose axis names say what decays.
 
-    One that takes its first step at step `start` of the run has the rate of the others from then on.
+    One that makes its first update at step `start` of the run has the same rate as the others from
+    then on.
     """
     rate = learning_rate(config, steps)
-    axes = {path: p.get_metadata("out_sharding") for path, p in nnx.to_flat_state(parameters)}
-    matrices = {path: len(names) > 1 and "norm" not in names for path, names in axes.items()}
-    decayed = nnx.to_pure_dict(nnx.from_flat_state(matrices))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            lambda count: rate(count + start), config.b1, config.b2, config.epsilon,
-            weight_decay=config.weight_decay, mask=decayed,
+            lambda updates: rate(updates + start),
+            config.b1,
+            config.b2,
+            config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decayed(parameters),
         ),
-    )  # fmt: skip
+    )
 
 
-def accumulated(function: Callable[..., Any], arrays: Any, parts: int, nothing: Any) -> Any:
-    """The sum of `function(*part)` over equal parts of the rows of `arrays`, one after another, from `nothing` on.
+def descend(
+    optimizer: optax.GradientTransformation, gradients: Any, moments: Any, parameters: Any
+) -> tuple[Any, Any]:
+    """Parameters and the optimizer's own state after one update."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its integer counts
+        updates, moments = optimizer.update(gradients, moments, parameters)
+    return optax.apply_updates(parameters, updates), moments
 
-    Part p takes the rows p, p + parts, p + 2 parts, ...: some of every device's, so none has to move.
+
+def average(ema: Any, parameters: Any, updates: Array, decay: float) -> Any:
+    """The moving average after `updates` earlier ones.
+
+    The decay starts at 1/10 and approaches `decay`, so that the initial weights are soon forgotten.
     """
-    if parts == 1:
+    updates = updates.astype(jnp.float32)
+    return optax.incremental_update(
+        parameters, ema, 1.0 - jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
+    )
+
+
+def updates_made(state: Any) -> Array:
+    """How often the optimizer has changed the parameters: the steps that were not skipped."""
+    return state.step - state.skipped
+
+
+def updated(
+    state: Any, optimizer: optax.GradientTransformation, gradients: Any, ema_decay: float
+) -> dict[str, Any]:
+    """The fields `parameters`, `ema` and `optimizer` of a state after one update."""
+    parameters, moments = descend(optimizer, gradients, state.optimizer, state.parameters)
+    ema = average(state.ema, parameters, updates_made(state), ema_decay)
+    return {"parameters": parameters, "ema": ema, "optimizer": moments}
+
+
+def advance(
+    state: AnyState, new: dict[str, Any], loss: Array, norm: Array, *others: Array
+) -> tuple[AnyState, Metrics]:
+    """The state one step later, with the fields `new`; and its counts of skipped steps, to log.
+
+    If the loss, the gradients' norm (either can be finite while the other is not) or any of the
+    others is not finite, the step is skipped: only the counters change.
+    """
+    finite = jnp.all(jnp.isfinite(jnp.stack([loss, norm, *others])))
+    skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+    counts = {
+        "skipped": state.skipped + skipped,
+        "skipped_in_a_row": (state.skipped_in_a_row + 1) * skipped,
+    }
+    kept = {name: _choose(finite, tree, getattr(state, name)) for name, tree in new.items()}
+    return replace(state, step=state.step + 1, **kept, **counts), counts
+
+
+def _choose(condition: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def accumulated(function: Callable[..., Any], arrays: Any, microbatches: int, zero: Any) -> Any:
+    """The sum of `function(*microbatch)` over equal parts of the rows of `arrays`, in turn.
+
+    Less memory, the same gradient. `zero` is the sum over no rows. Of n microbatches, number m has
+    the rows m, m + n, m + 2n, ...: some from every device, so no row moves between devices.
+    """
+    if microbatches == 1:
         return function(*arrays)
 
-    def part(x):
-        x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    def split(x):
+        x = jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
         return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     def add(total, arrays):
         return jax.tree.map(jnp.add, total, function(*arrays)), None
 
-    return jax.lax.scan(add, nothing, jax.tree.map(part, arrays))[0]
-
-
-def average(ema: Any, parameters: Any, taken: Array, decay: float) -> Any:
-    """The moving average after `taken` earlier steps; quick at first, so that it forgets the initial weights."""
-    taken = taken.astype(jnp.float32)
-    return optax.incremental_update(
-        parameters, ema, 1.0 - jnp.minimum(decay, (1.0 + taken) / (10.0 + taken))
-    )
-
-
-def choose(condition: Array, new: Any, old: Any) -> Any:
-    """One of two trees."""
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+    return jax.lax.scan(add, zero, jax.tree.map(split, arrays))[0]

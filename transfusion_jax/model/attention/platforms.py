@@ -42,9 +42,7 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
         model = replace(model, attention=implementation, attention_block=block)
     if model.remat == "attention" and model.attention not in DEFAULT_BLOCK:
         kinds = " and ".join(DEFAULT_BLOCK)
-        raise ValueError(
-            f"model.remat='attention' needs {kinds} attention, not {model.attention}"
-        )
+        raise ValueError(f"model.remat='attention' needs {kinds} attention, not {model.attention}")
     return model
 
 
@@ -88,7 +86,9 @@ def _lowering(context, x, *, implementation: str):
 
 
 _platform_check = Primitive("attention_platform_check")
-_platform_check.def_impl(lambda x, **parameters: jax.jit(lambda x: _platform_check.bind(x, **parameters))(x))
+_platform_check.def_impl(
+    lambda x, **parameters: jax.jit(lambda x: _platform_check.bind(x, **parameters))(x)
+)
 _platform_check.def_abstract_eval(lambda x, **_: x)
 mlir.register_lowering(_platform_check, _lowering)
 batching.primitive_batchers[_platform_check] = lambda xs, axes, **parameters: (

@@ -1,0 +1,66 @@
+"""An engine without a model: its answers are given, and what it was asked is kept."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from transfusion_jax.config import Experiment, SamplerConfig
+from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.images import read_image
+
+
+class NoModel(nnx.Module):
+    """A model without parameters."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the engine was asked in one call of `generate`, and under which settings."""
+
+    sampler: SamplerConfig
+    requests: list[tuple]
+
+    @property
+    def draws(self) -> bool:
+        """Whether it asks for pictures: the last thing that each request holds is a text."""
+        return all(isinstance(request[-1], str) for request in self.requests)
+
+
+@dataclass(frozen=True)
+class FakeEngine:
+    """Answers each request by `answer(*request)`, a list of texts and pictures."""
+
+    experiment: Experiment
+    tokenizer: Tokenizer | None
+    answer: Callable[..., list]
+    calls: list[Call] = field(default_factory=list)
+    parameters: dict = field(default_factory=dict)
+    graph: Any = field(default_factory=lambda: nnx.split(NoModel())[0])
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        return self.experiment.image.shape
+
+    def generate(self, requests: Sequence[tuple], seed: int = 0) -> list[list]:
+        self.calls.append(Call(self.experiment.sampler, list(requests)))
+        return [list(self.answer(*request)) for request in requests]
+
+    def using(self, **changes: object) -> "FakeEngine":
+        sampler = replace(self.experiment.sampler, **changes)
+        return replace(self, experiment=replace(self.experiment, sampler=sampler))
+
+    def check(self, requests: Sequence[tuple]) -> None:
+        """Nothing is too long for it."""
+
+    def read(self, path: Path) -> np.ndarray:
+        return read_image(path, *self.picture_shape)
+
+    def picture(self, image_hwc: np.ndarray) -> np.ndarray:
+        return image_hwc
+
+    def image(self, picture_HWC: np.ndarray) -> np.ndarray:
+        return picture_HWC

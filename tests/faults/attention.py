@@ -1,0 +1,118 @@
+"""Faults of interval attention: the intervals, the reference, the kernels, and their choice."""
+
+from faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "a_query_does_not_see_itself",
+        "model/attention/intervals.py",
+        "jnp.broadcast_to(index_L + 1, (B, L))",
+        "jnp.broadcast_to(index_L, (B, L))",
+        "attention",
+    ),
+    Fault(
+        "patches_see_the_end_mark",
+        "model/attention/intervals.py",
+        "image_start_BM[:, :, None] + patches, patch_BMP.shape",
+        "image_start_BM[:, :, None] + patches + 1, patch_BMP.shape",
+        "attention",
+    ),
+    Fault(
+        "intervals_of_images_begin_at_boi",
+        "model/attention/intervals.py",
+        "batch.image_start_BM[:, :, None] + jnp.arange(patches",
+        "batch.image_start_BM[:, :, None] - 1 + jnp.arange(patches",
+        "attention",
+    ),
+    Fault(
+        "document_starts_taken_over_rows",
+        "model/attention/intervals.py",
+        "jnp.where(segment_BL != previous_BL, index_L, 0), axis=1)",
+        "jnp.where(segment_BL != previous_BL, index_L, 0), axis=0)",
+        "attention",
+    ),
+    Fault(
+        "padding_attends_to_what_came_before",
+        "model/attention/intervals.py",
+        "jnp.where(padding_BL, 0, k_end_BL)",
+        "k_end_BL",
+        "attention",
+    ),
+    Fault(
+        "dense_end_inclusive",
+        "model/attention/dense.py",
+        "(key < intervals.k_end_BL[:, :, None])",
+        "(key <= intervals.k_end_BL[:, :, None])",
+        "attention",
+    ),
+    Fault(
+        "dense_scaled_by_head_width",
+        "model/attention/dense.py",
+        "* H**-0.5",
+        "* H**-1.0",
+        "attention",
+    ),
+    Fault(
+        "dense_heads_grouped_across",
+        "model/attention/dense.py",
+        "q_BLNH.reshape(B, L, K, N // K, H)",
+        "q_BLNH.reshape(B, L, N // K, K, H).swapaxes(2, 3)",
+        "attention",
+    ),
+    Fault(
+        "chunked_leaves_out_the_last_block",
+        "model/attention/chunked.py",
+        "(jnp.max(jnp.where(empty, 0, k_end)) + block_k - 1) // block_k",
+        "jnp.max(jnp.where(empty, 0, k_end)) // block_k",
+        "attention",
+    ),
+    Fault(
+        "chunked_sum_not_rescaled",
+        "model/attention/chunked.py",
+        "total * decay + p.sum(-1), acc",
+        "total + p.sum(-1), acc",
+        "attention",
+    ),
+    Fault(
+        "chunked_gradient_not_scaled",
+        "model/attention/chunked.py",
+        "- delta[..., None]) * scale",
+        "- delta[..., None])",
+        "attention",
+    ),
+    Fault(
+        "blocks_counted_full_too_soon",
+        "model/attention/block_pairs.py",
+        "(end >= begin + block_k)).all(2)",
+        "(end >= begin + block_k - 1)).all(2)",
+        "attention_pallas",
+    ),
+    Fault(
+        "kernel_start_exclusive",
+        "model/attention/block_sums.py",
+        "inside = (position >= start[...])",
+        "inside = (position > start[...])",
+        "attention_pallas",
+    ),
+    Fault(
+        "kernel_sums_begin_anew_with_each_head",
+        "model/attention/block_sums.py",
+        "first & (pl.program_id(2) == 0)",
+        "first",
+        "attention_pallas",
+    ),
+    Fault(
+        "kernel_gradient_without_delta",
+        "model/attention/pallas.py",
+        "(_dot(v[...], d_out[...], 0, 0) - delta[...])",
+        "_dot(v[...], d_out[...], 0, 0)",
+        "attention_pallas",
+    ),
+    Fault(
+        "auto_takes_a_block_that_the_kernel_cannot_have",
+        "model/attention/platforms.py",
+        '"pallas", 0 if block % 128 else block',
+        '"pallas", block',
+        "attention",
+    ),
+)

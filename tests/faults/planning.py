@@ -1,0 +1,118 @@
+"""Faults of planning: the arithmetic of compiled programs, of rows, of chips, and the search."""
+
+from faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "a_product_is_one_operation",
+        "planning/flops.py",
+        "2.0 * math.prod(dot.result[0].dims)",
+        "1.0 * math.prod(dot.result[0].dims)",
+        "program",
+    ),
+    Fault(
+        "padding_is_multiplied",
+        "planning/flops.py",
+        "(at >= 0) & ",
+        "",
+        "program",
+    ),
+    Fault(
+        "all_reduce_sends_half",
+        "planning/collectives.py",
+        '"all-reduce": lambda n: 2 * (n - 1) / n',
+        '"all-reduce": lambda n: (n - 1) / n',
+        "program",
+    ),
+    Fault(
+        "nested_loops_add",
+        "planning/loop_counts.py",
+        "times[name] += times[caller.name] * (",
+        "times[name] += (",
+        "program",
+    ),
+    Fault(
+        "loops_counted_from_nought",
+        "planning/loop_counts.py",
+        "(limit - ahead - start) / step",
+        "(limit - ahead) / step",
+        "program",
+    ),
+    Fault(
+        "slices_read_all_of_their_operand",
+        "planning/traffic.py",
+        "        return elements(user)\n",
+        "        return elements(computation.instructions[user.operands[0]])\n",
+        "program",
+    ),
+    Fault(
+        "memory_on_the_chip_counts_as_main_memory",
+        "planning/hlo.py",
+        "0.0 if self.space else self.bytes",
+        "self.bytes",
+        "program",
+    ),
+    Fault(
+        "backward_pass_of_attention_forgotten",
+        "planning/rows.py",
+        "12.0 * attention",
+        "4.0 * attention",
+        "plan",
+    ),
+    Fault(
+        "logits_of_all_positions_are_model_flops",
+        "planning/rows.py",
+        '"target": work.targets',
+        '"target": experiment.data.row_length',
+        "plan",
+    ),
+    Fault(
+        "pairs_of_blocks_counted_as_rows_of_them",
+        "planning/rows.py",
+        "some.sum() / count * block**2",
+        "some.sum() / count * block",
+        "plan",
+    ),
+    Fault(
+        "arguments_alone_must_fit",
+        "planning/plan.py",
+        "self.memory.peak <= self.memory.memory",
+        "self.memory.arguments <= self.memory.memory",
+        "plan",
+    ),
+    Fault(
+        "times_of_a_step_added",
+        "planning/plan.py",
+        "max(self.costs.seconds.values())",
+        "sum(self.costs.seconds.values())",
+        "plan",
+    ),
+    Fault(
+        "one_chip_computes_all",
+        "planning/plan.py",
+        "flops / topology.chips / chip.flops",
+        "flops / chip.flops",
+        "plan",
+    ),
+    Fault(
+        "every_axis_is_a_ring",
+        "planning/topology.py",
+        "2 if size == len(set(all_along)) >= self.chip.ring else 1",
+        "2",
+        "plan",
+    ),
+    Fault(
+        "parts_need_not_divide_the_rows",
+        "planning/search.py",
+        "if rows % parts == 0]",
+        "if parts <= rows]",
+        "plan",
+    ),
+    Fault(
+        "plans_that_do_not_fit_ranked_first",
+        "planning/describe.py",
+        "(not plan.fits, plan.step_seconds",
+        "(plan.fits, plan.step_seconds",
+        "plan",
+    ),
+)

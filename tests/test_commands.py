@@ -1,0 +1,298 @@
+"""Help and exit codes of the commands; generate and evaluate on an engine without a model."""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from fake_engine import FakeEngine
+from PIL import Image
+
+from transfusion_jax.commands import main as command_line
+from transfusion_jax.commands.help import flags, sections
+from transfusion_jax.commands.main import COMMANDS, main
+from transfusion_jax.commands.terminal import table
+from transfusion_jax.data.sources.sums import problems
+from transfusion_jax.errors import WorkFailed
+from transfusion_jax.generation import engine as engine_module
+from transfusion_jax.generation.outputs import write_outputs
+
+DIGITS = str(Path(__file__).parent.parent / "experiments" / "digits.py")
+PICTURE = np.full((8, 8, 1), 0.5, np.float32)
+
+
+def printed(capsys, *arguments: str) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_flag_and_field_and_explains_flags(capsys, name):
+    said = printed(capsys, name, "--help")
+    assert printed(capsys, name, "-h") == said and said.startswith(f"usage: transfusion-jax {name}")
+    for action in command_line._parsers()[1][name]._actions:
+        for flag in action.option_strings or [action.metavar]:
+            assert re.search(rf"^  .*{re.escape(flag)}\b", said, re.MULTILINE), flag
+        assert action.help and action.help in " ".join(said.split()).replace("- ", "-")
+    if COMMANDS[name].config is not None:
+        fields = flags(COMMANDS[name].config())
+        assert fields and all(f"\n  {flag} " in said for flag in fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("train", ["--run-dir", "--model.layers", "--data.sources.0.weight", "--evaluation"]),
+        ("inspect", ["--row", "--model.layers", "--data.row-length"]),
+        ("plan", ["--topology", "--model.layers", "--mesh.fsdp"]),
+        ("autoencoder", ["--run-dir", "--model.latent-channels", "--loss.kl"]),
+        ("prepare", ["--part", "--workers", "--finish", "--height", "--columns.caption"]),
+        ("generate", ["--max-tokens", "--guidance", "--prompt"]),
+        ("evaluate", ["--max-rows", "--suite"]),
+    ],
+)
+def test_help_names_these(capsys, name, some):
+    said = printed(capsys, name, "--help")
+    assert [flag for flag in some if f"\n  {flag} " not in said] == []
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, command in COMMANDS.items() if command.config is not None]
+)
+def test_help_names_the_fields_that_overrides_take(name):
+    config = COMMANDS[name].config()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        flag_conversion = (tyro.conf.FlagConversionOff,)
+        tyro.cli(type(config), default=config, args=["--help"], config=flag_conversion)
+    taken = set(re.findall(r"^[│| ]+(--[a-z][\w.-]*)", said.getvalue(), re.MULTILINE))
+    assert set(flags(config)) == taken - {"--help"}
+
+
+def test_help_shows_the_values_of_an_experiment(capsys, tmp_path):
+    default = printed(capsys, "train", "--help")
+    assert re.search(r"--model\.layers INT\s+Transformer layers\. \(default: 16\)", default)
+    for line in (("train", DIGITS, "--help"), ("train", "--help", DIGITS), ("plan", "-h", DIGITS)):
+        said = printed(capsys, *line)
+        assert re.search(r"--model\.layers INT\s+Transformer layers\. \(default: 4\)", said)
+        assert "--data.sources.1.weight" in said and "--data.sources.1.weight" not in default
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from transfusion_jax.preparation.prepare import Preparation\n"
+        "def config(): return Preparation(height=48)\n"
+    )
+    said = printed(capsys, "prepare", str(file), "-h")
+    assert re.search(r"--height INT .*?default:\s+48\)", said, re.DOTALL)
+
+
+def test_help_explains_fields_and_their_sections(capsys):
+    said = " ".join(printed(capsys, "train", "--help").split())
+    assert "fields of model: A Llama-style transformer: pre-RMSNorm" in said
+    assert "--model.kv-heads INT Key and value heads; 0 means as many as" in said
+    assert "--model.remat {none,minimal,attention,full,offload} What the backward pass" in said
+
+
+@pytest.mark.parametrize("name", ["train", "autoencoder"])
+def test_help_explains_every_field(name):
+    config = COMMANDS[name].config()
+    bare = [flag for _, _, fields in sections(config) for flag, _, text in fields if text[0] == "("]
+    assert not bare
+
+
+def test_the_commands_are_listed_without_importing_jax():
+    program = (
+        "import sys\n"
+        "from transfusion_jax.commands.main import main\n"
+        "assert main(['--help']) == 0\n"
+        "heavy = {'jax', 'flax', 'matplotlib', 'sklearn', 'grain', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(f"\n    {name}" in run.stdout for name in COMMANDS)
+    assert "Exit codes: 0" in run.stdout
+
+
+# Exit codes
+
+
+def running(monkeypatch, work) -> None:
+    """Makes `evaluate` do this work."""
+    command = replace(COMMANDS["evaluate"], run=work)
+    monkeypatch.setitem(COMMANDS, "evaluate", command)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (type("OutOfLuck", (WorkFailed,), {})("no\nluck"), "no luck"),
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(28, "No space left"), "the disk is full: [Errno 28] No space left"),
+        (PermissionError(13, "Permission denied"), "[Errno 13] Permission denied"),
+    ],
+)
+def test_work_that_fails_ends_with_one_line_and_code_1(capsys, monkeypatch, error, message):
+    def work(arguments: argparse.Namespace) -> int:
+        raise error
+
+    running(monkeypatch, work)
+    assert main(("evaluate", "x")) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, BrokenProcessPool])
+def test_faults_of_ours_are_not_dressed_up(monkeypatch, kind):
+    def work(arguments: argparse.Namespace) -> int:
+        raise kind("a fault")
+
+    running(monkeypatch, work)
+    with pytest.raises(kind, match="a fault"):
+        main(("evaluate", "x"))
+
+
+def test_a_killed_process_of_preparation_is_work_that_failed(capsys, monkeypatch, tmp_path):
+    def killed(*_):
+        raise BrokenProcessPool("A process was terminated abruptly")
+
+    monkeypatch.setattr("transfusion_jax.preparation.prepare.prepare", killed)
+    assert main(("prepare", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "3")) == 1
+    said = capsys.readouterr().err
+    assert "was killed" in said and "workers=3" in said and said.count("\n") == 1
+
+
+# Generate and evaluate, on an engine without a model
+
+
+@pytest.fixture
+def engine(experiment, tokenizer, monkeypatch) -> FakeEngine:
+    """The engine of every run directory: completes sums, or answers a text and a picture."""
+    every = dict(problems("train") + problems("held_out"))
+
+    def answer(*request):
+        return [every[request[0]]] if str(request[0]) in every else ["ünd", PICTURE]
+
+    found = FakeEngine(replace(experiment, evaluation=("sums",)), tokenizer, answer)
+    monkeypatch.setattr(engine_module, "load_engine", lambda directory, report: (found, 40))
+    return found
+
+
+def test_generate_asks_as_it_is_told(engine, tmp_path, capsys):
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "white.png")
+    options = {"guidance": 1.5, "steps": 3, "temperature": 0.5, "max_tokens": 77}
+    words = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    image = ("--image", str(tmp_path / "white.png"))
+    line = (
+        "generate",
+        "run",
+        "--prompt",
+        "a",
+        "--num",
+        "2",
+        *image,
+        "--out",
+        str(tmp_path / "out"),
+    )
+    said = printed(capsys, *line, *words)
+    (call,) = engine.calls
+    assert call.sampler == replace(engine.experiment.sampler, **options)
+    assert len(call.requests) == 2
+    white, text = call.requests[0]
+    assert text == "a" and white.shape == (8, 8, 1) and (white == 1).all()
+
+    stored = (tmp_path / "out" / "outputs.jsonl").read_text(encoding="utf-8")
+    assert said.startswith(stored)
+    assert [json.loads(line) for line in stored.splitlines()] == [
+        {"prompt": "a", "spans": [{"text": "ünd"}, {"image": f"{i}.png"}]} for i in range(2)
+    ]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "0.png",
+        "1.png",
+        "outputs.jsonl",
+    ]
+
+    printed(capsys, "generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"))
+    assert engine.calls[-1].sampler == engine.experiment.sampler
+
+
+def test_a_setting_that_cannot_work_is_bad_input(engine, tmp_path, capsys):
+    line = ("generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"))
+    for option in ("--max-tokens", "--steps"):
+        assert main((*line, option, "0")) == 2
+        field = option[2:].replace("-", "_")
+        assert f"sampler.{field}=0" in capsys.readouterr().err
+    assert main((*line, "--image", str(tmp_path / "none.png"))) == 2
+    assert "cannot read the image" in capsys.readouterr().err
+    assert engine.calls == [] and not (tmp_path / "out").exists()
+
+
+def test_outputs_of_several_answers_number_their_pictures_on(tmp_path):
+    answers = [[PICTURE, "x", PICTURE], [], ["y"], [PICTURE]]
+    lines = [json.loads(line) for line in write_outputs(tmp_path, "p", answers).splitlines()]
+    assert [line["spans"] for line in lines] == [
+        [{"image": "0.png"}, {"text": "x"}, {"image": "1.png"}],
+        [],
+        [{"text": "y"}],
+        [{"image": "2.png"}],
+    ]
+
+
+def test_evaluate_prints_json(engine, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "numbers.json"
+    said = printed(capsys, "evaluate", str(tmp_path), "--out", str(file))
+    assert (
+        json.loads(said)
+        == json.loads(file.read_text())
+        == {
+            "parameters": 0,
+            "text_accuracy": 1.0,
+            "text_accuracy_held_out": 1.0,
+            "step": 40,
+        }
+    )
+    asked = []
+
+    def evaluate(engine, names, samples, report, rows):
+        asked.append((names, samples, rows))
+        return {}
+
+    monkeypatch.setattr("transfusion_jax.evaluation.suite.evaluate", evaluate)
+    for words in ((), ("--max-rows", "7"), ("--max-rows", "all"), ("--suite", "pairs")):
+        printed(capsys, "evaluate", str(tmp_path), *words)
+    samples = tmp_path / "samples"
+    assert asked == [
+        (("sums",), samples, 512),
+        (("sums",), samples, 7),
+        (("sums",), samples, None),
+        (("pairs",), samples, 512),
+    ]
+
+
+def test_evaluate_refuses_what_it_cannot_measure(engine, tmp_path, capsys, monkeypatch):
+    assert main(("evaluate", str(tmp_path), "--suite", "scenes")) == 2
+    assert "suite 'scenes' judges pictures of" in capsys.readouterr().err
+    none = replace(engine, experiment=replace(engine.experiment, evaluation=()))
+    monkeypatch.setattr(engine_module, "load_engine", lambda directory, report: (none, 40))
+    assert main(("evaluate", str(tmp_path))) == 2
+    assert "names no suite: give --suite NAME" in capsys.readouterr().err
+
+
+def test_tables_keep_names_and_values_apart():
+    summary = {"a": 1, "a_name_that_is_longer_than_any_column_was": 0.5, "none": None, "nested": {}}
+    assert table(summary).splitlines() == [
+        "  a                                          1",
+        "  a_name_that_is_longer_than_any_column_was  0.5000",
+        "  none                                       None",
+    ]
+    assert table({}) == ""

@@ -1,0 +1,144 @@
+"""Experiments as data: what is refused, what is stored, and that the presets are the paper's."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from transfusion_jax.autoencoder.config import AutoencoderExperiment
+from transfusion_jax.commands.main import load_experiment, main
+from transfusion_jax.config import (
+    DataConfig,
+    DiffusionConfig,
+    Experiment,
+    ImageConfig,
+    OptimizerConfig,
+    TrainConfig,
+    paper,
+)
+from transfusion_jax.config import stored as stored_config
+from transfusion_jax.data.sources import dataset
+from transfusion_jax.training.update import learning_rate
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0.0}, r"optimizer\.learning_rate=0\.0 must be positive"),
+        ({"learning_rate": float("nan")}, r"optimizer\.learning_rate=nan must be positive"),
+        (
+            {"final_learning_rate": -1e-5},
+            r"optimizer\.final_learning_rate=-1e-05 must be between 0",
+        ),
+        (
+            {"learning_rate": 1e-5},
+            r"final_learning_rate=1\.5e-05 must be between 0 and optimizer\.learning_rate=1e-05",
+        ),
+        ({"warmup_steps": -1}, r"optimizer\.warmup_steps=-1 must not be negative"),
+        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1 must not be negative"),
+        ({"b1": 1.0}, r"optimizer\.b1=1\.0 must be in \[0, 1\)"),
+        ({"b2": -0.1}, r"optimizer\.b2=-0\.1 must be in \[0, 1\)"),
+        ({"epsilon": 0.0}, r"optimizer\.epsilon=0\.0 must be positive"),
+        ({"clip_norm": 0.0}, r"optimizer\.clip_norm=0\.0 must be positive"),
+    ],
+)
+def test_an_optimizer_that_cannot_work_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**settings)
+
+
+def test_a_constant_rate_is_allowed():
+    assert OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-3).final_learning_rate == 1e-3
+    assert OptimizerConfig(final_learning_rate=0.0).final_learning_rate == 0.0
+
+
+def test_a_warmup_longer_than_the_run_is_refused_before_anything_is_written(capsys, tmp_path):
+    for command, file in (("train", "digits.py"), ("autoencoder", "vae_scenes.py")):
+        run_dir = tmp_path / command
+        arguments = (str(EXPERIMENTS / file), "--run-dir", str(run_dir), "--train.steps", "20")
+        assert main([command, *arguments]) == 2
+        assert "must not exceed train.steps=20" in capsys.readouterr().err
+        assert not run_dir.exists()
+    assert float(learning_rate(OptimizerConfig(warmup_steps=20), 20)(20)) == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize("kind", [Experiment, AutoencoderExperiment])
+def test_a_run_that_was_trained_with_a_longer_warmup_still_loads(kind):
+    """Its weights can be used; only training it further is refused."""
+    train = replace(kind("old").train, steps=20)
+    old = kind("old", optimizer=OptimizerConfig(warmup_steps=4000), train=train)
+    assert stored_config.loads(stored_config.dumps(old), "config.json", kind) == old
+
+
+def test_a_stored_experiment_with_a_refused_value_is_named():
+    text = json.loads(stored_config.dumps(Experiment("old")))
+    text["optimizer"]["clip_norm"] = 0.0
+    with pytest.raises(ValueError, match=r"config\.json does not hold.*clip_norm=0\.0"):
+        stored_config.loads(json.dumps(text), "config.json")
+
+
+def test_loss_weights_must_not_be_negative():
+    with pytest.raises(ValueError, match=r"train\.image_loss_weight=-1\.0"):
+        TrainConfig(image_loss_weight=-1.0)
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("transfusion_*.py")), ids=lambda p: p.stem)
+def test_experiments_of_the_paper_survive_json(file):
+    experiment = load_experiment(str(file))
+    assert stored_config.loads(stored_config.dumps(experiment), "x") == experiment
+
+
+def test_the_presets_are_the_controlled_setting_of_section_4_1():
+    """The noise limit is an ablation (Table 8), not the setting."""
+    experiment = paper("0.76B")
+    diffusion, data, optimizer = experiment.diffusion, experiment.data, experiment.optimizer
+    assert diffusion.context_limit == diffusion.steps == 1000
+    assert (diffusion.schedule, diffusion.prediction) == ("cosine", "epsilon")
+    assert data.batch_rows * data.row_length == 2 * 1024**2 and data.row_length == 4096
+    assert (data.image_first, experiment.train.image_loss_weight) == (0.2, 5.0)
+    assert (experiment.train.steps, experiment.image.patches) == (250_000, 256)
+    assert (optimizer.learning_rate, optimizer.final_learning_rate) == (3e-4, 1.5e-5)
+    assert (optimizer.warmup_steps, optimizer.clip_norm, optimizer.weight_decay) == (4000, 1, 0.1)
+    assert (optimizer.b1, optimizer.b2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
+    assert (experiment.sampler.steps, experiment.sampler.guidance) == (250, 3.0)
+
+
+@pytest.mark.parametrize("name", ["digits", "emoji", "own_data"])
+def test_experiments_with_a_noise_limit_say_so(name, monkeypatch):
+    pictures = SimpleNamespace(
+        image_config=lambda patch: ImageConfig(32, 32, 3, patch),
+        row_length=lambda image, images: images * image.span,
+        embedding_rows=384,
+    )
+    monkeypatch.setattr(dataset, "open_dataset", lambda path: pictures)
+    assert load_experiment(str(EXPERIMENTS / f"{name}.py")).diffusion.noise_limit == 500
+
+
+def test_the_noise_limit_is_off_at_0_and_whatever_the_steps():
+    assert DiffusionConfig().context_limit == 1000
+    assert DiffusionConfig(steps=50).context_limit == 50
+    assert DiffusionConfig(noise_limit=50, steps=50).context_limit == 50
+    assert DiffusionConfig(noise_limit=20, steps=50).context_limit == 20
+    for limit in (-1, 51):
+        with pytest.raises(ValueError, match=rf"noise_limit={limit} must be in 0\.\.diffusion"):
+            DiffusionConfig(noise_limit=limit, steps=50)
+
+
+def test_a_config_stored_before_the_noise_limit_was_off_keeps_its_limit():
+    text = json.loads(stored_config.dumps(Experiment("old")))
+    text["diffusion"] = {"schedule": "cosine", "steps": 1000, "prediction": "epsilon"}
+    text["diffusion"]["noise_limit"] = 500
+    del text["data"]["image_dropout"]
+    loaded = stored_config.loads(json.dumps(text), "config.json")
+    assert loaded.diffusion.context_limit == 500
+
+
+@pytest.mark.parametrize("name", ["image_first", "caption_dropout", "image_dropout"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_shares_are_between_0_and_1(name, value):
+    with pytest.raises(ValueError, match=rf"data\.{name}={value} must be in 0\.\.1"):
+        DataConfig(**{name: value})

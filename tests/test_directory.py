@@ -1,0 +1,150 @@
+import dataclasses
+import json
+from dataclasses import replace
+
+import line
+import pytest
+
+from transfusion_jax.autoencoder.config import AutoencoderExperiment
+from transfusion_jax.config import Experiment
+from transfusion_jax.config.stored import _flatten, differences
+from transfusion_jax.data.pipeline import Data
+from transfusion_jax.pretraining.run import open_run, stored
+from transfusion_jax.training import directory as directory_lib
+from transfusion_jax.training.directory import check_directory, open_directory
+
+LINE = line.Line()
+
+
+def opened(path, experiment=LINE):
+    """The directory of a run that is opened and closed."""
+    run = line.open_run(experiment, path, lambda said: None)
+    run.directory.checkpoints.close()
+    return run
+
+
+def test_a_new_directory_gets_its_config_last(tmp_path):
+    def interrupted(path):
+        (path / "ledger.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_directory(tmp_path / "run", LINE, None, (), interrupted, print)
+    assert not (tmp_path / "run" / "config.json").exists()
+    check_directory(LINE, tmp_path / "run")  # the next start may use it
+    opened(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["slope"] == 2
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path):
+    (tmp_path / "photo.png").write_text("")
+    with pytest.raises(ValueError, match=r"not a run directory .* holds photo\.png"):
+        check_directory(LINE, tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        check_directory(LINE, tmp_path / "photo.png")
+
+
+def test_fields_that_may_change_are_stored_anew_and_others_are_refused(tmp_path):
+    path = tmp_path / "run"
+    opened(path)
+    opened(path, replace(LINE, colour="blue", train=replace(LINE.train, log_every=2)))
+    config = json.loads((path / "config.json").read_text())
+    assert config["colour"] == "blue" and config["train"]["log_every"] == 2
+    with pytest.raises(ValueError, match=r"what differs: slope: 2\.0 -> 3\.0"):
+        opened(path, replace(LINE, slope=3.0, colour="green"))
+    assert json.loads((path / "config.json").read_text())["colour"] == "blue"
+
+
+def test_the_config_is_replaced_atomically(tmp_path, monkeypatch):
+    """A run that dies while it stores another config still has the one before."""
+    path = tmp_path / "run"
+    opened(path)
+    before = (path / "config.json").read_text()
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transfusion_jax.files.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        opened(path, replace(LINE, colour="blue"))
+    assert (path / "config.json").read_text() == before
+
+
+def test_data_that_changed_under_a_run_is_named(tmp_path):
+    path = tmp_path / "run"
+    run = line.open_run(LINE, path, lambda said: None)
+    run.directory.save(run.initialise(), 1.5)
+    run.directory.checkpoints.close()
+    again = opened(path)
+    assert again.directory.train_seconds == 1.5 and again.directory.start == 0
+    abstract = run.initialise()
+    with pytest.raises(ValueError, match="has changed since it was trained: sums, digits"):
+        check = directory_lib._check_data
+        check(path, (("sums", "a"), ("lines", "b"), ("digits", "c")), ["x", "b", "y"])
+    with pytest.raises(ValueError, match="has changed since it was trained: points"):
+        open_directory(
+            path,
+            replace(LINE, colour="blue"),
+            abstract,
+            (("points", "others"),),
+            lambda path: None,
+            lambda said: None,
+        )
+    assert json.loads((path / "config.json").read_text())["colour"] == "red"
+
+
+def test_an_autoencoders_digest_used_to_be_a_string(tmp_path):
+    directory_lib._check_data(tmp_path, (("pictures", "abc"),), "abc")
+    with pytest.raises(ValueError, match="changed since it was trained: pictures"):
+        directory_lib._check_data(tmp_path, (("pictures", "abc"),), "abd")
+
+
+@pytest.mark.parametrize("kind", [Experiment, AutoencoderExperiment])
+def test_resumable_fields_exist(kind):
+    names = list(_flatten(dataclasses.asdict(kind("name"))))
+    for beginning in kind.RESUMABLE:
+        assert any(name.startswith(beginning) for name in names), beginning
+
+
+def test_each_kind_of_experiment_says_what_may_change(experiment):
+    changed = replace(
+        experiment,
+        sampler=replace(experiment.sampler, steps=2, max_tokens=99),
+        train=replace(experiment.train, log_every=7, seed=3),
+    )
+    assert differences(experiment, changed) == ["train.seed: 0 -> 3"]
+    one = AutoencoderExperiment("one")
+    other = replace(one, train=replace(one.train, sample_every=7, batch=8))
+    assert differences(one, other) == ["train.batch: 256 -> 8"]
+
+
+def test_a_resumed_pretraining_run_has_the_new_sampler_and_counts_once(
+    experiment, tmp_path, monkeypatch
+):
+    counted = []
+    for name in ("ledger", "fingerprints"):
+        method = getattr(Data, name)
+
+        def noted(self, method=method, name=name):
+            counted.append(name)
+            return method(self)
+
+        monkeypatch.setattr(Data, name, noted)
+    run = open_run(experiment, tmp_path / "run", lambda said: None)
+    assert sorted(counted) == ["fingerprints", "ledger"]
+    title, data = run.description().splitlines()[:2]
+    assert title.startswith("small: a transformer of") and "1500 of 1500 documents" in data
+    state = run.initialise()
+    for seconds in (1.0, 2.0):
+        run.directory.save(state, seconds)
+        state = replace(state, step=state.step + 1)
+    run.directory.checkpoints.close()
+
+    del counted[:]
+    changed = replace(experiment, sampler=replace(experiment.sampler, steps=2, temperature=0.5))
+    again = open_run(changed, tmp_path / "run", lambda said: None)
+    again.directory.checkpoints.close()
+    assert counted == ["fingerprints"]
+    assert again.directory.start == 1 and again.directory.train_seconds == 2.0
+    assert again.description().splitlines()[1] == data
+    assert stored(tmp_path / "run")[0] == changed

@@ -1,0 +1,123 @@
+"""Likelihoods: of all held-out rows and no others, every timestep, a bounded number."""
+
+import itertools
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_engine import FakeEngine
+from flax import nnx
+
+from transfusion_jax.config import DiffusionConfig, SourceConfig
+from transfusion_jax.data.pipeline import Data
+from transfusion_jax.evaluation.likelihood import bucket_edges, likelihood
+
+
+class TellsTargets(nnx.Module):
+    """A text loss by the target's id, more where images are not clean; an image loss of t."""
+
+    def losses(self, batch, noise, vocab_chunk):
+        t_BM = noise.t_BM.astype(jnp.float32)
+        disturbed = jnp.abs(noise.noise_BMhwc).sum() + t_BM.sum()
+        return {
+            "text": loss_of(batch.text_target_BL).astype(jnp.float32) + disturbed,
+            "image": t_BM,
+        }
+
+
+class TellsTheLastTimestep(nnx.Module):
+    """An image loss of 1 at timestep 24, else 0."""
+
+    def losses(self, batch, noise, vocab_chunk):
+        return {"text": batch.text_weight_BL, "image": (noise.t_BM == 24).astype(jnp.float32)}
+
+
+def loss_of(target_BL):
+    """A loss that differs between most targets."""
+    return target_BL * 37 % 101 / 20
+
+
+def perplexity(experiment, tokenizer, split: str) -> float:
+    """What `TellsTargets` comes to over all rows of a split."""
+    loss = weight = 0.0
+    for batch in Data(experiment, tokenizer, split).once(1):
+        loss += (loss_of(batch.text_target_BL) * batch.text_weight_BL).sum()
+        weight += batch.text_weight_BL.sum()
+    return float(np.exp(loss / weight))
+
+
+@pytest.fixture
+def measure_likelihood(tokenizer, tmp_path):
+    def measure(experiment, rows=None, model=TellsTargets) -> dict:
+        graph = nnx.split(model())[0]
+        return likelihood(FakeEngine(experiment, tokenizer, None, graph=graph), tmp_path, rows)
+
+    return measure
+
+
+def test_likelihood_is_of_all_held_out_text_and_of_clean_images(
+    experiment, tokenizer, measure_likelihood
+):
+    found = measure_likelihood(experiment)["text_perplexity"]
+    assert found == pytest.approx(perplexity(experiment, tokenizer, "held_out"), rel=1e-5)
+    assert abs(found - perplexity(experiment, tokenizer, "train")) > 1e-3 * found
+
+
+def test_a_bound_on_rows_is_kept_and_said(experiment, tokenizer, measure_likelihood):
+    total = sum(map(len, Data(experiment, tokenizer, "held_out").sources))
+    every = measure_likelihood(experiment)
+    assert every["likelihood_rows"] == total
+    assert measure_likelihood(experiment, total + 1) == every
+    some = measure_likelihood(experiment, 20)
+    assert some["likelihood_rows"] == 20
+    assert some["text_perplexity"] != every["text_perplexity"]
+    assert some["text_perplexity"] == pytest.approx(every["text_perplexity"], rel=0.1)
+    assert set(some["image_loss_by_timestep"]) == set(every["image_loss_by_timestep"])
+
+
+def test_a_bound_on_rows_takes_some_of_every_part(experiment, tokenizer):
+    text = replace(experiment, data=replace(experiment.data, sources=(SourceConfig("sums"),)))
+    data = Data(text, tokenizer, "train")
+    rows = [batch.tokens_BL[0] for batch in data.once(1)]
+    chosen = np.concatenate([batch.tokens_BL for batch in data.once(4, 7)])
+    places = [int(len(rows) * (i + 0.5) / 7) for i in range(7)]
+    np.testing.assert_array_equal(chosen[:7], [rows[place] for place in places])
+    assert len(chosen) == 8 and not chosen[7].any()
+
+    data = Data(experiment, tokenizer, "held_out")  # digits, then sums
+    images = [
+        (batch.image_start_BM < experiment.data.row_length).any() for batch in data.once(1, 51)
+    ]
+    share = len(data.sources[0]) / sum(map(len, data.sources))
+    assert abs(np.mean(images) - share) <= 1 / 51 and not all(images)
+
+
+@pytest.mark.parametrize("steps", [1000, 25, 13, 10, 4, 2])
+def test_buckets_cover_every_timestep_once(steps):
+    edges = bucket_edges(steps)
+    covered = [t for low, high in itertools.pairwise(edges) for t in range(low, high)]
+    assert covered == list(range(steps))
+    sizes = np.diff(edges)
+    assert len(sizes) == min(10, steps) and sizes.max() - sizes.min() <= 1
+
+
+def test_every_timestep_is_measured_in_its_bucket(experiment, measure_likelihood):
+    experiment = replace(experiment, diffusion=DiffusionConfig(steps=25, noise_limit=10))
+    found = measure_likelihood(experiment)["image_loss_by_timestep"]
+    assert list(found) == [
+        "0-1", "2-4", "5-6", "7-9", "10-11", "12-14", "15-16", "17-19", "20-21", "22-24",
+    ]  # fmt: skip
+    for name, mean in found.items():
+        low, high = map(int, name.split("-"))
+        assert low < mean < high and mean == pytest.approx((low + high) / 2, abs=0.2)
+
+    *others, last = measure_likelihood(experiment, model=TellsTheLastTimestep)[
+        "image_loss_by_timestep"
+    ].values()
+    assert not any(others) and last == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_a_thousand_timesteps_are_ten_hundreds(experiment, measure_likelihood):
+    names = list(measure_likelihood(experiment)["image_loss_by_timestep"])
+    assert names == [f"{low}-{low + 99}" for low in range(0, 1000, 100)]

@@ -1,0 +1,117 @@
+"""The training machine, driven by the smallest trainer there is (line.py)."""
+
+import math
+from dataclasses import replace
+
+import jax
+import line
+import numpy as np
+import pytest
+
+from transfusion_jax.training.checkpoint import Checkpoints
+from transfusion_jax.training.loop import train
+from transfusion_jax.training.metrics import read_metrics
+from transfusion_jax.training.monitor import Monitor
+from transfusion_jax.training.watchdog import StopSignal, TrainingFailed
+
+LINE = line.Line()
+
+
+def trained(directory, experiment=LINE):
+    said = []
+    outcome = train(line.open_run(experiment, directory, said.append), said.append)
+    return outcome, said
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "line"
+    return directory, *trained(directory)
+
+
+def losses(directory):
+    return [(row["step"], row["loss"], row["learning_rate"]) for row in read_metrics(directory)]
+
+
+def test_a_run_learns_logs_saves_and_says_so(uninterrupted):
+    directory, outcome, said = uninterrupted
+    rows = read_metrics(directory)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < 0.2 * rows[0]["loss"]
+    assert {"points_per_second", "data_wait_share", "skipped"} <= set(rows[0])
+    assert int(outcome.state.step) == 12 and outcome.stopped_by is None and outcome.seconds > 0
+    assert {p.name for p in (directory / "checkpoints").iterdir()} == {"5", "10", "12"}
+    assert "line: two parameters" in said[0] and "12 of 12 steps of 8 points" in said[0]
+    assert said[-1].startswith("trained 12 steps in")
+
+
+def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "requested", lambda self, step: "SIGTERM" if step == 7 else None)
+        outcome, said = trained(tmp_path / "line")
+    assert outcome.stopped_by == "SIGTERM" and int(outcome.state.step) == 7
+    assert said[-1].startswith("stopped by SIGTERM at step 7, saved")
+    resumed, said = trained(tmp_path / "line")
+    assert "resuming from checkpoint" in said[0] and "5 of 12 steps" in said[1]
+    assert losses(tmp_path / "line") == losses(uninterrupted[0])
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, uninterrupted[1].state)
+    assert resumed.seconds > outcome.seconds
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
+    directory, outcome, _ = uninterrupted
+    before = (directory / "metrics.jsonl").read_text()
+    again, said = trained(directory)
+    assert (directory / "metrics.jsonl").read_text() == before
+    assert again.seconds == pytest.approx(outcome.seconds, abs=1) and "0 of 12 steps" in said[1]
+    jax.tree.map(np.testing.assert_array_equal, again.state, outcome.state)
+
+
+def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
+    """Step n + 1 is dispatched before the metrics of step n are read; a save reads its own."""
+    events = []
+    read = Monitor.read
+
+    def noted(self, step, metrics):
+        events.append(f"read {step}")
+        read(self, step, metrics)
+
+    monkeypatch.setattr(Monitor, "read", noted)
+    experiment = replace(LINE, train=replace(LINE.train, steps=4, checkpoint_every=3))
+    run = line.open_run(experiment, tmp_path / "line", events.append)
+
+    def step(state, batch):
+        events.append("step")
+        return run.step(state, batch)
+
+    def after(number, state):
+        events.append(f"after {number}")
+
+    del events[:]
+    train(replace(run, step=step, after=after), lambda said: None)
+    assert events == [
+        *("step", "after 1", "step", "read 1", "after 2", "step", "read 2", "read 3", "after 3"),
+        *("step", "read 4", "after 4"),
+    ]
+    assert run.step._cache_size() == 1  # compiled once
+
+
+def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def full(self, state, progress):
+        if int(state.step) < 12:
+            return save(self, state, progress)
+        self._failed(12, OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    said = []
+    run = line.open_run(LINE, tmp_path / "line", said.append)
+    with pytest.raises(TrainingFailed, match="trained to step 12, but its checkpoint"):
+        train(run, said.append)
+    assert "the last good one is step 10" in said[-1]
+
+
+def test_gradients_that_stay_non_finite_end_the_run(tmp_path):
+    with pytest.raises(TrainingFailed, match="stopped at step 3: 3 steps in a row"):
+        trained(tmp_path / "line", replace(LINE, slope=math.nan))

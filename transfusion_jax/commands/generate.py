@@ -1,0 +1,93 @@
+"""`generate`: continues a prompt with text and images."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from transfusion_jax.commands.bad_input import check_directory, user_input
+from transfusion_jax.commands.command import Command
+from transfusion_jax.commands.terminal import say
+
+SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
+"""Flags that override fields of the run's sampler."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a trained run")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE", help="an image that comes before the prompt"
+    )
+    parser.add_argument(
+        "--num", type=int, default=1, metavar="N", help="how many continuations (default: 1)"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="classifier-free guidance of images; 1 is none (default: the run's sampler.guidance)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="S",
+        help="denoising steps of an image (default: the run's sampler.steps)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="K", help="of all random draws (default: 0)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of text; 0 is greedy (default: the run's sampler.temperature)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="positions that a continuation may take, those of images included "
+        "(default: the run's sampler.max_tokens)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the directory to write 0.png, ... and outputs.jsonl to",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.generation.outputs import write_outputs
+
+    with user_input():
+        engine, request = _request(arguments)
+    answers = engine.generate([request] * arguments.num, arguments.seed)
+    print(write_outputs(arguments.out, arguments.prompt or "", answers), end="")
+    say(f"written to {arguments.out}")
+    return 0
+
+
+def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
+    """The engine with the sampler settings asked for, and the checked request."""
+    from transfusion_jax.generation.engine import load_engine
+
+    text = (arguments.prompt or "").strip()
+    if not text and not arguments.image:
+        raise ValueError("the prompt is empty: give --prompt TEXT, or --image FILE, or both")
+    if arguments.num < 1:
+        raise ValueError(f"--num {arguments.num} must be at least 1")
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed {arguments.seed} must be in 0..2^32 - 1")
+    check_directory("--out", arguments.out)
+    engine, _ = load_engine(arguments.run_dir, say)
+    asked = {name: getattr(arguments, name) for name in SAMPLER}
+    engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
+    image = (engine.read(arguments.image),) if arguments.image else ()
+    request = (*image, arguments.prompt) if text else image
+    engine.check([request])
+    return engine, request
+
+
+COMMAND = Command("continue a prompt with text and images", add_arguments, run)

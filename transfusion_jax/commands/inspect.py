@@ -1,0 +1,51 @@
+"""`inspect`: draws a packed row of an experiment's data and counts what the rows hold."""
+
+import argparse
+from pathlib import Path
+
+from transfusion_jax.commands.bad_input import check_file, user_input
+from transfusion_jax.commands.command import Command
+from transfusion_jax.commands.experiments import add_experiment, asked_experiment
+from transfusion_jax.commands.terminal import say
+from transfusion_jax.config import Experiment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment(parser)
+    parser.add_argument(
+        "--row", type=int, default=0, metavar="N", help="which row of the run (default: 0)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the picture, such as row.png (default: <name of the experiment>_row_<N>.png)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.data.pipeline import Data
+    from transfusion_jax.evaluation.inspection import inspect_row, totals
+    from transfusion_jax.figures import check_format
+    from transfusion_jax.pretraining.run import tokenizer_of
+
+    with user_input():
+        experiment = asked_experiment(arguments)
+        if not 0 <= arguments.row < 2**63:
+            raise ValueError(f"--row {arguments.row} must be in 0..2^63 - 1")
+        out = arguments.out or Path(f"{experiment.name}_row_{arguments.row}.png")
+        check_file("--out", out)
+        check_format(out)
+        data = Data(experiment, tokenizer_of(experiment, Path("runs") / experiment.name))
+    say(inspect_row(data, arguments.row, out))
+    say(totals(data))
+    say(f"picture   {out}")
+    return 0
+
+
+COMMAND = Command(
+    "draw a packed row of an experiment's data, and count what the rows hold",
+    add_arguments,
+    run,
+    config=lambda: Experiment(name="NAME"),
+)

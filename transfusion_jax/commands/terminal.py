@@ -1,0 +1,27 @@
+"""What commands print."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def say(line: str) -> None:
+    """Prints a line to standard output, above the progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def note(line: str) -> None:
+    """Prints a line to standard error, where standard output is the result of the command."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def table(summary: dict) -> str:
+    """Names and numbers of a summary, one line each; nested values are left to summary.json."""
+    flat = {name: value for name, value in summary.items() if not isinstance(value, dict)}
+    width = max(map(len, flat), default=0)
+    lines = []
+    for name, value in flat.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        lines.append(f"  {name:{width}}  {shown}")
+    return "\n".join(lines)

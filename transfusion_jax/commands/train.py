@@ -1,0 +1,56 @@
+"""`train`: trains an experiment or resumes it, then evaluates it."""
+
+import argparse
+from pathlib import Path
+
+from transfusion_jax.commands.bad_input import user_input
+from transfusion_jax.commands.command import Command
+from transfusion_jax.commands.experiments import add_experiment, asked_experiment
+from transfusion_jax.commands.terminal import say, table
+from transfusion_jax.config import Experiment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment(parser)
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the run is kept; one that is already there is resumed "
+        "(default: runs/<name of the experiment>)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.evaluation.suite import check_experiment
+    from transfusion_jax.evaluation.summary import summarise
+    from transfusion_jax.pretraining.run import open_run
+    from transfusion_jax.training.loop import train
+
+    with user_input():
+        experiment = asked_experiment(arguments)
+        check_experiment(experiment)
+        directory = arguments.run_dir or Path("runs") / experiment.name
+        opened = open_run(experiment, directory, say)
+    outcome = train(opened, say)
+    if outcome.stopped_by:
+        return 0
+
+    seconds = outcome.seconds
+    del outcome, opened  # evaluation needs the averaged weights only
+    with user_input():
+        summary = summarise(directory, seconds, say)
+    samples = directory / "samples"
+    say(table(summary))
+    say(f"pictures  {', '.join(map(str, sorted(samples.glob('*.png'))))}")
+    say(f"curve     {directory / 'metrics.jsonl'}")
+    say(f"numbers   {directory / 'summary.json'}")
+    return 0
+
+
+COMMAND = Command(
+    "train an experiment, or resume it",
+    add_arguments,
+    run,
+    config=lambda: Experiment(name="NAME"),
+)

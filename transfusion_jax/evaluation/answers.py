@@ -1,0 +1,18 @@
+"""Answers of an engine, read strictly: one picture or one text, and nothing beside it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Spans = Sequence[str | np.ndarray]
+"""What the engine adds to a request."""
+
+
+def only_picture(spans: Spans) -> np.ndarray | None:
+    """The picture [H, W, C] of an answer that is one picture, else None."""
+    return spans[0] if len(spans) == 1 and isinstance(spans[0], np.ndarray) else None
+
+
+def only_text(spans: Spans) -> str:
+    """The text of an answer that is one text, else an empty one."""
+    return spans[0] if len(spans) == 1 and isinstance(spans[0], str) else ""

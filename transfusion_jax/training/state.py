@@ -1,0 +1,91 @@
+"""The state of training one network; how any state is placed, made and stepped.
+
+A trainer with more to remember (a second network, counts) declares a frozen dataclass of its own
+that has these fields and more: the machine reads `step`, `parameters`, `ema`, `optimizer`,
+`skipped` and `skipped_in_a_row` by name, and checkpoints save every field.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from transfusion_jax.parallel.rules import replicated
+
+AnyState = TypeVar("AnyState")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything that training changes. No random keys: they are folded from (seed, step)."""
+
+    step: Array
+    """Steps taken, skipped ones included; also the index of the next batch."""
+    parameters: Any
+    ema: Any
+    """Exponential moving average of the parameters, which is sampled and evaluated."""
+    optimizer: Any
+    skipped: Array
+    """Steps whose loss or gradients were not finite, in all."""
+    skipped_in_a_row: Array
+
+
+def initial_fields(parameters: Any, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    """The fields of `State` at step 0."""
+    zero = jnp.zeros((), jnp.int32)
+    return {
+        "step": zero,
+        "parameters": parameters,
+        # A copy: the step takes over the buffers of both.
+        "ema": jax.tree.map(jnp.copy, parameters),
+        "optimizer": optimizer.init(parameters),
+        "skipped": zero,
+        "skipped_in_a_row": zero,
+    }
+
+
+def place(
+    shapes: State, shardings: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> State:
+    """`shapes` with a sharding for every array.
+
+    Average and moments are sharded as the parameters are (`shardings`), the rest is replicated.
+    """
+    everywhere = replicated(mesh)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.optimizer,
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return with_shardings(
+        shapes, State(everywhere, shardings, shardings, moments, everywhere, everywhere)
+    )
+
+
+def with_shardings(shapes: AnyState, shardings: Any) -> AnyState:
+    """Shapes and dtypes with their shardings, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def initialise(initial_state: Callable[[], AnyState], abstract: AnyState) -> AnyState:
+    """The state that `initial_state()` makes, each array made on the devices that keep it."""
+    return jax.jit(initial_state, out_shardings=_shardings(abstract))()
+
+
+def compiled(step: Callable[..., Any], abstract: Any) -> Callable[..., Any]:
+    """`step(state, ...) -> (state, metrics)`, jitted: the state is donated and stays sharded."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract), None))
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, abstract)
