@@ -8,7 +8,7 @@ PAIRS = "evaluation/pairs.py"
 LIKELIHOOD = "evaluation/likelihood.py"
 DIVERSITY = "metrics/diversity.py"
 
-FAULTS = [
+FAULTS = (
     Fault(
         "missing drawings of digits are left out of the accuracy",
         DIGITS,
@@ -180,8 +180,8 @@ FAULTS = [
     Fault(
         "the likelihood of text is taken beside noisy images",
         LIKELIHOOD,
-        "batch, clean, jnp.zeros_like(noise), chunk)",
-        "batch, clean, noise, chunk)",
+        "Noise(clean, jnp.zeros_like(noise))",
+        "Noise(clean, noise)",
         "likelihood",
     ),
     Fault(
@@ -296,4 +296,4 @@ FAULTS = [
         "    return override(found, ())",
         "cli",
     ),
-]
+)
