@@ -83,10 +83,10 @@ def test_help_names_the_fields_that_overrides_take(name):
 
 def test_help_shows_the_values_of_an_experiment(capsys, tmp_path):
     default = printed(capsys, "train", "--help")
-    assert re.search(r"--model\.layers INT\s+\(default: 16\)", default)
+    assert re.search(r"--model\.layers INT\s+Transformer layers\. \(default: 16\)", default)
     for line in (("train", DIGITS, "--help"), ("train", "--help", DIGITS), ("plan", "-h", DIGITS)):
         said = printed(capsys, *line)
-        assert re.search(r"--model\.layers INT\s+\(default: 4\)", said)
+        assert re.search(r"--model\.layers INT\s+Transformer layers\. \(default: 4\)", said)
         assert "--data.sources.1.weight" in said and "--data.sources.1.weight" not in default
     file = tmp_path / "own.py"
     file.write_text(
