@@ -87,7 +87,11 @@ def our_batch(rows: list):
         pieces = []
         for items, learned in row:
             spans = tuple(Text([x]) if isinstance(x, int) else Image(*x) for x in items)
-            made = sequence(Document(spans, learned), tiny.TOKENIZER, tiny.IMAGE.patches)
+            made = sequence(
+                Document(spans, 0 if learned else len(spans) - 1),
+                tiny.TOKENIZER,
+                tiny.IMAGE.patches,
+            )
             pieces.append((made, 0, len(made.tokens)))
         packed.append(pack(pieces, 48, tiny.IMAGE))
     return jax.tree.map(jnp.asarray, stack(packed))
