@@ -105,7 +105,8 @@ def find_topology(name: str, slices: int = 1) -> Topology:
         )
         raise ValueError(
             f"topology {name!r} is not known; known are {flat} with {', '.join(FLAT)}, "
-            f"and {deep} with {', '.join(SMALL)} or multiples of 4 (4x4x4, 4x4x8, ...), as in v5p:4x4x4"
+            f"and {deep} with {', '.join(SMALL)} or multiples of 4 (4x4x4, 4x4x8, ...), "
+            "as in v5p:4x4x4"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("compiling for TPU needs libtpu: pip install 'transfusion-jax[tpu]'")

@@ -126,7 +126,8 @@ def _details(data: Data, ledger: dict[str, dict]) -> tuple[tuple[str, str], ...]
 
 
 def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:
-    """The experiment and the tokenizer of an existing run; what an old one needs changed is reported.
+    """The experiment and the tokenizer of an existing run; what an old one needs changed is
+    reported.
 
     Raises:
       ValueError: `directory` is no run directory.
@@ -157,7 +158,8 @@ def latent_space(data: Data) -> LatentSpace | None:
 
 
 def tokenizer_of(experiment: Experiment, directory: Path) -> Tokenizer:
-    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or that of the sources."""
+    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or that of the
+    sources."""
     path = directory / "tokenizer.model"
     if not path.exists():
         if not experiment.tokenizer.path:
