@@ -81,7 +81,8 @@ def _table(bounds, by, length, blocks):
     if some.size > MOST_PAIRS and not blocks.interpret:
         raise ValueError(
             f"{len(some)} rows on a device in {some.shape[1]} x {some.shape[2]} blocks may make "
-            f"{some.size} pairs, and there is room for {MOST_PAIRS}: take a model.attention_block above {blocks.query}"
+            f"{some.size} pairs, and there is room for {MOST_PAIRS}: take a model.attention_block "
+            f"above {blocks.query}"
         )
     return block_pairs(some, every, by=by)
 
