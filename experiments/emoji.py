@@ -19,13 +19,14 @@ from transfusion_jax.config import (
     SourceConfig,
     TrainConfig,
 )
-from transfusion_jax.data.sources.dataset import image_config, vocab_size
+from transfusion_jax.data.sources.dataset import open_dataset
 
 PICTURES, TEXT = "data/emoji", "data/speeches"
 
 
 def config() -> Experiment:
-    image = image_config(PICTURES, patch=4)
+    pictures = open_dataset(PICTURES)
+    image = pictures.image_config(patch=4)
     return Experiment(
         name="emoji",
         image=image,
@@ -34,7 +35,7 @@ def config() -> Experiment:
             width=192,
             heads=4,
             mlp_width=512,
-            vocab_size=vocab_size(PICTURES),
+            vocab_size=pictures.embedding_rows,
             compute_dtype="float32",
             timestep="after",
             patch_position="learned",

@@ -16,13 +16,14 @@ from transfusion_jax.config import (
     SourceConfig,
     TrainConfig,
 )
-from transfusion_jax.data.sources.dataset import image_config, vocab_size
+from transfusion_jax.data.sources.dataset import open_dataset
 
 DATA = "data/mine"
 
 
 def config() -> Experiment:
-    image = image_config(DATA, patch=4)
+    dataset = open_dataset(DATA)
+    image = dataset.image_config(patch=4)
     return Experiment(
         name="own_data",
         image=image,
@@ -31,14 +32,14 @@ def config() -> Experiment:
             width=192,
             heads=4,
             mlp_width=512,
-            vocab_size=vocab_size(DATA),
+            vocab_size=dataset.embedding_rows,
             compute_dtype="float32",
             timestep="after",
             patch_position="learned",
         ),
         data=DataConfig(
             sources=(SourceConfig(DATA),),
-            row_length=4 * image.span + 64,
+            row_length=dataset.row_length(image, images=4),
             batch_rows=8,
             max_epochs=100.0,
         ),

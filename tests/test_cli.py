@@ -93,7 +93,7 @@ def test_overrides_reach_every_kind_of_field():
 def test_a_run_directory_of_another_config_is_never_touched(capsys, tmp_path):
     stored = stored_config.dumps(load_experiment(DIGITS))
     (tmp_path / "config.json").write_text(stored)
-    arguments = ("--optimizer.learning-rate", "0.1", "--train.steps", "7", "--mesh.fsdp", "2")
+    arguments = ("--optimizer.learning-rate", "0.1", "--train.steps", "700", "--mesh.fsdp", "2")
     line = fails(capsys, "train", DIGITS, "--run-dir", str(tmp_path), *arguments)
     assert "optimizer.learning_rate: 0.002 -> 0.1; train.steps" in line and "mesh" not in line
     assert (tmp_path / "config.json").read_text() == stored

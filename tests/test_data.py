@@ -48,7 +48,7 @@ def test_plan_loses_nothing_and_is_no_worse_than_best_fit(seed):
     rng = np.random.default_rng(seed)
     capacity = int(rng.integers(5, 60))
     lengths = rng.integers(1, capacity + 1, int(rng.integers(1, 200)))
-    packed = plan(lengths, capacity, cut=False)
+    packed = plan(lengths, capacity, splittable=False)
     pieces, used = held(packed)
     assert pieces == [(i, 0, n) for i, n in enumerate(lengths)] and not packed.rejected
     assert max(used) <= capacity
@@ -60,7 +60,7 @@ def test_text_alone_fills_every_row(seed):
     rng = np.random.default_rng(seed)
     capacity = int(rng.integers(5, 60))
     lengths = rng.integers(0, 3 * capacity, int(rng.integers(1, 200)))
-    packed = plan(lengths, capacity, cut=True)
+    packed = plan(lengths, capacity, splittable=True)
     pieces, used = held(packed)
     assert used[:-1] == [capacity] * (len(used) - 1) and 0 < used[-1] <= capacity
     # The pieces of a document follow one another, from its start to its end.
@@ -85,7 +85,11 @@ def test_plan_cuts_long_text_beside_images_and_rejects_long_images():
         "empty": [3],
         "longer than a row": [5],
     }
-    assert len(plan(np.zeros(0), 10, cut=True)) == len(plan(np.zeros(3), 10, cut=False)) == 0
+    assert (
+        len(plan(np.zeros(0), 10, splittable=True))
+        == len(plan(np.zeros(3), 10, splittable=False))
+        == 0
+    )
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0])

@@ -1,12 +1,10 @@
 """The mixture: shares of the sources, phases, and the order in which each source's rows are taken."""
 
-import math
-
 import numpy as np
 import pytest
 
 from transfusion_jax.config import DataConfig, PhaseConfig, SourceConfig
-from transfusion_jax.data.mixture import Mixture
+from transfusion_jax.data.mixture import Mixture, first_step
 
 
 def mixture(weights, phases=(), steps=100, batch_rows=8) -> Mixture:
@@ -29,9 +27,11 @@ def random_case(seed: int):
     )
     weights[:, rng.integers(sources)] += 0.1  # no phase without a source
     weights[0] += 1e-3 * (weights.sum(0) == 0)  # and no source without a phase
-    starts = np.sort(rng.choice(np.arange(1, 100), phases, replace=False)) / 100
-    later = [(float(start), w.tolist()) for start, w in zip(starts, weights[1:], strict=True)]
-    rows = [0, *(math.ceil(start * 100) * 8 for start in starts.tolist()), 1200]
+    starts = np.sort(rng.choice(np.arange(1, 100), phases, replace=False))
+    later = [
+        (start / 100, w.tolist()) for start, w in zip(starts.tolist(), weights[1:], strict=True)
+    ]
+    rows = [0, *(8 * starts).tolist(), 1200]
     return weights, rows, mixture(weights[0].tolist(), later)
 
 
@@ -68,6 +68,15 @@ def test_a_phase_begins_at_its_step():
     source = np.asarray([mixed[row][0] for row in range(800)])
     np.testing.assert_array_equal(np.flatnonzero(source), np.arange(25 * 8, 51 * 8))
     assert mixed[51 * 8] == (0, 25 * 8)
+
+
+@pytest.mark.parametrize("steps", [100, 1000, 250_000])
+def test_a_phase_at_a_hundredth_of_the_run_begins_at_that_step_exactly(steps):
+    """0.07 * 100 is 7.000000000000001 in floating point."""
+    begins = [first_step(percent / 100, steps) for percent in range(1, 100)]
+    assert begins == [percent * steps // 100 for percent in range(1, 100)]
+    assert first_step(1 / 3, 300) == first_step(0.1 + 0.2, 10) + 97 == 100
+    assert first_step(0.501, 10) == 6  # between two steps: the later one
 
 
 def test_one_source_is_read_in_order():

@@ -18,17 +18,19 @@ from transfusion_jax.commands.main import main
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 EXPERIMENT = """
 from transfusion_jax.config import *
-from transfusion_jax.data.sources.dataset import image_config, vocab_size
+from transfusion_jax.data.sources.dataset import open_dataset
 
 DATA = {data!r}
 
 def config():
-    image = image_config(DATA, patch={patch})
+    dataset = open_dataset(DATA)
+    image = dataset.image_config(patch={patch})
     return Experiment(
         name="mine",
         image=image,
         model=ModelConfig(
-            layers=1, width=32, heads=2, mlp_width=32, vocab_size=vocab_size(DATA), compute_dtype="float32"
+            layers=1, width=32, heads=2, mlp_width=32, vocab_size=dataset.embedding_rows,
+            compute_dtype="float32"
         ),
         data=DataConfig(sources=(SourceConfig(DATA),), row_length=2 * image.span + 40, batch_rows=8, max_epochs=0.5),
         optimizer=OptimizerConfig(warmup_steps=2),

@@ -26,7 +26,7 @@ from transfusion_jax.config import DataConfig, SourceConfig
 from transfusion_jax.data.packing import kept_plan, plan
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources import records
-from transfusion_jax.data.sources.dataset import image_config, open_dataset
+from transfusion_jax.data.sources.dataset import open_dataset
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.preparation import prepare as prepare_lib
 from transfusion_jax.preparation import shards
@@ -616,10 +616,10 @@ def test_an_autoencoder_that_does_not_fit_is_refused(settings, autoencoder, tmp_
 
 
 def test_rows_hold_every_training_document(uninterrupted, experiment):
-    image = image_config(uninterrupted)
+    dataset = open_dataset(uninterrupted)
+    image = dataset.image_config()
     data = DataConfig(sources=(SourceConfig(str(uninterrupted)),), row_length=256, batch_rows=4)
     experiment = replace(experiment, image=image, data=data)
-    dataset = open_dataset(uninterrupted)
     for split in ("train", "held_out"):
         packed = Data(experiment, dataset.tokenizer, split)
         chosen = dataset.index.held_out == (split == "held_out")

@@ -279,7 +279,7 @@ def test_lengths_bound_documents(words, split):
     lengths, patches = source.lengths(words), source.experiment.image.patches
     reached = np.zeros(400, int)
     for index, seed in itertools.product(range(400), range(8)):
-        document = source.document(index, words, np.random.default_rng(seed))
+        (document,) = source.documents([index], words, np.random.default_rng(seed))
         reached[index] = max(reached[index], len(sequence(document, words, patches).tokens))
     assert (reached <= lengths).all() and (reached == lengths).mean() > 0.5
 
@@ -289,10 +289,8 @@ def test_documents_hold_the_pictures_and_words_of_their_example(words, side):
     source = Scenes(of(side), "train")
     kinds = Counter()
     for index in range(60):
-        found, document = (
-            example("train", index),
-            source.document(index, words, np.random.default_rng(index)),
-        )
+        found = example("train", index)
+        (document,) = source.documents([index], words, np.random.default_rng(index))
         images = [span for span in document.spans if isinstance(span, Image)]
         text = words.decode(
             i for span in document.spans if isinstance(span, Text) for i in span.ids

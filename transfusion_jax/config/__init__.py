@@ -2,26 +2,21 @@
 
 | module | what it holds |
 |---|---|
-| `experiment.py` | the dataclasses, validated at construction |
+| `experiment.py` | `Experiment`, which has all the others as fields |
+| `model.py` | the transformer and the image grid |
+| `diffusion.py` | corruption in training, and sampling |
+| `data.py` | sources, their mixture, rows, the tokenizer |
+| `training.py` | optimizer, device mesh, the run |
 | `presets.py` | the paper's settings |
 | `stored.py` | an experiment as JSON, and what may change when a run is resumed |
 """
 
-from transfusion_jax.config.experiment import (
-    DataConfig,
-    DiffusionConfig,
-    Experiment,
-    ImageConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PhaseConfig,
-    SamplerConfig,
-    SourceConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from transfusion_jax.config.data import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig
+from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
+from transfusion_jax.config.experiment import Experiment
+from transfusion_jax.config.model import ImageConfig, ModelConfig
 from transfusion_jax.config.presets import TABLE_2, paper
+from transfusion_jax.config.training import MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "TABLE_2",

@@ -1,6 +1,7 @@
 """The paper's settings by name."""
 
-from transfusion_jax.config.experiment import Experiment, ModelConfig
+from transfusion_jax.config.experiment import Experiment
+from transfusion_jax.config.model import ModelConfig
 
 TABLE_2 = {
     "0.16B": dict(layers=16, width=768, heads=12),
@@ -12,5 +13,6 @@ TABLE_2 = {
 
 
 def paper(size: str) -> Experiment:
-    """The paper's controlled setting (section 4.1) at one of the sizes of Table 2, linear 2x2 patches."""
+    """The paper's controlled setting (section 4.1) at one of the sizes of Table 2, linear 2x2
+    patches."""
     return Experiment(name=f"transfusion_{size}", model=ModelConfig(**TABLE_2[size]))

@@ -30,7 +30,8 @@ def dumps(experiment: Experiment) -> str:
 
 
 def loads(text: str, name: str, kind: type = Experiment) -> Any:
-    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold one of this kind."""
+    """The experiment of a JSON text; raises ValueError, with the text's name, if it does not hold
+    one of this kind."""
     try:
         return _build(kind, json.loads(text))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

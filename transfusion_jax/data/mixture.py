@@ -23,7 +23,7 @@ class Mixture(grain.python.DatasetSelectionMap):
             [source.weight for source in data.sources],
             *(phase.weights for phase in data.phases),
         ]
-        starts = [0, *(math.ceil(phase.start * steps) * data.batch_rows for phase in data.phases)]
+        starts = [0, *(first_step(phase.start, steps) * data.batch_rows for phase in data.phases)]
         self._phases = [(start, _shares(w)) for start, w in zip(starts, weights, strict=True)]
         self._before = [np.zeros(len(data.sources), np.int64)]
         for (start, shares), (end, _) in zip(self._phases[:-1], self._phases[1:], strict=True):
@@ -57,6 +57,15 @@ class Mixture(grain.python.DatasetSelectionMap):
             counts[source] = _taken(rows, share)
             rows -= counts[source]
         return counts
+
+
+def first_step(start: float, steps: int) -> int:
+    """The first step at or after this fraction of the run.
+
+    The product may miss a whole step by a rounding error (0.07 * 100 is 7.000000000000001), so what
+    is less than a millionth of a step beyond one is that step.
+    """
+    return math.ceil(start * steps - 1e-6)
 
 
 def _shares(weights: Sequence[float]) -> list[tuple[int, float]]:

@@ -42,7 +42,7 @@ class Plan:
         return len(self.row_start) - 1
 
     def save(self, file: Path) -> None:
-        """Writes the plan whole or not at all."""
+        """Writes the plan atomically."""
         file.parent.mkdir(exist_ok=True)
         arrays = {name: getattr(self, name) for name in ("row_start", "document", "begin", "end")}
         with atomic_path(file) as partial, partial.open("wb") as out:
@@ -73,15 +73,15 @@ class Plan:
         return float((self.end - self.begin).sum() / max(len(self) * row_length, 1))
 
 
-def plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray) -> Plan:
-    """Packs documents of these lengths. `cut` says, of each or of all, whether it may be cut (text only)."""
+def plan(lengths: np.ndarray, row_length: int, splittable: bool | np.ndarray) -> Plan:
+    """Packs documents of these lengths; only those that are `splittable` may be cut at a row's end."""
     lengths = np.asarray(lengths, np.int64)
-    cut = np.broadcast_to(cut, lengths.shape)
-    rejected = {"empty": lengths < 1, "longer than a row": ~cut & (lengths > row_length)}
+    splittable = np.broadcast_to(splittable, lengths.shape)
+    rejected = {"empty": lengths < 1, "longer than a row": ~splittable & (lengths > row_length)}
     # A fixed shuffle, so that neighbours in the data are not neighbours in a row.
     document = np.random.default_rng(0).permutation(len(lengths))
     document = document[~np.any([*rejected.values()], axis=0)[document]]
-    if cut.all():
+    if splittable.all():
         row, document, begin, end = _concatenate(document, lengths, row_length)
     else:
         pieces = -(-lengths[document] // row_length)
@@ -97,17 +97,21 @@ def plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray) -> Plan:
     return Plan(row_start, document[order], begin[order], end[order], reasons)
 
 
-def kept_plan(lengths: np.ndarray, row_length: int, cut: bool | np.ndarray, folder: Path) -> Plan:
-    """`plan`, kept in a folder under a digest of what it follows from; where it cannot be kept, it is made anew."""
+def kept_plan(
+    lengths: np.ndarray, row_length: int, splittable: bool | np.ndarray, folder: Path | None
+) -> Plan:
+    """`plan`, cached in `folder` under a digest of its inputs; computed anew if that is impossible."""
+    if folder is None:
+        return plan(lengths, row_length, splittable)
     inputs = hashlib.sha256(f"{Plan.VERSION} {row_length}".encode())
     inputs.update(np.ascontiguousarray(lengths, "<i8").tobytes())
-    inputs.update(np.broadcast_to(cut, np.shape(lengths)).tobytes())
+    inputs.update(np.broadcast_to(splittable, np.shape(lengths)).tobytes())
     file = folder / f"{inputs.hexdigest()[:16]}.npz"
     with contextlib.suppress(
         OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile
     ):  # if damaged
         return Plan.load(file)
-    made = plan(lengths, row_length, cut)
+    made = plan(lengths, row_length, splittable)
     with contextlib.suppress(OSError):
         made.save(file)
     return made

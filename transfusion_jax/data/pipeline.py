@@ -20,8 +20,7 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import sequence
 from transfusion_jax.data.mixture import Mixture
-from transfusion_jax.data.packing import Plan, kept_plan, pack, plan
-from transfusion_jax.data.sources.prepared import Prepared
+from transfusion_jax.data.packing import Plan, kept_plan, pack
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -63,10 +62,7 @@ class Data:
             experiment.data.sources, load_sources(experiment, split), strict=True
         ):
             lengths = source.lengths(tokenizer)
-            if isinstance(source, Prepared):
-                packed = kept_plan(lengths, row_length, source.cut, source.plans)
-            else:
-                packed = plan(lengths, row_length, source.cut)
+            packed = kept_plan(lengths, row_length, source.splittable, source.assets.plans)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
                     f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}"
@@ -99,17 +95,13 @@ class Data:
             yield stack(batch + [empty] * (batch_rows - len(batch)))
 
     def row(self, source: PlannedSource, r: int, rng: np.random.Generator) -> Batch:
-        patches, numbers = (
-            self.experiment.image.patches,
-            [number for number, _, _ in source.plan.row(r)],
-        )
-        if isinstance(source.source, Prepared):  # makes the images of a row at once
-            documents = source.source.documents(numbers, self.tokenizer, rng)
-        else:
-            documents = [source.source.document(number, self.tokenizer, rng) for number in numbers]
+        """Row r of a source."""
+        planned = source.plan.row(r)
+        numbers = [number for number, _, _ in planned]
+        documents = source.source.documents(numbers, self.tokenizer, rng)
         pieces = [
-            (sequence(document, self.tokenizer, patches), begin, end)
-            for document, (_, begin, end) in zip(documents, source.plan.row(r), strict=True)
+            (sequence(document, self.tokenizer, self.experiment.image.patches), begin, end)
+            for document, (_, begin, end) in zip(documents, planned, strict=True)
         ]
         return pack(pieces, self.experiment.data.row_length, self.experiment.image)
 
@@ -130,15 +122,8 @@ class Data:
         """A digest of each source's documents and plan: another means that the data changed under a run."""
         digests = []
         for source in self.sources:
-            digest = hashlib.sha256(
-                source.source.digest if isinstance(source.source, Prepared) else b""
-            )
-            for array in (
-                source.plan.row_start,
-                source.plan.document,
-                source.plan.begin,
-                source.plan.end,
-            ):
+            digest, packed = hashlib.sha256(source.source.assets.digest), source.plan
+            for array in (packed.row_start, packed.document, packed.begin, packed.end):
                 digest.update(np.ascontiguousarray(array, np.int64).tobytes())
             digests.append(digest.hexdigest()[:16])
         return digests

@@ -11,12 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 
+from transfusion_jax.autoencoder.codec import load_codec
 from transfusion_jax.batch import Batch
 from transfusion_jax.data.pipeline import Data, stack
-from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.figures import INK, save, show, wrapped
 from transfusion_jax.model.attention.intervals import row_intervals
-from transfusion_jax.preparation.preview import to_picture
 
 COUNTED = 256  # rows of the totals
 
@@ -29,16 +28,15 @@ def inspect_row(data: Data, number: int, path: Path) -> str:
     interval = np.asarray(intervals.k_start_BL[0]), np.asarray(intervals.k_end_BL[0])
     L, documents = len(row.tokens_BL), int(row.segment_BL.max())
     starts = row.image_start_BM[row.image_start_BM < L]
-    picture = (
-        to_picture(source.source.dataset) if isinstance(source.source, Prepared) else lambda x: x
-    )
+    latents = source.source.assets.latents
+    pictures = list(row.latents_BMhwc[: len(starts)])
+    if latents is not None:
+        pictures = [load_codec(latents.directory).picture(x) for x in pictures]
     lines = [f"{i:4}  {_words(data, row, i)}" for i in range(1, documents + 1)]
     texts = [_text(data, row, int(row.segment_BL[start])) for start in starts]
     filled = float((row.segment_BL > 0).mean())
     title = f"row {number}, from {source.name}: {documents} documents, {len(starts)} images, {filled:.1%} filled"
-    row_picture(
-        row, interval, texts, [picture(x) for x in row.latents_BMhwc[: len(starts)]], title, path
-    )
+    row_picture(row, interval, texts, pictures, title, path)
     return "\n".join([title, *lines])
 
 

@@ -40,7 +40,7 @@ def _pairs(engine: Engine) -> list[tuple[str, np.ndarray]]:
     )
     for source in data.sources:
         for number in np.unique(source.plan.document).tolist():
-            document = source.source.document(number, engine.tokenizer, rng)
+            (document,) = source.source.documents([number], engine.tokenizer, rng)
             images = [span.latent_hwc for span in document.spans if isinstance(span, Image)]
             ids = [i for span in document.spans if isinstance(span, Text) for i in span.ids]
             caption = engine.tokenizer.decode(ids)  # BOS and EOS have no text

@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 from transfusion_jax.config import Experiment
 from transfusion_jax.config import stored as stored_config
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.data.sources.dataset import Dataset
-from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.data.sources.registry import load_sources
+from transfusion_jax.data.sources.source import LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.files import write_atomic
 from transfusion_jax.parallel.mesh import host_block, make_mesh
@@ -94,15 +93,15 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     check_directory(experiment, directory)
     tokenizer = tokenizer_of(experiment, directory)
     data = Data(experiment, tokenizer)
-    latent = _latent_sources(data)
+    latents = latent_space(data)
     if not (directory / "config.json").exists() and jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomic(directory / "tokenizer.model", tokenizer.model)
         write_atomic(
             directory / "ledger.json", (json.dumps(data.ledger(), indent=2) + "\n").encode()
         )
-        if latent:
-            copy_directory(latent[0].path / "autoencoder", directory / "autoencoder")
+        if latents:
+            copy_directory(latents.directory, directory / "autoencoder")
         # Last: a directory with a config has all the rest.
         write_atomic(directory / "config.json", stored_config.dumps(experiment).encode())
 
@@ -134,40 +133,51 @@ def stored(directory: Path) -> tuple[Experiment, Tokenizer]:
     return experiment, tokenizer_of(experiment, directory)
 
 
-def _latent_sources(data: Data) -> list[Dataset]:
-    """The prepared data sets of latents among the sources, which must share an autoencoder and a scale."""
-    prepared = [
-        source.source.dataset for source in data.sources if isinstance(source.source, Prepared)
-    ]
-    latent = [dataset for dataset in prepared if dataset.is_latent]
-    for name in ("autoencoder", "scale", "shift"):
-        values = {dataset.info["image"][name]: str(dataset.path) for dataset in latent}
-        if len(values) > 1:
+def latent_space(data: Data) -> LatentSpace | None:
+    """The latent space of the sources; None where images are pixels.
+
+    Raises:
+      ValueError: sources have latents of different autoencoders, or at different scales.
+    """
+    spaces = [(source.name, source.source.assets.latents) for source in data.sources]
+    spaces = [(name, space) for name, space in spaces if space is not None]
+    for field in ("autoencoder", "scale", "shift"):
+        names = {getattr(space, field): name for name, space in spaces}
+        if len(names) > 1:
             raise ValueError(
-                f"the latents of {' and '.join(values.values())} differ in {name}; prepare them with one autoencoder "
-                "that brings its own scale"
+                f"the latents of {' and '.join(names.values())} differ in {field}; prepare them "
+                "with one autoencoder that brings its own scale"
             )
-    return latent
+    return spaces[0][1] if spaces else None
 
 
 def tokenizer_of(experiment: Experiment, directory: Path) -> Tokenizer:
-    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or one trained on the sources."""
+    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or that of the sources."""
     path = directory / "tokenizer.model"
     if not path.exists():
         if not experiment.tokenizer.path:
-            sources = load_sources(experiment, "train")
-            if prepared := [source.dataset for source in sources if isinstance(source, Prepared)]:
-                if others := [
-                    d.path for d in prepared if d.tokenizer.model != prepared[0].tokenizer.model
-                ]:
-                    raise ValueError(
-                        f"{prepared[0].path} and {others[0]} were prepared with different tokenizers"
-                    )
-                return prepared[0].tokenizer
-            texts = itertools.chain.from_iterable(source.texts() for source in sources)
-            return train_tokenizer(texts, experiment.tokenizer.vocab_size)
+            return _sources_tokenizer(experiment)
         path = Path(experiment.tokenizer.path)
     try:
         return Tokenizer(path.read_bytes(), str(path))
     except OSError as error:
         raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+
+
+def _sources_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The tokenizer that sources were prepared with, or else one trained on their text."""
+    sources = load_sources(experiment, "train")
+    names = [config.name for config in experiment.data.sources]
+    brought = [
+        (name, source.assets.tokenizer)
+        for name, source in zip(names, sources, strict=True)
+        if source.assets.tokenizer is not None
+    ]
+    if not brought:
+        texts = itertools.chain.from_iterable(source.texts() for source in sources)
+        return train_tokenizer(texts, experiment.tokenizer.vocab_size)
+    first, tokenizer = brought[0]
+    for name, other in brought[1:]:
+        if other.model != tokenizer.model:
+            raise ValueError(f"{first} and {name} were prepared with different tokenizers")
+    return tokenizer

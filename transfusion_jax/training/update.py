@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from transfusion_jax.config import OptimizerConfig
+from transfusion_jax.errors import require
 from transfusion_jax.parallel.rules import constrain
 
 Metrics = dict[str, Array]
@@ -17,6 +18,10 @@ Metrics = dict[str, Array]
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear from 0 to the peak over the warm-up, then a cosine to the final rate at `steps`."""
+    require(
+        config.warmup_steps <= steps,
+        f"optimizer.warmup_steps={config.warmup_steps} must not exceed train.steps={steps}",
+    )
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     floor = config.final_learning_rate / config.learning_rate
     decay = optax.cosine_decay_schedule(

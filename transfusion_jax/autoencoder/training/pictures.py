@@ -9,9 +9,10 @@ import grain
 import numpy as np
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
-from transfusion_jax.data.sources import digits, scenes
+from transfusion_jax.data.sources import digits
 from transfusion_jax.data.sources.dataset import Dataset, open_dataset
 from transfusion_jax.data.sources.records import IMAGE
+from transfusion_jax.data.sources.scenes import source as scenes
 from transfusion_jax.data.sources.scenes.scene import SIDES
 from transfusion_jax.errors import require
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ import grain
 import numpy as np
 
 from transfusion_jax.config import ImageConfig
+from transfusion_jax.data.packing import plan
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.errors import require
 from transfusion_jax.images import from_uint8
 
 ROUNDED = 128  # embedding rows are a multiple of this, so that a mesh divides them
+ROW_STEP = 8  # row lengths that are tried are multiples of this
+ROW_SAMPLE = 4096  # documents that they are tried on
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,33 @@ class Dataset:
     def embedding_rows(self) -> int:
         """The tokenizer's ids, rounded up so that a mesh divides them."""
         return -(-self.info["tokenizer"]["entries"] // ROUNDED) * ROUNDED
+
+    def image_config(self, patch: int = 2) -> ImageConfig:
+        """The images of the data set, in square patches of this side."""
+        return ImageConfig(*self.image_shape, patch)
+
+    def row_length(self, image: ImageConfig, images: int = 4) -> int:
+        """The shortest row length, for about this many images a row, that documents fill well.
+
+        Lengths are tried from the one that so many images with their text take on average, or that
+        the longest training document with an image takes, to a quarter more; the shortest of those
+        that are within half a percent of the fullest is taken.
+
+        Raises:
+          ValueError: no training document has an image; then rows of any length are full.
+        """
+        chosen = ~self.index.held_out & (self.index.images > 0)
+        text, count = (x[chosen].astype(np.int64) for x in (self.index.text, self.index.images))
+        require(len(text) > 0, f"{self.path} has no images, so any row length suits it")
+        lengths = text + count * image.span + 2
+        least = max(images * lengths.sum() / count.sum(), lengths.max())
+        least = math.ceil(least / ROW_STEP) * ROW_STEP
+        sample = lengths[:: math.ceil(len(lengths) / ROW_SAMPLE)]
+        filled = {
+            length: plan(sample, length, splittable=False).filled(length)
+            for length in range(least, least * 5 // 4 + 1, ROW_STEP)
+        }
+        return min(n for n, share in filled.items() if share > max(filled.values()) - 0.005)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -94,12 +125,13 @@ class Dataset:
         return latents
 
 
-def open_dataset(path: Path) -> Dataset:
+def open_dataset(path: str | Path) -> Dataset:
     """The data set in a directory.
 
     Raises:
       ValueError: there is none, it is not finished, or shards are missing or have another size.
     """
+    path = Path(path)
     file = path / "dataset.json"
     if not file.is_file():
         unfinished = (path / "identity.json").is_file()
@@ -122,14 +154,3 @@ def open_dataset(path: Path) -> Dataset:
     digest = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else "missing"
     require(digest == info["index_sha256"], f"{index} is not the one that was prepared")
     return Dataset(path, info)
-
-
-def image_config(path: str | Path, patch: int = 2) -> ImageConfig:
-    """The `ImageConfig` of a prepared data set."""
-    height, width, channels = open_dataset(Path(path)).image_shape
-    return ImageConfig(height, width, channels, patch)
-
-
-def vocab_size(path: str | Path) -> int:
-    """Embedding rows for a prepared data set (`Dataset.embedding_rows`)."""
-    return open_dataset(Path(path)).embedding_rows

@@ -1,12 +1,13 @@
 """Handwritten digits: the 1,797 real 8x8 pictures that ship inside scikit-learn, with captions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from sklearn.datasets import load_digits
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import Document, pair_document, pair_length
+from transfusion_jax.data.sources.source import Assets
 from transfusion_jax.data.sources.sums import NUMBERS
 from transfusion_jax.data.tokenizer import Tokenizer
 
@@ -35,6 +36,9 @@ def load(split: str) -> tuple[np.ndarray, np.ndarray]:
 class Digits:
     """Pairs of a picture and one of its wordings."""
 
+    assets = Assets()
+    splittable = False
+
     def __init__(self, experiment: Experiment, split: str):
         self.experiment = experiment
         self.images, self.labels = load(split)
@@ -53,7 +57,12 @@ class Digits:
         ]
         return np.asarray(longest)[self.labels]
 
-    def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
+    def documents(
+        self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator
+    ) -> list[Document]:
+        return [self._document(index, tokenizer, rng) for index in indices]
+
+    def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
         ids = self._ids(self.labels[index], tokenizer)
         return pair_document(
             ids, self.images[index], tokenizer, self.experiment.data, self.experiment.diffusion, rng
@@ -61,5 +70,3 @@ class Digits:
 
     def _ids(self, label: int, tokenizer: Tokenizer) -> list[list[int]]:
         return [tokenizer.encode(text) for text in captions(label)]
-
-    cut = False

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import Document, Image, Text, pair_document
 from transfusion_jax.data.sources import records
-from transfusion_jax.data.sources.dataset import open_dataset
+from transfusion_jax.data.sources.dataset import Dataset, open_dataset
+from transfusion_jax.data.sources.source import Assets, LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.errors import require
 
@@ -34,18 +36,12 @@ class Prepared:
         index = self.dataset.index
         self.numbers = np.flatnonzero(index.held_out == (split == "held_out"))
         self.text, self.images = index.text[self.numbers], index.images[self.numbers]
-        self.cut = self.images == 0
-        self.plans = path / "plans"
-
-    @property
-    def digest(self) -> bytes:
-        """Of the content of the data set."""
-        return json.dumps(
-            [self.dataset.info[name] for name in ("shards", "index_sha256", "image")]
-        ).encode()
+        self.splittable = self.images == 0
+        self.assets = Assets(
+            _digest(info), self.dataset.tokenizer, _latents(self.dataset), path / "plans"
+        )
 
     def texts(self) -> Iterator[str]:
-        """Nothing: the data set brings its tokenizer."""
         return iter(())
 
     def lengths(self, tokenizer: Tokenizer) -> np.ndarray:
@@ -55,13 +51,10 @@ class Prepared:
         )
         return self.text + self.images * self.experiment.image.span + 2
 
-    def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
-        return self.documents([index], tokenizer, rng)[0]
-
     def documents(
         self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator
     ) -> list[Document]:
-        """Several documents, their images all made at once."""
+        """All their images are made in one call, which is faster than image by image."""
         found = [self.dataset.record(number) for number in self.numbers[list(indices)].tolist()]
         stored = [x for record in found for kind, x in record.spans if kind == records.IMAGE]
         images = iter(self.dataset.images(stored, rng) if stored else ())
@@ -87,3 +80,17 @@ class Prepared:
             for at, (x, (kind, _)) in enumerate(zip(spans, record.spans, strict=True))
         ]
         return Document((Text([tokenizer.bos]), *made, Text([tokenizer.eos])))
+
+
+def _digest(info: dict[str, Any]) -> bytes:
+    """Identifies the content of a data set."""
+    return json.dumps([info[name] for name in ("shards", "index_sha256", "image")]).encode()
+
+
+def _latents(dataset: Dataset) -> LatentSpace | None:
+    if not dataset.is_latent:
+        return None
+    image = dataset.info["image"]
+    return LatentSpace(
+        image["autoencoder"], image["scale"], image["shift"], dataset.path / "autoencoder"
+    )

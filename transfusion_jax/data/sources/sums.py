@@ -1,12 +1,13 @@
 """Sums in words: a text-only source whose right continuation is known."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import Document, text_document
+from transfusion_jax.data.sources.source import Assets
 from transfusion_jax.data.tokenizer import Tokenizer
 
 NUMBERS = [
@@ -53,6 +54,9 @@ def problems(split: str) -> list[tuple[str, str]]:
 class Sums:
     """Each sum, in each wording, is a document."""
 
+    assets = Assets()
+    splittable = True
+
     def __init__(self, experiment: Experiment, split: str):
         self.sentences = [f"{prompt} {answer}" for prompt, answer in problems(split)]
 
@@ -62,7 +66,10 @@ class Sums:
     def lengths(self, tokenizer: Tokenizer) -> np.ndarray:
         return np.asarray([len(tokenizer.encode(text)) + 2 for text in self.sentences])
 
-    def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
-        return text_document(tokenizer.encode(self.sentences[index]), tokenizer)
+    def documents(
+        self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator
+    ) -> list[Document]:
+        return [self._document(index, tokenizer, rng) for index in indices]
 
-    cut = True
+    def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
+        return text_document(tokenizer.encode(self.sentences[index]), tokenizer)

@@ -1,11 +1,12 @@
 """Noise with the lengths of web data: measures a machine without any data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import Document, pair_document, pair_length, text_document
+from transfusion_jax.data.sources.source import Assets
 from transfusion_jax.data.tokenizer import Tokenizer
 
 
@@ -13,7 +14,8 @@ class Synthetic:
     """Noise with the lengths of web data, to measure a machine without any data: half pairs, half text."""
 
     count = 4096
-    cut = np.repeat([False, True], count)
+    assets = Assets()
+    splittable = np.repeat([False, True], count)
 
     def __init__(self, experiment: Experiment, split: str):
         self.experiment = experiment
@@ -29,7 +31,12 @@ class Synthetic:
         pairs = [pair_length([range(n)], self.experiment.image.span) for n in self.caption]
         return np.asarray([*pairs, *(self.text + 2)])
 
-    def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
+    def documents(
+        self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator
+    ) -> list[Document]:
+        return [self._document(index, tokenizer, rng) for index in indices]
+
+    def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
         if index >= self.count:
             return text_document(
                 rng.integers(tokenizer.boi, size=self.text[index - self.count]), tokenizer

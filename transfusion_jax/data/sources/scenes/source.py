@@ -29,6 +29,7 @@ from transfusion_jax.data.sources.scenes.scene import (
     render,
 )
 from transfusion_jax.data.sources.scenes.words import Edit, choose, draw_caption, draw_edit
+from transfusion_jax.data.sources.source import Assets
 from transfusion_jax.data.tokenizer import Tokenizer
 
 COUNTS = {"train": 50_000, "held_out": 1_000, "compositional": 1_000}
@@ -117,7 +118,8 @@ class Scenes:
       ValueError: the experiment's images are not RGB of 32 x 32 or 64 x 64, or the split does not exist.
     """
 
-    cut = False
+    assets = Assets()
+    splittable = False
 
     def __init__(self, experiment: Experiment, split: str):
         if experiment.image.shape not in [(side, side, 3) for side in SIDES]:
@@ -138,7 +140,12 @@ class Scenes:
         ]
         return np.asarray([length + span * is_edit for is_edit, length in longest])
 
-    def document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
+    def documents(
+        self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator
+    ) -> list[Document]:
+        return [self._document(index, tokenizer, rng) for index in indices]
+
+    def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
         """A pair as one of `pair_document`, or `<s> image instruction image </s>`, the first under the noise limit."""
         found, side, diffusion = (
             example(self.split, index),

@@ -1,0 +1,100 @@
+"""What is trained on: sources, their weights, and the rows that their documents are packed into."""
+
+from dataclasses import dataclass
+
+from transfusion_jax.errors import require
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A source of documents and its share of the rows. Rows are equally long, so also of the
+    tokens."""
+
+    name: str = "synthetic"
+    """One that is built in (`data/sources/registry.py`), or a directory of prepared data."""
+    weight: float = 1.0
+
+    def __post_init__(self):
+        require(
+            self.weight >= 0, f"weight={self.weight} of source {self.name!r} must not be negative"
+        )
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """New weights for the sources from a given point of the run, as in the last 1 % of section
+    4.4."""
+
+    start: float
+    """Fraction of the run's steps."""
+    weights: tuple[float, ...]
+    """One for each source."""
+
+    def __post_init__(self):
+        require(0 < self.start < 1, f"start={self.start} of a phase must be between 0 and 1")
+        require(
+            min(self.weights, default=-1) >= 0,
+            f"weights={self.weights} of a phase must not be negative",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    phases: tuple[PhaseConfig, ...] = ()
+    """Changes of the weights, in the order of their starts."""
+    max_epochs: float = 4.0
+    """Training warns at its start about a source that it will read more often than this. (Data
+    read up to four times is about as good as new: Muennighoff et al. 2023, arXiv 2305.16264.)"""
+    row_length: int = 4096
+    batch_rows: int = 512
+    """Rows of the global batch: 512 rows of 4,096 are the paper's 2 M tokens."""
+    image_first: float = 0.2
+    """Share of text-image pairs that come image first; the others come caption first."""
+    caption_dropout: float = 0.1
+    """Share of caption-first pairs whose caption is left out, for guidance (our choice; the paper
+    is silent)."""
+    prefetch: int = 8
+    """Batches read ahead of the step."""
+
+    def __post_init__(self):
+        require(len(self.sources) > 0, "data.sources must name at least one source")
+        self._check_weights()
+        require(self.max_epochs > 0, f"data.max_epochs={self.max_epochs} must be positive")
+        require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
+        require(self.batch_rows > 0, f"data.batch_rows={self.batch_rows} must be positive")
+        require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be positive")
+        for name in ("image_first", "caption_dropout"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"data.{name}={value} must be in 0..1")
+
+    def _check_weights(self):
+        starts = [phase.start for phase in self.phases]
+        require(
+            starts == sorted(set(starts)),
+            f"data.phases must start one after another, not at {starts}",
+        )
+        weights = [
+            [source.weight for source in self.sources],
+            *(phase.weights for phase in self.phases),
+        ]
+        for w in weights:
+            require(
+                len(w) == len(self.sources),
+                f"data.phases: {w} are not the weights of {len(self.sources)} sources",
+            )
+            require(sum(w) > 0, f"data: the weights {w} leave no source")
+        for number, source in enumerate(self.sources):
+            require(
+                any(w[number] > 0 for w in weights),
+                f"data: source {source.name!r} has no weight at any time",
+            )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str = ""
+    """A sentencepiece `.model`. Empty: training makes one from the sources' own text and keeps it
+    in the run directory."""
+    vocab_size: int = 32_000
+    """At most so many entries, of a tokenizer that training makes."""

@@ -1,0 +1,59 @@
+"""How images are corrupted in training, and drawn from noise."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transfusion_jax.errors import require
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    schedule: Literal["cosine", "flow"] = "cosine"
+    steps: int = 1000
+    """T: training timesteps, 0 (almost clean) to T - 1 (almost noise)."""
+    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
+    noise_limit: int = 500
+    """Timesteps of an image that comes before its caption are drawn below this (Table 8); T
+    switches it off."""
+
+    def __post_init__(self):
+        require(self.steps > 1, f"diffusion.steps={self.steps} must be at least 2")
+        require(
+            0 < self.noise_limit <= self.steps,
+            f"diffusion.noise_limit={self.noise_limit} must be in 1..diffusion.steps={self.steps}",
+        )
+        require(
+            (self.prediction == "flow") == (self.schedule == "flow"),
+            f"diffusion.prediction={self.prediction!r} does not fit "
+            f"diffusion.schedule={self.schedule!r}",
+        )
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How images are drawn; `generate` can override steps, guidance and temperature."""
+
+    kind: Literal["ddpm", "ddim"] = "ddpm"
+    steps: int = 250
+    guidance: float = 3.0
+    """Weight w of classifier-free guidance: uncond + w * (cond - uncond); 1 is no guidance."""
+    clip: float = 10.0
+    """Clip the predicted clean image to [-clip, clip] at every step; 0 never. 1 suits pixels in
+    [-1, 1]; the default is far outside latents of unit variance."""
+    context_timestep: int = 0
+    """The timestep at which finished images are seen by what follows them. They are clean, so 0;
+    small models have rarely been shown exactly 0, and read images better at a little more (our
+    choice)."""
+    temperature: float = 0.0
+    """Of text; 0 is greedy (the paper)."""
+    max_tokens: int = 256
+    """Positions a request may add after its prompt, image positions included."""
+
+    def __post_init__(self):
+        require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
+        require(self.guidance >= 0, f"sampler.guidance={self.guidance} must not be negative")
+        require(self.clip >= 0, f"sampler.clip={self.clip} must not be negative")
+        require(
+            self.temperature >= 0, f"sampler.temperature={self.temperature} must not be negative"
+        )
+        require(self.max_tokens > 0, f"sampler.max_tokens={self.max_tokens} must be positive")

@@ -1,0 +1,108 @@
+"""How it is trained: the optimizer, the devices, the run."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from transfusion_jax.errors import require
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-4
+    """The peak, at the end of the warm-up."""
+    final_learning_rate: float = 1.5e-5
+    """At the last step; equal to the peak for a constant rate."""
+    warmup_steps: int = 4000
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only; norm scales are not decayed (our choice)."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm where theirs is larger."""
+
+    def __post_init__(self):
+        peak = self.learning_rate
+        require(peak > 0, f"optimizer.learning_rate={peak} must be positive")
+        require(
+            0 <= self.final_learning_rate <= peak,
+            f"optimizer.final_learning_rate={self.final_learning_rate} must be between 0 and "
+            f"optimizer.learning_rate={peak}",
+        )
+        for name in ("warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name}={value} must not be negative")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
+        for name in ("epsilon", "clip_norm"):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name}={value} must be positive")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1, which means all devices that are left."""
+
+    data: int = -1
+    """Rows; the only axis that crosses the network between slices."""
+    fsdp: int = 1
+    """Rows, parameters and optimizer state."""
+    sequence: int = 1
+    """Positions of a row, for rows longer than a device can hold; parameters and optimizer state
+    too."""
+    tensor: int = 1
+    """Heads, feed-forward and vocabulary."""
+    topology: str = ""
+    """The TPU slice that the mesh is made for, as in v5p:4x4x4. `plan` compiles for it; training
+    uses the devices that it finds."""
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {name: size for name, size in dataclasses.asdict(self).items() if name != "topology"}
+
+    def __post_init__(self):
+        sizes = list(self.axes.values())
+        require(
+            all(n == -1 or n > 0 for n in sizes) and sizes.count(-1) <= 1,
+            f"mesh axes must be positive, and at most one -1: {self.axes}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 250_000
+    seed: int = 0
+    image_loss_weight: float = 5.0
+    """Lambda of L = L_LM + lambda * L_DDPM."""
+    accumulation: int = 1
+    """Microbatches per step: less memory, same gradient."""
+    vocab_chunk: int = 512
+    """Positions of a row whose logits exist at one time."""
+    ema_decay: float = 0.9999
+    """Of the average of the weights, which is what is sampled and evaluated (our choice; the
+    paper is silent)."""
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    max_skipped_steps: int = 10
+    """Training stops after this many steps in a row with non-finite gradients."""
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "accumulation",
+            "vocab_chunk",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_skipped_steps",
+        ):
+            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1)")
+        require(
+            self.image_loss_weight >= 0,
+            f"train.image_loss_weight={self.image_loss_weight} must not be negative",
+        )
