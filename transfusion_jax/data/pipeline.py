@@ -8,7 +8,6 @@ i (caption, order, dropout, latents) is drawn from a generator seeded with (seed
 state: training resumes at step s by reading from batch s.
 """
 
-import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,8 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import sequence
 from transfusion_jax.data.mixture import Mixture
-from transfusion_jax.data.packing import Plan, kept_plan, pack
+from transfusion_jax.data.packing import Plan, pack
+from transfusion_jax.data.plans import plan_of
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -37,6 +37,8 @@ class PlannedSource:
     name: str
     source: Source
     plan: Plan
+    fingerprint: str
+    """Changes when the documents or their places in rows do."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -65,14 +67,18 @@ class Data:
         for config, source in zip(
             experiment.data.sources, load_sources(experiment, split), strict=True
         ):
-            lengths = source.lengths(tokenizer)
-            packed = kept_plan(lengths, row_length, source.splittable, source.assets.plans)
+            brought = source.assets.tokenizer
+            if brought is not None and brought.model != tokenizer.model:
+                raise ValueError(
+                    f"the run's tokenizer is not the one that {config.name} was prepared with"
+                )
+            packed, fingerprint = plan_of(source, tokenizer, row_length)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
                     f"source {config.name!r} has no document that fits {split} rows: "
-                    f"{ledger(packed)}"
+                    f"{packed.ledger()}"
                 )
-            self.sources.append(PlannedSource(config.name, source, packed))
+            self.sources.append(PlannedSource(config.name, source, packed, fingerprint))
 
     def rows(self) -> grain.MapDataset:
         """The endless stream of training rows; item i is row i."""
@@ -125,7 +131,7 @@ class Data:
         """For every source: documents = in rows + rejected, by reason; rows; how full they are."""
         length = self.experiment.data.row_length
         return {
-            s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)}
+            s.name: {**s.plan.ledger(), "filled": round(s.plan.filled(length), 4)}
             for s in self.sources
         }
 
@@ -135,26 +141,8 @@ class Data:
         return {s.name: float(n / len(s)) for s, n in zip(self.sources, rows, strict=True)}
 
     def fingerprints(self) -> list[str]:
-        """A digest of each source's documents and plan, by which changed data are noticed."""
-        digests = []
-        for source in self.sources:
-            digest, packed = hashlib.sha256(source.source.assets.digest), source.plan
-            for array in (packed.row_start, packed.document, packed.begin, packed.end):
-                digest.update(np.ascontiguousarray(array, np.int64).tobytes())
-            digests.append(digest.hexdigest()[:16])
-        return digests
-
-
-def ledger(packed: Plan) -> dict:
-    """Counts of a plan: documents, rows, and what was rejected, by reason."""
-    rejected = {reason: len(documents) for reason, documents in packed.rejected.items()}
-    placed = len(np.unique(packed.document))
-    return {
-        "documents": placed + sum(rejected.values()),
-        "in_rows": placed,
-        "rejected": rejected,
-        "rows": len(packed),
-    }
+        """A digest of each source's documents and plan: another means that the data changed under a run."""
+        return [source.fingerprint for source in self.sources]
 
 
 def batched(

@@ -82,9 +82,8 @@ def pictures(experiment: AutoencoderExperiment, split: str) -> Sequence[np.ndarr
         f"the pictures of {experiment.data} are {dataset.image_shape}, "
         f"not model.size={size}, model.channels={channels}",
     )
-    numbers = np.flatnonzero(
-        (dataset.index.images > 0) & (dataset.index.held_out == (split == "held_out"))
-    )
+    numbers = dataset.numbers(split)
+    numbers = numbers[dataset.index.images[numbers] > 0]
     require(len(numbers) > 0, f"{experiment.data} has no {split} pictures")
     return PreparedPictures(dataset, numbers)
 
