@@ -18,7 +18,7 @@ from fake_engine import FakeEngine
 from PIL import Image
 
 from transfusion_jax.commands import main as command_line
-from transfusion_jax.commands.help import flags
+from transfusion_jax.commands.help import flags, sections
 from transfusion_jax.commands.main import COMMANDS, main
 from transfusion_jax.commands.terminal import table
 from transfusion_jax.data.sources.sums import problems
@@ -83,10 +83,10 @@ def test_help_names_the_fields_that_overrides_take(name):
 
 def test_help_shows_the_values_of_an_experiment(capsys, tmp_path):
     default = printed(capsys, "train", "--help")
-    assert re.search(r"--model\.layers INT\s+\(default: 16\)", default)
+    assert re.search(r"--model\.layers INT\s+Transformer layers\. \(default: 16\)", default)
     for line in (("train", DIGITS, "--help"), ("train", "--help", DIGITS), ("plan", "-h", DIGITS)):
         said = printed(capsys, *line)
-        assert re.search(r"--model\.layers INT\s+\(default: 4\)", said)
+        assert re.search(r"--model\.layers INT\s+Transformer layers\. \(default: 4\)", said)
         assert "--data.sources.1.weight" in said and "--data.sources.1.weight" not in default
     file = tmp_path / "own.py"
     file.write_text(
@@ -102,6 +102,13 @@ def test_help_explains_fields_and_their_sections(capsys):
     assert "fields of model: A Llama-style transformer: pre-RMSNorm" in said
     assert "--model.kv-heads INT Key and value heads; 0 means as many as" in said
     assert "--model.remat {none,minimal,attention,full,offload} What the backward pass" in said
+
+
+@pytest.mark.parametrize("name", ["train", "autoencoder"])
+def test_help_explains_every_field(name):
+    config = COMMANDS[name].config()
+    bare = [flag for _, _, fields in sections(config) for flag, _, text in fields if text[0] == "("]
+    assert not bare
 
 
 def test_the_commands_are_listed_without_importing_jax():

@@ -122,14 +122,11 @@ def test_pack_places_documents_and_keeps_text_that_was_cut(tokenizer):
 def test_data_order_is_the_same_for_any_hosts_batches_and_restarts(experiment, tokenizer):
     data = Data(experiment, tokenizer)
     expected_batches = [data.batches()[s] for s in range(4)]
-    for hosts in (2, 4):
-        parts = [[data.batches(h, hosts)[s] for h in range(hosts)] for s in range(4)]
+    for rows in ([0, 1, 2, 3], [1, 4, 5, 7], [6]):  # what a process holds need not be one block
+        part = data.batches(rows)
         for step, expected in enumerate(expected_batches):
-            joined = {
-                k: np.concatenate([fields(p)[k] for p in parts[step]]) for k in fields(expected)
-            }
             for name, value in fields(expected).items():
-                np.testing.assert_array_equal(joined[name], value)
+                np.testing.assert_array_equal(fields(part[step])[name], value[rows])
     # Another batch size cuts the same stream of rows elsewhere.
     small = Data(
         replace(experiment, data=replace(experiment.data, batch_rows=4)), tokenizer

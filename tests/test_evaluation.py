@@ -9,9 +9,11 @@ import pytest
 from fake_engine import FakeEngine
 
 from transfusion_jax.config import DataConfig, SourceConfig
+from transfusion_jax.data.documents import text_document
 from transfusion_jax.data.sources import comparisons as comparisons_source
 from transfusion_jax.data.sources import digits as source
 from transfusion_jax.data.sources import sums as sums_source
+from transfusion_jax.data.sources.registry import SOURCES
 from transfusion_jax.evaluation import digits as digits_suite
 from transfusion_jax.evaluation import pairs as pairs_suite
 from transfusion_jax.evaluation.comparisons import comparisons
@@ -226,6 +228,33 @@ def test_pairs_read_a_bounded_number_of_documents(experiment, measure_pairs, mon
     text_first = replace(experiment, data=replace(experiment.data, sources=sources))
     scores = measure_pairs(KnowsDigits(), text_first)  # the 36 held-out sums are not looked through
     assert scores["drawn_share"] == 1 and scores["pairs_training_pictures"] == 100
+
+
+class TextThenDigits(source.Digits):
+    """The digits, after 40 documents of text."""
+
+    def __init__(self, experiment, split):
+        super().__init__(experiment, split)
+        self.splittable = np.arange(40 + len(self.images)) < 40
+
+    def lengths(self, tokenizer):
+        return np.concatenate([np.full(40, 3), super().lengths(tokenizer)])
+
+    def documents(self, indices, tokenizer, rng):
+        return [
+            super(TextThenDigits, self).documents([i - 40], tokenizer, rng)[0]
+            if i >= 40
+            else text_document(tokenizer.encode("a"), tokenizer)
+            for i in indices
+        ]
+
+
+def test_pairs_are_found_behind_text(experiment, measure_pairs, monkeypatch):
+    monkeypatch.setattr(pairs_suite, "LOOKED_AT", 30)
+    monkeypatch.setitem(SOURCES, "mixed", TextThenDigits)
+    data = replace(experiment.data, sources=(SourceConfig("mixed"),))
+    scores = measure_pairs(KnowsDigits(), replace(experiment, data=data))
+    assert scores["drawn_share"] == 1 and scores["pairs_training_pictures"] == 1500
 
 
 def test_without_pairs_there_is_nothing_to_say(experiment, measure_pairs):

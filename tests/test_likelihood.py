@@ -7,18 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_engine import FakeEngine
+from flax import nnx
 
 from transfusion_jax.config import DiffusionConfig, SourceConfig
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.evaluation import likelihood as likelihood_suite
 from transfusion_jax.evaluation.likelihood import bucket_edges, likelihood
 
 
-def losses_of_targets(model, diffusion, batch, t_BM, noise_BMhwc, chunk):
-    """A text loss of the target's id, more where images are not clean; an image loss of t."""
-    t_BM = t_BM.astype(jnp.float32)
-    disturbed = jnp.abs(noise_BMhwc).sum() + t_BM.sum()
-    return loss_of(batch.text_target_BL).astype(jnp.float32) + disturbed, t_BM
+class TellsTargets(nnx.Module):
+    """A text loss by the target's id, more where images are not clean; an image loss of t."""
+
+    def losses(self, batch, noise, vocab_chunk):
+        t_BM = noise.t_BM.astype(jnp.float32)
+        disturbed = jnp.abs(noise.noise_BMhwc).sum() + t_BM.sum()
+        return {
+            "text": loss_of(batch.text_target_BL).astype(jnp.float32) + disturbed,
+            "image": t_BM,
+        }
+
+
+class TellsTheLastTimestep(nnx.Module):
+    """An image loss of 1 at timestep 24, else 0."""
+
+    def losses(self, batch, noise, vocab_chunk):
+        return {"text": batch.text_weight_BL, "image": (noise.t_BM == 24).astype(jnp.float32)}
 
 
 def loss_of(target_BL):
@@ -27,7 +39,7 @@ def loss_of(target_BL):
 
 
 def perplexity(experiment, tokenizer, split: str) -> float:
-    """What `losses_of_targets` comes to over all rows of a split."""
+    """What `TellsTargets` comes to over all rows of a split."""
     loss = weight = 0.0
     for batch in Data(experiment, tokenizer, split).once(1):
         loss += (loss_of(batch.text_target_BL) * batch.text_weight_BL).sum()
@@ -36,11 +48,10 @@ def perplexity(experiment, tokenizer, split: str) -> float:
 
 
 @pytest.fixture
-def measure_likelihood(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(likelihood_suite, "example_losses", losses_of_targets)
-
-    def measure(experiment, rows=None) -> dict:
-        return likelihood(FakeEngine(experiment, tokenizer, None), tmp_path, rows)
+def measure_likelihood(tokenizer, tmp_path):
+    def measure(experiment, rows=None, model=TellsTargets) -> dict:
+        graph = nnx.split(model())[0]
+        return likelihood(FakeEngine(experiment, tokenizer, None, graph=graph), tmp_path, rows)
 
     return measure
 
@@ -91,7 +102,7 @@ def test_buckets_cover_every_timestep_once(steps):
     assert len(sizes) == min(10, steps) and sizes.max() - sizes.min() <= 1
 
 
-def test_every_timestep_is_measured_in_its_bucket(experiment, measure_likelihood, monkeypatch):
+def test_every_timestep_is_measured_in_its_bucket(experiment, measure_likelihood):
     experiment = replace(experiment, diffusion=DiffusionConfig(steps=25, noise_limit=10))
     found = measure_likelihood(experiment)["image_loss_by_timestep"]
     assert list(found) == [
@@ -101,11 +112,9 @@ def test_every_timestep_is_measured_in_its_bucket(experiment, measure_likelihood
         low, high = map(int, name.split("-"))
         assert low < mean < high and mean == pytest.approx((low + high) / 2, abs=0.2)
 
-    def only_last(model, diffusion, batch, t_BM, noise_BMhwc, chunk):
-        return batch.text_weight_BL, (t_BM == 24).astype(jnp.float32)
-
-    monkeypatch.setattr(likelihood_suite, "example_losses", only_last)
-    *others, last = measure_likelihood(experiment)["image_loss_by_timestep"].values()
+    *others, last = measure_likelihood(experiment, model=TellsTheLastTimestep)[
+        "image_loss_by_timestep"
+    ].values()
     assert not any(others) and last == pytest.approx(1 / 3, abs=0.1)
 
 

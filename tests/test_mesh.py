@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from transfusion_jax.config import MeshConfig
-from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.planning.topology import find_topology
 
@@ -43,46 +43,37 @@ class Sharding(NamedTuple):
         }
 
 
-def blocks(sharding, rows: int, processes: int, monkeypatch) -> list[tuple[int, int]]:
+def rows_of_all(sharding, rows: int, processes: int, monkeypatch) -> list[tuple[int, ...]]:
     """What each process reads."""
     result = []
     for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        result.append(host_block(sharding, rows))
+        result.append(process_rows(sharding, rows))
     return result
 
 
 @pytest.mark.parametrize(
     "processes, shards, expected",
     [
-        ([0, 0, 1, 1], [0, 1, 2, 3], [(0, 2), (1, 2)]),
-        ([0, 1, 0, 1], [0, 1, 2, 3], [(0, 2), (1, 2)]),
-        ([0, 0, 1, 1], [1, 3, 0, 2], [(1, 2), (0, 2)]),
-        ([0, 0, 1, 1], [0, 1, 0, 1], [(0, 1), (0, 1)]),
-        ([0, 1, 2, 3], [0, 0, 1, 1], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-        ([0, 0, 1, 1, 2, 2], [0, 3, 1, 4, 2, 5], [(0, 3), (1, 3), (2, 3)]),
+        ([0, 0, 1, 1], [0, 1, 2, 3], [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ([0, 1, 0, 1], [0, 1, 2, 3], [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        ([0, 0, 1, 1], [1, 3, 0, 2], [(2, 3, 6, 7), (0, 1, 4, 5)]),
+        ([0, 0, 1, 1], [0, 1, 0, 1], [(0, 1, 2, 3), (0, 1, 2, 3)]),
+        ([0, 1, 2, 3], [0, 0, 1, 1], [(0, 1), (0, 1), (2, 3), (2, 3)]),
+        ([0, 0, 1, 1], [0, 1, 1, 2], [(0, 1, 2, 3), (2, 3, 4, 5)]),
+        ([0, 0, 1], [0, 1, 2], [(0, 1, 2, 3), (4, 5)]),
     ],
-    ids=["together", "apart", "turned round", "the same rows", "shared rows", "three apart"],
+    ids=["together", "apart", "turned round", "the same", "shared", "overlapping", "uneven"],
 )
-def test_processes_read_every_row_between_them(processes, shards, expected, monkeypatch):
+def test_a_process_reads_the_rows_that_its_devices_hold(processes, shards, expected, monkeypatch):
     sharding = Sharding(processes, shards)
     rows = 2 * (max(shards) + 1)
-    assert blocks(sharding, rows, len(expected), monkeypatch) == expected
-
-
-@pytest.mark.parametrize(
-    "processes, shards",
-    [([0, 0, 1, 1], [0, 1, 1, 2]), ([0, 0, 1, 1, 2], [0, 1, 2, 3, 4])],
-    ids=["overlapping", "uneven"],
-)
-def test_rows_that_are_no_equal_blocks_are_refused(processes, shards):
-    with pytest.raises(ValueError, match="rows of a batch that overlap or are unequal in number"):
-        host_block(Sharding(processes, shards), max(shards) + 1)
+    assert rows_of_all(sharding, rows, len(expected), monkeypatch) == expected
 
 
 def test_one_process_reads_the_whole_batch():
     sharding = batch_sharding(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    assert host_block(sharding, 16) == (0, 1)
+    assert process_rows(sharding, 16) == tuple(range(16))
 
 
 @pytest.mark.skipif(
@@ -101,9 +92,11 @@ def test_one_process_reads_the_whole_batch():
 def test_processes_of_a_pod_read_every_row(topology, mesh, processes, count, monkeypatch):
     devices = list(find_topology(topology).devices)
     sharding = batch_sharding(make_mesh(mesh, devices))
-    read = blocks(sharding, 64, processes, monkeypatch)
-    assert sorted(set(read)) == [(block, count) for block in range(count)]
-    assert all(read.count(block) == processes // count for block in read)
+    read = rows_of_all(sharding, 64, processes, monkeypatch)
+    held = sharding.devices_indices_map((64,))
+    for device, (shard,) in held.items():
+        assert set(range(*shard.indices(64))) <= set(read[device.process_index])
+    assert len(set(read)) == count and all(len(rows) == 64 // count for rows in read)
 
 
 PROCESS = """
@@ -111,22 +104,22 @@ import sys
 import jax
 import numpy as np
 from transfusion_jax.config import MeshConfig
-from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding
+from transfusion_jax.training.feed import Feed
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 a, b, c, d = jax.devices()
 sharding = batch_sharding(make_mesh(MeshConfig(data=2, fsdp=2), [a, c, b, d]))
-block, blocks = host_block(sharding, 8)
-rows = np.arange(8).reshape(blocks, -1)[block]
-array = jax.make_array_from_process_local_data(sharding, rows, (8,))
+feed = Feed(None, rows=8, prefetch=1, fingerprints=(), unit="rows", amount=8)
+array = feed.on_devices(np.asarray(process_rows(sharding, 8)), sharding)
 for shard in array.addressable_shards:
     print(shard.index[0].start or 0, *shard.data.tolist())
 """
 
 
-def test_two_processes_that_alternate_put_every_row_on_one_device():
+def test_two_processes_that_alternate_put_every_row_where_the_mesh_wants_it():
     """Their devices hold shards 0 and 2, and 1 and 3."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -143,6 +136,6 @@ def test_two_processes_that_alternate_put_every_row_on_one_device():
     ]
     printed = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
-    lines = [[tuple(map(int, line.split())) for line in text.splitlines()] for text in printed]
-    assert [sorted(shard for shard, *_ in rows) for rows in lines] == [[0, 4], [2, 6]]
-    assert sorted(row for rows in lines for _, *pair in rows for row in pair) == list(range(8))
+    shards = [[tuple(map(int, line.split())) for line in text.splitlines()] for text in printed]
+    assert sorted(shards[0]) == [(0, 0, 1), (4, 4, 5)]
+    assert sorted(shards[1]) == [(2, 2, 3), (6, 6, 7)]

@@ -22,7 +22,9 @@ class AutoencoderConfig:
     A trained autoencoder encodes any height and width that are multiples of `downsampling`.
     """
     channels: int = 3
+    """Channels of a picture: 3 is RGB, 1 is grey."""
     latent_channels: int = 8
+    """Values at each place of the latent grid."""
     width: int = 128
     """Channels per unit of `multipliers`."""
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -99,13 +101,17 @@ class LossConfig:
     """Weights and settings of the loss terms; weight 0 switches a term off."""
 
     l1: float = 1.0
+    """Weight of the mean absolute error of the pixels."""
     lpips: float = 1.0
+    """Weight of the perceptual distance LPIPS (Zhang et al. 2018)."""
     lpips_network: Literal["vgg16", "alexnet"] = "vgg16"
     """VGG16 is the usual choice; AlexNet costs a fiftieth of it, for small machines."""
     gan: float = 0.5
+    """Weight of the adversarial term, relative to the size of the others' gradients."""
     gan_start: int = 50_000
     """First step at which the discriminator trains and its term counts."""
     discriminator_width: int = 64
+    """Channels of the discriminator's first layer."""
     discriminator_layers: int = 3
     """Strided layers of the patch discriminator (Isola et al. 2017); 3 give patches of 70x70."""
     identity: float = 0.2
@@ -113,6 +119,7 @@ class LossConfig:
     identity_weights: str = ""
     """The ResNet-50, a torch or safetensors file; without it training warns and omits the term."""
     kl: float = 1e-6
+    """Weight of the KL divergence of the latents from a unit Gaussian."""
     commitment: float = 0.25
     """Beta of a `vq` autoencoder, whose codebook and commitment losses replace the KL term."""
     revive_codes: bool = False
@@ -133,12 +140,19 @@ class AutoencoderTrainConfig:
     """Length of the training, and how often it logs, saves and draws."""
 
     steps: int = 1_000_000
+    """Steps of the whole run."""
     batch: int = 256
+    """Pictures per step."""
     seed: int = 0
+    """Of weights, data order and latent samples."""
     ema_decay: float = 0.9999
+    """Of the average of the weights, which is what is measured and saved for use."""
     log_every: int = 10
+    """Steps between two lines of `metrics.jsonl`."""
     checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
     keep_checkpoints: int = 3
+    """Latest checkpoints to keep."""
     sample_every: int = 1000
     """Steps between written grids of reconstructions."""
     max_skipped_steps: int = 10
@@ -169,9 +183,10 @@ class AutoencoderExperiment:
         "train.keep_checkpoints",
         "train.sample_every",
     )
-    """Beginnings of the names of fields that do not change what is trained, so a run may be resumed with others."""
+    """Prefixes of the fields that may change when a run is resumed."""
 
     name: str
+    """Names the run directory, `runs/<name>`, and a point of a sweep."""
     data: str = "scenes"
     """A built-in source with pictures, or a directory of data prepared as raw pixels."""
     model: AutoencoderConfig = AutoencoderConfig()

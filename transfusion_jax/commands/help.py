@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 def help_text(parser: argparse.ArgumentParser, config: Any = None) -> str:
     """The help of a command; the values of `config` are shown as the defaults of its fields."""
-    for title, description, fields in _sections(config) if config is not None else ():
+    for title, description, fields in sections(config) if config is not None else ():
         group = parser.add_argument_group(title, description)
         for flag, metavar, text in fields:
             group.add_argument(flag, metavar=metavar, help=text.replace("%", "%%"))
@@ -22,14 +22,14 @@ def help_text(parser: argparse.ArgumentParser, config: Any = None) -> str:
 
 def flags(config: Any) -> list[str]:
     """Every field of a config as the flag that sets it, such as `--model.layers`."""
-    return [flag for _, _, fields in _sections(config) for flag, _, _ in fields]
+    return [flag for _, _, fields in sections(config) for flag, _, _ in fields]
 
 
 Field = tuple[str, str, str]
 """Flag, metavar and help."""
 
 
-def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, str, list[Field]]]:
+def sections(config: Any, prefix: str = "") -> Iterator[tuple[str, str, list[Field]]]:
     """Title, description and fields of a config, then of each config in it."""
     inner, fields = [], []
     kinds = typing.get_type_hints(type(config), include_extras=True)
@@ -45,7 +45,7 @@ def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, str, list[Fi
     title = f"fields of {prefix[:-1]}" if prefix else "fields"
     yield title, inspect.cleandoc(type(config).__doc__ or "").split("\n\n")[0], fields
     for name, part in inner:
-        yield from _sections(part, f"{name}.")
+        yield from sections(part, f"{name}.")
 
 
 def _metavar(kind: Any) -> str | None:
@@ -71,10 +71,10 @@ def _described(config: Any, name: str, value: Any) -> str:
 
 @functools.cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """The strings written under the fields of a dataclass."""
+    """The first paragraphs of the strings written under the fields of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
     return {
-        field.target.id: " ".join(text.value.value.split())
+        field.target.id: " ".join(text.value.value.split("\n\n")[0].split())
         for field, text in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign)
         and isinstance(text, ast.Expr)

@@ -13,6 +13,7 @@ class SourceConfig:
     name: str = "synthetic"
     """One that is built in (`data/sources/registry.py`), or a directory of prepared data."""
     weight: float = 1.0
+    """Share of the rows, relative to the other sources."""
 
     def __post_init__(self):
         require(
@@ -47,6 +48,7 @@ class DataConfig:
     """Training warns at its start about a source that it will read more often than this. (Data
     read up to four times is about as good as new: Muennighoff et al. 2023, arXiv 2305.16264.)"""
     row_length: int = 4096
+    """L: positions of a row."""
     batch_rows: int = 512
     """Rows of the global batch: 512 rows of 4,096 are the paper's 2 M tokens."""
     image_first: float = 0.2

@@ -9,9 +9,11 @@ from transfusion_jax.errors import require
 @dataclass(frozen=True)
 class DiffusionConfig:
     schedule: Literal["cosine", "flow"] = "cosine"
+    """How signal and noise mix over time: variance-preserving cosine, or a straight line (flow)."""
     steps: int = 1000
     """T: training timesteps, 0 (almost clean) to T - 1 (almost noise)."""
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
+    """What the model predicts of an image: its noise (the paper), v, or the velocity of a flow."""
     noise_limit: int = 0
     """Timesteps of an image that something follows, as its caption does, are drawn below this (500
     in Table 8). 0 and T switch it off, as in the controlled setting of section 4.1."""
@@ -34,7 +36,9 @@ class SamplerConfig:
     """How images are drawn; `generate` can override steps, guidance and temperature."""
 
     kind: Literal["ddpm", "ddim"] = "ddpm"
+    """`ddpm` adds noise at every step (ancestral sampling), `ddim` is deterministic."""
     steps: int = 250
+    """Denoising steps of an image; at most `diffusion.steps`."""
     guidance: float = 3.0
     """Weight w of classifier-free guidance: uncond + w * (cond - uncond); 1 is no guidance."""
     clip: float = 10.0

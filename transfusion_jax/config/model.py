@@ -11,8 +11,11 @@ class ImageConfig:
     """The image grid that the transformer sees: pixels, or the latents of an autoencoder."""
 
     height: int = 32
+    """h: rows of the grid, a multiple of `patch`."""
     width: int = 32
+    """w: columns of the grid, a multiple of `patch`."""
     channels: int = 8
+    """c: values at each place of the grid."""
     patch: int = 2
     """Side of a square patch, in latent pixels (k in the paper's section 4.3)."""
 
@@ -52,8 +55,11 @@ class ModelConfig:
     """A Llama-style transformer: pre-RMSNorm, RoPE, SwiGLU, no biases, untied embeddings."""
 
     layers: int = 16
+    """Transformer layers."""
     width: int = 768
+    """D: width of the residual stream."""
     heads: int = 12
+    """N: attention heads; they divide the width."""
     kv_heads: int = 0
     """Key and value heads; 0 means as many as `heads`."""
     mlp_width: int = 0
@@ -62,7 +68,9 @@ class ModelConfig:
     """Embedding rows: the tokenizer's entries and the special tokens, rounded up to a number that
     the mesh divides."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     norm_epsilon: float = 1e-5
+    """Added to the mean square in RMSNorm."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Parameters, softmax, norms and losses are float32 whatever this says."""
     timestep: Literal["before", "after"] = "before"

@@ -15,9 +15,13 @@ class OptimizerConfig:
     final_learning_rate: float = 1.5e-5
     """At the last step; equal to the peak for a constant rate."""
     warmup_steps: int = 4000
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
     b1: float = 0.9
+    """AdamW's decay of the mean of the gradients."""
     b2: float = 0.95
+    """AdamW's decay of the mean of their squares."""
     epsilon: float = 1e-8
+    """AdamW's addition to the denominator."""
     weight_decay: float = 0.1
     """On matrices only; norm scales are not decayed (our choice)."""
     clip_norm: float = 1.0
@@ -74,7 +78,9 @@ class MeshConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 250_000
+    """Steps of the whole run."""
     seed: int = 0
+    """Of weights, data order, noise and timesteps."""
     image_loss_weight: float = 5.0
     """Lambda of L = L_LM + lambda * L_DDPM."""
     accumulation: int = 1
@@ -85,8 +91,11 @@ class TrainConfig:
     """Of the average of the weights, which is what is sampled and evaluated (our choice; the
     paper is silent)."""
     log_every: int = 10
+    """Steps between two lines of `metrics.jsonl`."""
     checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
     keep_checkpoints: int = 3
+    """Latest checkpoints to keep."""
     max_skipped_steps: int = 10
     """Training stops after this many steps in a row with non-finite gradients."""
 

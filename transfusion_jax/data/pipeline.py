@@ -1,17 +1,18 @@
 """The data order: row i is a function of (seed, i), whatever the hosts, devices and restarts.
 
     sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack-->
-    batches --slice--> a host's part
+    batches --select--> the rows that a process's devices hold
 
 Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row
 i (caption, order, dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has
 state: training resumes at step s by reading from batch s.
 """
 
-import hashlib
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import jax
@@ -21,7 +22,8 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import sequence
 from transfusion_jax.data.mixture import Mixture
-from transfusion_jax.data.packing import Plan, kept_plan, pack
+from transfusion_jax.data.packing import Plan, pack
+from transfusion_jax.data.plans import plan_of
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -35,6 +37,8 @@ class PlannedSource:
     name: str
     source: Source
     plan: Plan
+    fingerprint: str
+    """Changes when the documents or their places in rows do."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -63,14 +67,18 @@ class Data:
         for config, source in zip(
             experiment.data.sources, load_sources(experiment, split), strict=True
         ):
-            lengths = source.lengths(tokenizer)
-            packed = kept_plan(lengths, row_length, source.splittable, source.assets.plans)
+            brought = source.assets.tokenizer
+            if brought is not None and brought.model != tokenizer.model:
+                raise ValueError(
+                    f"the run's tokenizer is not the one that {config.name} was prepared with"
+                )
+            packed, fingerprint = plan_of(source, tokenizer, row_length)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
                     f"source {config.name!r} has no document that fits {split} rows: "
-                    f"{ledger(packed)}"
+                    f"{packed.ledger()}"
                 )
-            self.sources.append(PlannedSource(config.name, source, packed))
+            self.sources.append(PlannedSource(config.name, source, packed, fingerprint))
 
     def rows(self) -> grain.MapDataset:
         """The endless stream of training rows; item i is row i."""
@@ -84,10 +92,10 @@ class Data:
             lambda i, item: self.row(*item, np.random.default_rng((seed, i)))
         )
 
-    def batches(self, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-        """Item s is block `block` of the `blocks` equal parts of global batch s."""
-        rows = self.experiment.data.batch_rows // blocks
-        return self.rows().batch(rows, drop_remainder=True, batch_fn=stack)[block::blocks]
+    def batches(self, rows: Sequence[int] | None = None) -> grain.MapDataset:
+        """Item s holds these rows of global batch s, by default all of them."""
+        size = self.experiment.data.batch_rows
+        return batched(self.rows(), size, range(size) if rows is None else rows, stack)
 
     def once(self, batch_rows: int, most: int | None = None) -> Iterator[Batch]:
         """Every row of every source once, in order; empty rows fill up the last batch.
@@ -123,7 +131,7 @@ class Data:
         """For every source: documents = in rows + rejected, by reason; rows; how full they are."""
         length = self.experiment.data.row_length
         return {
-            s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)}
+            s.name: {**s.plan.ledger(), "filled": round(s.plan.filled(length), 4)}
             for s in self.sources
         }
 
@@ -133,26 +141,19 @@ class Data:
         return {s.name: float(n / len(s)) for s, n in zip(self.sources, rows, strict=True)}
 
     def fingerprints(self) -> list[str]:
-        """A digest of each source's documents and plan, by which changed data are noticed."""
-        digests = []
-        for source in self.sources:
-            digest, packed = hashlib.sha256(source.source.assets.digest), source.plan
-            for array in (packed.row_start, packed.document, packed.begin, packed.end):
-                digest.update(np.ascontiguousarray(array, np.int64).tobytes())
-            digests.append(digest.hexdigest()[:16])
-        return digests
+        """A digest of each source's documents and plan: another means that the data changed under a run."""
+        return [source.fingerprint for source in self.sources]
 
 
-def ledger(packed: Plan) -> dict:
-    """Counts of a plan: documents, rows, and what was rejected, by reason."""
-    rejected = {reason: len(documents) for reason, documents in packed.rejected.items()}
-    placed = len(np.unique(packed.document))
-    return {
-        "documents": placed + sum(rejected.values()),
-        "in_rows": placed,
-        "rejected": rejected,
-        "rows": len(packed),
-    }
+def batched(
+    stream: grain.MapDataset, size: int, rows: Sequence[int], stack: Callable[[list], Any]
+) -> grain.MapDataset:
+    """Item s holds these rows of global batch s, which is items s * size ... (s + 1) * size - 1."""
+
+    def batch(s: int) -> Any:
+        return stack([stream[s * size + row] for row in rows])
+
+    return grain.MapDataset.range(sys.maxsize // size).map(batch)
 
 
 def stack(rows: list[Batch]) -> Batch:

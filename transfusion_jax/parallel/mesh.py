@@ -1,7 +1,5 @@
 """The device mesh, and which rows of a batch this process reads."""
 
-import collections
-import itertools
 import math
 from typing import Any
 
@@ -67,30 +65,19 @@ def check_rows(mesh: Mesh, rows: int, name: str = "data.batch_rows", parts: int 
         )
 
 
-def host_block(
+def process_rows(
     sharding: NamedSharding, rows: int, name: str = "data.batch_rows"
-) -> tuple[int, int]:
-    """(block, blocks): which of the equal blocks of a global batch this process reads.
+) -> tuple[int, ...]:
+    """The rows of a global batch that the devices of this process hold, in ascending order.
 
-    Processes whose devices hold the same rows read the same block. The mesh of a TPU pod follows
-    its links, so the rows of one process's devices are often apart: 0, 4, 16 and 20 of 64 on
-    v5p:4x4x4. Blocks are numbered in the order of their first rows, and
-    `jax.make_array_from_process_local_data` deals each out to the devices of its process.
+    They are asked of the sharding, never computed: the mesh of a TPU pod follows its links, so the
+    rows of one process are often apart (0, 4, 16 and 20 of 64 on v5p:4x4x4), and processes that
+    share rows along `sequence` or `tensor` hold the same ones.
 
     Raises:
-      ValueError: the batch axes of the mesh do not divide `rows`, or processes hold sets of rows
-        that differ in size or overlap in part.
+      ValueError: the batch axes of the mesh do not divide `rows`.
     """
     check_rows(sharding.mesh, rows, name)
-    held = collections.defaultdict(set)
-    for device, (rows_of_device, *_) in sharding.devices_indices_map((rows,)).items():
-        held[device.process_index].add(rows_of_device.indices(rows)[0])
-    blocks = sorted({tuple(sorted(starts)) for starts in held.values()})
-    starts = list(itertools.chain(*blocks))
-    if len(set(starts)) < len(starts) or len({len(block) for block in blocks}) > 1:
-        raise ValueError(
-            f"mesh {dict(sharding.mesh.shape)} gives processes rows of a batch that overlap or are "
-            "unequal in number; try other sizes of its axes"
-        )
-    own = tuple(sorted(held[jax.process_index()]))
-    return blocks.index(own), len(blocks)
+    shards = sharding.devices_indices_map((rows,)).items()
+    own = [shard for device, (shard, *_) in shards if device.process_index == jax.process_index()]
+    return tuple(sorted({row for shard in own for row in range(*shard.indices(rows))}))

@@ -1,5 +1,7 @@
 """Prepared data: what `prepare` wrote, as a source of documents for training."""
 
+import functools
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,6 @@ from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.dataset import Dataset, open_dataset
 from transfusion_jax.data.sources.source import Assets, LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer
-from transfusion_jax.errors import require
 
 
 class Prepared:
@@ -34,24 +35,27 @@ class Prepared:
                 f"are {'x'.join(map(str, experiment.image.shape))}: "
                 f"--image.height {h} --image.width {w} --image.channels {c}"
             )
-        index = self.dataset.index
-        self.numbers = np.flatnonzero(index.held_out == (split == "held_out"))
-        self.text = index.text[self.numbers]
-        self.images = index.images[self.numbers]
-        self.splittable = self.images == 0
+        self.numbers = self.dataset.numbers(split)
+        digest = _digest(info)
+        planned = hashlib.sha256(digest + f"{split} {experiment.image.span}".encode()).hexdigest()
         self.assets = Assets(
-            _digest(info), self.dataset.tokenizer, _latents(self.dataset), path / "plans"
+            digest, self.dataset.tokenizer, _latents(self.dataset), path / "plans" / planned[:16]
         )
+
+    @functools.cached_property
+    def splittable(self) -> np.ndarray:
+        return self.dataset.index.images[self.numbers] == 0
 
     def texts(self) -> Iterator[str]:
         return iter(())
 
     def lengths(self, tokenizer: Tokenizer) -> np.ndarray:
-        require(
-            tokenizer.model == self.dataset.tokenizer.model,
-            f"the run's tokenizer is not the one that {self.dataset.path} was prepared with",
-        )
-        return self.text + self.images * self.experiment.image.span + 2
+        index = self.dataset.index
+        lengths = index.images[self.numbers]
+        lengths *= np.int32(self.experiment.image.span)
+        lengths += index.text[self.numbers]
+        lengths += np.int32(2)
+        return lengths
 
     def documents(
         self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator
