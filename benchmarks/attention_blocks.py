@@ -1,12 +1,14 @@
-"""Blocks that the TPU attention kernel visits over the least number needed, and its memory against the dense reference.
+"""Blocks visited by the TPU attention kernel against those needed, and its memory against dense.
 
     JAX_PLATFORMS=cpu python benchmarks/attention_blocks.py
 
-Rows come from the `synthetic` source (web-like lengths, 256-patch images) through the same pipeline as in training.
-Needed is a pair of blocks, one of queries and one of keys, in which any query may see any key, found from the whole
-mask. The kernel computes some of the pairs that it visits; the others only have zeros to write. The last column is the
-share of computed scores that are not masked. Memory is what the compiler says for forward and backward on one chip of
-a TPU topology that need not be there, beside arguments and results; that part needs libtpu.
+Rows come from the `synthetic` source (web-like lengths, images of 256 patches) through the pipeline
+of training. A pair of a query block and a key block is needed if some query in it sees some key,
+found from the whole mask. Of the pairs that the kernel visits it computes some; the others only
+write zeros. The last column is the share of computed scores that are not masked.
+
+Memory is what the compiler says for forward and backward on one chip, beside arguments and results.
+It is compiled for a TPU topology that you need not have, with libtpu.
 """
 
 import argparse
@@ -52,34 +54,36 @@ def packed(length: int, rows: int) -> Intervals:
 
 
 def needed(intervals: Intervals, block: int) -> int:
-    """Pairs of blocks in which any query may see any key, by looking at every position."""
-    count, key = 0, np.arange(intervals.k_start_BL.shape[1])
-    for start, end in zip(
-        np.asarray(intervals.k_start_BL), np.asarray(intervals.k_end_BL), strict=True
-    ):
+    """Pairs of blocks in which some query sees some key, from the mask of every position."""
+    starts = np.asarray(intervals.k_start_BL)
+    ends = np.asarray(intervals.k_end_BL)
+    length = starts.shape[1]
+    key = np.arange(length)
+    count = 0
+    for start, end in zip(starts, ends, strict=True):
         seen = (key >= start[:, None]) & (key < end[:, None])
-        count += seen.reshape(len(key) // block, block, len(key) // block, block).any((1, 3)).sum()
-    return int(count)
+        blocks = seen.reshape(length // block, block, length // block, block)
+        count += int(blocks.any((1, 3)).sum())
+    return count
 
 
 def print_blocks(intervals: Intervals, block: int) -> None:
     rows, length = intervals.k_start_BL.shape
     table = visible_blocks(intervals.k_start_BL, intervals.k_end_BL, block, block, length // block)
-    least, pairs = (
-        needed(intervals, block),
-        float((intervals.k_end_BL - intervals.k_start_BL).sum()),
-    )
+    least = needed(intervals, block)
+    seen = float((intervals.k_end_BL - intervals.k_start_BL).sum())
     for by in ("query", "key"):
         (_, _, _, flags), count = block_pairs(*table, by=by)
         computed = int((flags[:count] & VISIBLE != 0).sum())
         print(
-            f"{block:5}  {by:5}  {least / rows:8.1f}  {computed / least:8.3f}  {int(count) / least:8.3f}"
-            f"  {computed / table[0].size:7.1%}  {pairs / (computed * block * block):7.1%}"
+            f"{block:5}  {by:5}  {least / rows:8.1f}"
+            f"  {computed / least:8.3f}  {int(count) / least:8.3f}"
+            f"  {computed / table[0].size:7.1%}  {seen / (computed * block * block):7.1%}"
         )
 
 
 def temporaries(args: argparse.Namespace, implementation: str, block: int) -> float:
-    """MiB beside arguments and results, of the gradients of one row on one chip."""
+    """MiB that the gradients of one row take on a chip, beside arguments and results."""
     devices = find_topology(args.topology).devices
     mesh = make_mesh(MeshConfig(), list(devices))
 
@@ -87,36 +91,34 @@ def temporaries(args: argparse.Namespace, implementation: str, block: int) -> fl
         out = attention(q, k, v, intervals, implementation=implementation, block=block)
         return out.astype(jnp.float32).sum()
 
-    def shape(*sizes, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(
-            (len(devices), args.length, *sizes), dtype, sharding=batch_sharding(mesh)
-        )
+    def abstract(*sizes, dtype=jnp.bfloat16):
+        shape = (len(devices), args.length, *sizes)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
-    q, k, bound = (
-        shape(args.heads, args.head_dim),
-        shape(args.kv_heads, args.head_dim),
-        shape(dtype=jnp.int32),
-    )
+    q = abstract(args.heads, args.head_dim)
+    k = abstract(args.kv_heads, args.head_dim)
+    bound = abstract(dtype=jnp.int32)
     with jax.set_mesh(mesh):
-        compiled = (
-            jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, Intervals(bound, bound)).compile()
-        )
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, Intervals(bound, bound))
+        compiled = lowered.compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def main() -> None:
     args = arguments()
     intervals = packed(args.length, args.rows)
-    print(f"{args.rows} rows of {args.length} positions; needed are pairs of blocks in a row")
+    print(f"{args.rows} rows of {args.length} positions")
+    print("needed: pairs of blocks per row; computed and visited: relative to needed;")
+    print("of all: share of all pairs that is computed; seen: share of computed scores not masked")
     print("block  by      needed  computed   visited   of all     seen")
     for block in args.blocks:
         print_blocks(intervals, block)
     if importlib.util.find_spec("libtpu") is None:
-        print("memory: not measured, compiling for TPU needs libtpu (pip install '.[tpu]')")
+        print("memory: not measured; compiling for TPU needs libtpu (pip install '.[tpu]')")
         return
     print(
-        f"temporaries of forward and backward, one row on a chip of {args.topology}, {args.heads} heads of "
-        f"{args.head_dim} (keys: {args.kv_heads}), bfloat16"
+        f"temporaries of forward and backward: one row on a chip of {args.topology}, "
+        f"{args.heads} heads of {args.head_dim} ({args.kv_heads} for keys), bfloat16"
     )
     for implementation in ("pallas", "chunked", "dense"):
         print(f"{implementation:8} {temporaries(args, implementation, args.blocks[-1]):10.1f} MiB")

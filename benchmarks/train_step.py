@@ -2,20 +2,22 @@
 
     python benchmarks/train_step.py --width 512 --layers 8 --length 1024 --batch 4
 
-Rows come from the `synthetic` source (web-like lengths, 256-patch images) through the same pipeline as in
-training. Model FLOPs are those of plans (`planning/rows.py`): every matrix product three times, for forward and
-backward; logits at text targets only; attention by its intervals; no recomputation.
+Rows come from the `synthetic` source (web-like lengths, images of 256 patches that are half of the
+positions) through the same pipeline as in training. Model FLOPs are those of plans
+(`planning/rows.py`): every matrix product three times, for forward and backward; logits at text
+targets only; attention by its intervals; no recomputation.
 """
 
 import argparse
 import resource
 import time
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 from flax import nnx
 
-from transfusion_jax.config import DataConfig, Experiment, ModelConfig, TrainConfig
+from transfusion_jax.config import DataConfig, Experiment, ModelConfig
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.host import keep_freed_memory
@@ -63,34 +65,57 @@ def step_flops(model: Model, experiment: Experiment, batch) -> float:
     return model_flops(model, experiment, row_work(rows, 0))
 
 
-def main() -> None:
-    keep_freed_memory()
-    args = arguments()
-    experiment = Experiment(
+@dataclass(frozen=True)
+class Measured:
+    """Of a number of steps."""
+
+    seconds: np.ndarray
+    flops: np.ndarray
+    waited: float
+    """Seconds in which the device had no batch."""
+    compile_seconds: float
+    temporaries: int
+    """Bytes of one step, by the compiler."""
+    parameters: int
+
+
+def experiment_of(args: argparse.Namespace) -> Experiment:
+    return Experiment(
         name="benchmark",
         model=ModelConfig(
-            layers=args.layers, width=args.width, heads=args.width // args.head_dim, vocab_size=args.vocab,
-            compute_dtype=args.dtype, attention=args.attention, attention_block=args.block, remat=args.remat,
+            layers=args.layers,
+            width=args.width,
+            heads=args.width // args.head_dim,
+            vocab_size=args.vocab,
+            compute_dtype=args.dtype,
+            attention=args.attention,
+            attention_block=args.block,
+            remat=args.remat,
         ),
         data=DataConfig(row_length=args.length, batch_rows=args.batch),
-        train=TrainConfig(),
-    )  # fmt: skip
+    )
+
+
+def measure(experiment: Experiment, steps: int) -> Measured:
     mesh = make_mesh(experiment.mesh)
     data = Data(experiment, train_tokenizer(["synthetic text"], 300))
-    batches, sharding = read(data.batches(), 0, experiment.data.prefetch), batch_sharding(mesh)
+    batches = read(data.batches(), 0, experiment.data.prefetch)
+    sharding = batch_sharding(mesh)
     with jax.set_mesh(mesh):
         plan = blueprint(experiment, mesh)
         parameters = plan.abstract.parameters
         model = nnx.merge(plan.graph, parameters)
-        state, batch = plan.initialise(), jax.device_put(next(batches), sharding)
+        state = plan.initialise()
+        batch = jax.device_put(next(batches), sharding)
         begin = time.perf_counter()
         step = compiled_step(plan).lower(state, batch).compile()
         compile_seconds = time.perf_counter() - begin
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
-
-        rates, seconds, waited, flops = [product_rate(args.dtype)], [], 0.0, []
-        for _ in range(args.steps):
+        seconds = []
+        flops = []
+        waited = 0.0
+        for _ in range(steps):
             begin = time.perf_counter()
             batch = jax.device_put(next(batches), sharding)
             waited += time.perf_counter() - begin
@@ -98,29 +123,40 @@ def main() -> None:
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - begin)
             flops.append(step_flops(model, experiment, batch))
-        rates.append(product_rate(args.dtype))
+    return Measured(
+        np.asarray(seconds),
+        np.asarray(flops),
+        waited,
+        compile_seconds,
+        step.memory_analysis().temp_size_in_bytes,
+        sum(x.size for x in jax.tree.leaves(parameters)),
+    )
 
-    rate, typical = max(rates), float(np.median(seconds))
-    achieved = float(np.median(np.asarray(flops) / np.asarray(seconds)))
-    memory = step.memory_analysis()
-    count = sum(x.size for x in jax.tree.leaves(parameters))
-    print(
-        f"model             {count / 1e6:.1f} M parameters, {args.layers} layers of {args.width}, {args.dtype}"
-    )
-    print(
-        f"rows              {args.batch} of {args.length} positions, attention {args.attention}, remat {args.remat}"
-    )
-    print(f"tokens/s          {args.batch * args.length / typical:,.0f} ({typical:.3f} s a step)")
-    print(f"matrix product    {rate / 1e9:,.0f} GFLOP/s")
-    print(f"model FLOPs       {achieved / 1e9:,.0f} GFLOP/s: utilisation {achieved / rate:.1%}")
-    print(f"waiting for data  {waited / sum(seconds):.2%}")
-    print(
-        f"temporaries       {memory.temp_size_in_bytes / 2**30:.2f} GiB of one step, by the compiler"
-    )
-    print(
-        f"peak memory       {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
-    )
-    print(f"compile           {compile_seconds:.1f} s")
+
+def main() -> None:
+    keep_freed_memory()
+    args = arguments()
+    before = product_rate(args.dtype)
+    got = measure(experiment_of(args), args.steps)
+    rate = max(before, product_rate(args.dtype))
+    typical = float(np.median(got.seconds))
+    achieved = float(np.median(got.flops / got.seconds))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    lines = {
+        "model": f"{got.parameters / 1e6:.1f} M parameters, {args.layers} layers of {args.width}, "
+        f"{args.dtype}",
+        "rows": f"{args.batch} of {args.length} positions, attention {args.attention}, "
+        f"remat {args.remat}",
+        "tokens/s": f"{args.batch * args.length / typical:,.0f} ({typical:.3f} s a step)",
+        "matrix product": f"{rate / 1e9:,.0f} GFLOP/s",
+        "model FLOPs": f"{achieved / 1e9:,.0f} GFLOP/s: utilisation {achieved / rate:.1%}",
+        "waiting for data": f"{got.waited / got.seconds.sum():.2%}",
+        "temporaries": f"{got.temporaries / 2**30:.2f} GiB of one step, by the compiler",
+        "peak memory": f"{peak:.2f} GiB of the process",
+        "compile": f"{got.compile_seconds:.1f} s",
+    }
+    for name, value in lines.items():
+        print(f"{name:17} {value}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Digits: draws a handwritten digit from a caption, captions a digit, and completes sums in words.
+"""Digits: draws a digit from a caption, captions a digit, completes sums and comparisons in words.
 
     transfusion-jax train experiments/digits.py
 
 Hardware: two CPU cores, three and a half minutes of training.
-Expected: generation 100 %, captions 98 %, trained sums 100 %, held-out sums two in three.
+Expected: generation 100 %, captions 97 %; sums of training 100 %, held out 21 %; comparisons of
+training 100 %, held out 87 % (a guess between the two numbers gives 50 %).
 """
 
 from transfusion_jax.config import (
     DataConfig,
+    DiffusionConfig,
     Experiment,
     ImageConfig,
     ModelConfig,
@@ -35,8 +37,13 @@ def config() -> Experiment:
             rope_theta=100.0,
             attention_block=152,
         ),
+        diffusion=DiffusionConfig(noise_limit=500),
         data=DataConfig(
-            sources=(SourceConfig("digits"), SourceConfig("sums")),
+            sources=(
+                SourceConfig("digits", 2.0),
+                SourceConfig("sums", 1.0),
+                SourceConfig("comparisons", 1.0),
+            ),
             row_length=152,
             batch_rows=16,
             max_epochs=1000.0,
@@ -47,5 +54,5 @@ def config() -> Experiment:
         sampler=SamplerConfig(
             kind="ddpm", steps=50, guidance=3.0, clip=1.0, context_timestep=50, max_tokens=48
         ),
-        evaluation=("digits", "sums", "likelihood"),
+        evaluation=("digits", "sums", "comparisons", "likelihood"),
     )

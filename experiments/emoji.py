@@ -1,17 +1,19 @@
-"""Emoji and speeches: real colour pictures with real captions, and real text, all the way from the files.
+"""Emoji and speeches: real colour pictures with real captions, and real text, from the files on.
 
     python experiments/fetch_emoji.py data/raw
     transfusion-jax prepare data/raw/speeches --out data/speeches --vocab-size 4000 --held-out 0.05
-    transfusion-jax prepare data/raw/emoji --out data/emoji --tokenizer data/speeches/tokenizer.model \
-        --height 32 --width 32 --held-out 0.02
+    transfusion-jax prepare data/raw/emoji --out data/emoji --height 32 --width 32 --held-out 0.02 \
+        --tokenizer data/speeches/tokenizer.model
     transfusion-jax train experiments/emoji.py
 
 Hardware: two CPU cores, 20 minutes.
-Expected: held-out text perplexity 121; blotches of about the right colours; captions that tell flags from people.
+Expected: held-out text perplexity 121; blotches of about the right colours; captions that tell
+flags from people.
 """
 
 from transfusion_jax.config import (
     DataConfig,
+    DiffusionConfig,
     Experiment,
     ModelConfig,
     OptimizerConfig,
@@ -41,6 +43,7 @@ def config() -> Experiment:
             patch_position="learned",
             rope_theta=1000.0,
         ),
+        diffusion=DiffusionConfig(noise_limit=500),
         data=DataConfig(
             sources=(SourceConfig(PICTURES, 4.0), SourceConfig(TEXT, 1.0)),
             row_length=4 * image.span + 88,

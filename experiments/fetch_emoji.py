@@ -2,9 +2,10 @@
 
     python experiments/fetch_emoji.py data/raw
 
-Needs `npm`, which comes with Node.js. The pictures are Microsoft's Fluent emoji (MIT), names and tags are emojibase's
-(MIT), the speeches are the State of the Union addresses (public domain). Nothing but the standard library is used, and
-what comes out is what `transfusion-jax prepare` reads: `DIR/emoji/captions.jsonl` beside its pictures, `DIR/speeches`.
+Needs `npm`, which comes with Node.js, and nothing but the standard library. The pictures are
+Microsoft's Fluent emoji (MIT), names and tags are emojibase's (MIT), the speeches are the State of
+the Union addresses (public domain). It writes what `transfusion-jax prepare` reads:
+`DIR/emoji/captions.jsonl` beside its pictures, and `DIR/speeches`.
 """
 
 import argparse
@@ -72,9 +73,8 @@ def main() -> None:
         for speech in sorted((speeches / "data").glob("*.txt")):
             (out / "speeches" / speech.name).write_bytes(speech.read_bytes())
     count = len({line["file"] for line in lines})
-    print(
-        f"{count} pictures with {len(lines)} captions, {len(list((out / 'speeches').iterdir()))} speeches in {out}"
-    )
+    texts = len(list((out / "speeches").iterdir()))
+    print(f"{count} pictures with {len(lines)} captions, {texts} speeches in {out}")
 
 
 if __name__ == "__main__":

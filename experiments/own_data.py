@@ -1,14 +1,16 @@
-"""Your own pictures, captions and text: copy this file, name your data, and change what you like (docs/data.md).
+"""Your own pictures, captions and text: copy this file, name your data, change what you like.
 
     transfusion-jax prepare my/folder --out data/mine --height 32 --width 32
     transfusion-jax train experiments/own_data.py
 
-Hardware: two CPU cores; not timed itself, `emoji.py`, a model of this size, took 0.8 s a step.
-Expected: a model of 3.5 M parameters that draws the colours of what captions say, and little of its form.
+docs/data.md says more.
+Hardware: two CPU cores; not timed, but `emoji.py`, a model of this size, took 0.8 s a step.
+Expected: a model of 3.5 M parameters that draws the colours that captions name, and few forms.
 """
 
 from transfusion_jax.config import (
     DataConfig,
+    DiffusionConfig,
     Experiment,
     ModelConfig,
     OptimizerConfig,
@@ -37,6 +39,7 @@ def config() -> Experiment:
             timestep="after",
             patch_position="learned",
         ),
+        diffusion=DiffusionConfig(noise_limit=500),
         data=DataConfig(
             sources=(SourceConfig(DATA),),
             row_length=dataset.row_length(image, images=4),

@@ -1,10 +1,11 @@
-"""Transfusion 0.37B with linear 2x2 patches: the controlled setting of section 4.1, size from Table 2.
+"""Transfusion 0.37B with linear 2x2 patches: the controlled setting of section 4.1.
 
     transfusion-jax train experiments/transfusion_0_37b.py
 
-Data: the `synthetic` source, noise with the lengths of web data, until `data.sources` names real ones.
-Hardware: v5e:4x8, 32 chips, as `transfusion-jax plan` of this file has it (docs/scaling.md); not trained here.
-Published (Table 7; C4 PPL / Wiki PPL / Llama acc / CIDEr / FID / CLIP): 12.0 / 7.0 / 47.9 / 11.1 / 21.5 / 22.4.
+Size: Table 2. Data: noise with the lengths of web data (`synthetic`), until you name real ones.
+Hardware: v5e:4x8, 32 chips, by `transfusion-jax plan` (docs/scaling.md); not trained here.
+Published (Table 7): C4 PPL / Wiki PPL / Llama acc / CIDEr / FID / CLIP
+    12.0 / 7.0 / 47.9 / 11.1 / 21.5 / 22.4
 """
 
 from dataclasses import replace

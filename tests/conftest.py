@@ -1,8 +1,11 @@
-"""A strict process: eight CPU devices, no silent promotion, every warning an error, shapes checked at run time."""
+"""Strict settings: eight CPU devices, no implicit promotion, array shapes checked at run time.
+
+Warnings are errors by `filterwarnings` in pyproject.toml.
+"""
 
 import os
 
-# Most of the time goes into compiling, half of it into making code fast that runs for milliseconds.
+# Tests compile for longer than they run; without optimisation they compile twice as fast.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
@@ -12,7 +15,7 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.devices()  # takes the flags; the processes that tests start compile as a user's do
+jax.devices()  # reads the flags; processes that tests start compile with a user's flags
 del os.environ["XLA_FLAGS"]
 
 CHECKED = [
@@ -46,15 +49,23 @@ def experiment() -> Experiment:
         name="small",
         image=ImageConfig(height=8, width=8, channels=1, patch=2),
         model=ModelConfig(
-            layers=2, width=64, heads=4, kv_heads=2, mlp_width=96, vocab_size=512, compute_dtype="float32",
+            layers=2,
+            width=64,
+            heads=4,
+            kv_heads=2,
+            mlp_width=96,
+            vocab_size=512,
+            compute_dtype="float32",
             attention_block=32,
         ),
-        data=DataConfig(sources=(SourceConfig("digits"), SourceConfig("sums")), row_length=96, batch_rows=8),
+        data=DataConfig(
+            sources=(SourceConfig("digits"), SourceConfig("sums")), row_length=96, batch_rows=8
+        ),
         tokenizer=TokenizerConfig(vocab_size=480),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
         train=TrainConfig(steps=40, vocab_chunk=40, log_every=1, checkpoint_every=10),
         sampler=SamplerConfig(steps=4, clip=1.0, context_timestep=7, max_tokens=30),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,14 @@ from transfusion_jax.parallel.mesh import make_mesh
 
 def qkv(shape_q, shape_k, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (shape_q, shape_k, shape_k)
     return tuple(
-        jax.random.normal(k, s, dtype)
-        for k, s in zip(keys, (shape_q, shape_k, shape_k), strict=True)
+        jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
     )
 
 
 def loops(q, k, v, seen):
-    """Attention one query and one head at a time, in float64."""
+    """Attention by loops over queries and heads, in float64; 0 where a query sees nothing."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
     out = np.zeros(q.shape)
@@ -38,25 +38,22 @@ def loops(q, k, v, seen):
 
 
 def all_packings() -> tuple[Batch, np.ndarray]:
-    names = list(packings.PACKINGS.values())
-    return jax.tree.map(jnp.asarray, packings.batch(names)), np.stack(
-        [packings.mask(p) for p in names]
-    )
+    """All packings as a batch, and their masks [B, L, L]."""
+    rows = list(packings.PACKINGS.values())
+    batch = jax.tree.map(jnp.asarray, packings.batch(rows))
+    return batch, np.stack([packings.mask(row) for row in rows])
 
 
-def test_intervals_are_the_mask_of_the_recipe():
+def test_intervals_are_the_mask_of_the_paper():
     batch, seen = all_packings()
     intervals = row_intervals(batch, packings.P)
-    start, end, key = (
-        np.asarray(intervals.k_start_BL),
-        np.asarray(intervals.k_end_BL),
-        np.arange(packings.LENGTH),
-    )
-    inside = (key >= start[..., None]) & (key < end[..., None])
-    np.testing.assert_array_equal(inside, seen)
+    start = np.asarray(intervals.k_start_BL)[..., None]
+    end = np.asarray(intervals.k_end_BL)[..., None]
+    key = np.arange(packings.LENGTH)
+    np.testing.assert_array_equal((key >= start) & (key < end), seen)
 
 
-def test_dense_is_attention_by_hand():
+def test_dense_equals_loops():
     batch, seen = all_packings()
     q, k, v = qkv((len(seen), packings.LENGTH, 4, 8), (len(seen), packings.LENGTH, 2, 8))
     out = attention(q, k, v, row_intervals(batch, packings.P), implementation="dense")
@@ -86,11 +83,11 @@ def test_chunked_equals_dense_forward_and_backward(block, kv_heads):
 
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 @pytest.mark.parametrize("axes", [dict(sequence=4), dict(fsdp=2, sequence=2, tensor=2)], ids=str)
-def test_rows_cut_over_devices_equal_whole_ones(implementation, axes):
-    """Context parallelism, forward and backward: every device holds some positions and gathers the keys of all."""
-    batch, seen = all_packings()
+def test_context_parallel_equals_a_single_device(implementation, axes):
+    """Forward and backward: each device holds some positions and all-gathers keys and values."""
+    batch, _ = all_packings()
     intervals = row_intervals(batch, packings.P)
-    rows = 8  # of the nine
+    rows = 8  # out of nine, so the mesh divides them
     q, k, v = qkv((rows, packings.LENGTH, 4, 8), (rows, packings.LENGTH, 2, 8))
     intervals = jax.tree.map(lambda x: x[:rows], intervals)
 
@@ -115,7 +112,7 @@ def test_rows_cut_over_devices_equal_whole_ones(implementation, axes):
 
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 def test_arbitrary_intervals_over_a_longer_cache(implementation):
-    """Queries and keys of different lengths, intervals that no packing would give, some of them empty."""
+    """Fewer queries than keys, and intervals that no packing gives, some of them empty."""
     rng = np.random.default_rng(0)
     start = rng.integers(0, 50, (3, 7)).astype(np.int32)
     end = (start + rng.integers(-5, 40, start.shape)).clip(0, 50).astype(np.int32)
@@ -130,9 +127,8 @@ def test_arbitrary_intervals_over_a_longer_cache(implementation):
 def test_bfloat16_accumulates_in_float32():
     batch, seen = all_packings()
     intervals = row_intervals(batch, packings.P)
-    q, k, v = qkv(
-        (len(seen), packings.LENGTH, 2, 8), (len(seen), packings.LENGTH, 2, 8), jnp.bfloat16
-    )
+    shape = (len(seen), packings.LENGTH, 2, 8)
+    q, k, v = qkv(shape, shape, jnp.bfloat16)
     for implementation in ("dense", "chunked"):
         out = attention(q, k, v, intervals, implementation=implementation, block=16)
         assert out.dtype == jnp.bfloat16
@@ -140,7 +136,7 @@ def test_bfloat16_accumulates_in_float32():
 
 
 def test_chunked_memory_grows_linearly():
-    """The dense reference's temporaries grow fourfold when the row doubles, the chunked one's about twofold."""
+    """Doubling the row quadruples the temporaries of dense, and about doubles those of chunked."""
 
     def temporaries(implementation, length):
         def loss(q, k, v):
@@ -163,7 +159,7 @@ def test_unknown_implementation_is_refused():
         attention(q, k, v, Intervals(index, index), implementation="flash")
 
 
-def test_an_implementation_that_is_not_installed_is_refused(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     q, k, v = qkv((1, 4, 1, 8), (1, 4, 1, 8))
     index = jnp.zeros((1, 4), jnp.int32)
@@ -171,28 +167,31 @@ def test_an_implementation_that_is_not_installed_is_refused(monkeypatch):
         attention(q, k, v, Intervals(index, index), implementation="tokamax", interpret=True)
 
 
-def test_a_gpu_is_cuda_to_lowering():
+def test_gpu_and_cuda_are_the_same_platform():
     require_platform("tokamax", "cuda")
     require_platform("tokamax", "gpu")
-    with pytest.raises(
-        ValueError, match="model.attention='tokamax' runs on cuda; on tpu: chunked, dense, pallas"
-    ):
+    message = "model.attention='tokamax' runs on cuda; on tpu: chunked, dense, pallas"
+    with pytest.raises(ValueError, match=message):
         require_platform("tokamax", "tpu")
 
 
 @pytest.mark.parametrize(
-    "platform, block, chosen", [("tpu", 0, ("pallas", 0)), ("tpu", 152, ("pallas", 0)), ("tpu", 256, ("pallas", 256)),
-    ("cpu", 152, ("chunked", 152))],
-)  # fmt: skip
-def test_auto_is_chosen_by_platform(platform, block, chosen):
+    "platform, block, chosen",
+    [
+        ("tpu", 0, ("pallas", 0)),
+        ("tpu", 152, ("pallas", 0)),
+        ("tpu", 256, ("pallas", 256)),
+        ("cpu", 152, ("chunked", 152)),
+    ],
+)
+def test_auto_depends_on_the_platform(platform, block, chosen):
     model = for_platform(ModelConfig(attention_block=block), platform)
     assert (model.attention, model.attention_block) == chosen
 
 
-def test_what_a_platform_cannot_run_is_refused_before_anything_is_built():
-    with pytest.raises(
-        ValueError, match="model.attention='pallas' runs on tpu; on cpu: chunked, dense"
-    ):
+def test_what_a_platform_cannot_run_is_refused_from_the_config_alone():
+    message = "model.attention='pallas' runs on tpu; on cpu: chunked, dense"
+    with pytest.raises(ValueError, match=message):
         for_platform(ModelConfig(attention="pallas"), "cpu")
     with pytest.raises(ValueError, match="model.remat='offload' moves arrays from an accelerator"):
         for_platform(ModelConfig(remat="offload"), "cpu")

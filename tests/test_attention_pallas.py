@@ -37,7 +37,10 @@ from transfusion_jax.planning.topology import find_topology
 
 @functools.cache
 def program(*blocks: int):
-    """The output and the gradients of its weighted sum: the kernels' with these blocks, or else the reference's."""
+    """Output, and gradients of its weighted sum, of the kernels with these blocks.
+
+    Without blocks, those of the dense reference.
+    """
 
     def loss(q, k, v, weight, k_start_BL, k_end_BL):
         intervals = Intervals(k_start_BL, k_end_BL)
@@ -54,6 +57,7 @@ def program(*blocks: int):
 
 
 def values(arrays, intervals, *blocks):
+    """The output and the gradients of q, k, v."""
     (_, out), gradients = program(*blocks)(*arrays, intervals.k_start_BL, intervals.k_end_BL)
     return out, *gradients
 
@@ -68,9 +72,10 @@ def test_equals_dense_forward_and_backward_over_random_packings(N, K, blocks):
 
 @pytest.mark.parametrize("H", [64, 128])
 def test_blocks_and_heads_as_on_a_tpu(H):
-    """Blocks of 128, a row that is no multiple of them, a document that spans several, an image, padding."""
+    """Blocks of 128 that do not divide the row, a document across several, an image, padding."""
     index = np.arange(300)
-    start, end = np.where(index < 270, 0, 270), index + 1
+    start = np.where(index < 270, 0, 270)
+    end = index + 1
     end[20:60] = 60
     start[290:] = end[290:] = 0
     intervals = Intervals(*(jnp.asarray(x, jnp.int32)[None] for x in (start, end)))
@@ -92,7 +97,7 @@ def test_bfloat16_accumulates_in_float32():
 
 
 def test_padding_gets_zeros_and_documents_do_not_leak():
-    """The gradients of one document's output touch neither another document nor padding, and padding has none."""
+    """One document's output has gradients in that document alone; padding gets 0."""
     *arrays, weight = inputs()
     document = np.zeros((ROWS, LENGTH), bool)
     document[0, 8:16] = True
@@ -107,15 +112,15 @@ def test_padding_gets_zeros_and_documents_do_not_leak():
 
 
 def test_blocks_outside_every_interval_are_not_computed():
-    """What is not a number there would spoil the result."""
+    """NaNs there would reach the result."""
     start = jnp.full((ROWS, LENGTH), 8, jnp.int32)
-    intervals, index = Intervals(start, start + 8), np.arange(LENGTH)
+    intervals = Intervals(start, start + 8)
     q, k, v, weight = inputs()
+    index = np.arange(LENGTH)
     outside = jnp.asarray((index < 8) | (index >= 16))[None, :, None, None]
     spoilt = q, jnp.where(outside, jnp.nan, k), jnp.where(outside, jnp.nan, v), weight
-    assert_close(
-        values(spoilt, intervals, 16, 8), values((q, k, v, weight), intervals, 16, 8), atol=0
-    )
+    expected = values((q, k, v, weight), intervals, 16, 8)
+    assert_close(values(spoilt, intervals, 16, 8), expected, atol=0)
 
 
 @pytest.mark.parametrize("by", ["query", "key"])
@@ -124,11 +129,9 @@ def test_blocks_outside_every_interval_are_not_computed():
 )
 def test_pairs_are_the_visible_blocks_sorted(by, intervals):
     block_q, block_k = 4, 6
-    start, end, key = (
-        np.asarray(intervals.k_start_BL),
-        np.asarray(intervals.k_end_BL),
-        np.arange(36),
-    )
+    start = np.asarray(intervals.k_start_BL)
+    end = np.asarray(intervals.k_end_BL)
+    key = np.arange(36)
     inside = (key >= start[..., None]) & (key < end[..., None])
     inside = inside.reshape(len(start), 9, block_q, 6, block_k)
     listed = jax.jit(
@@ -137,19 +140,24 @@ def test_pairs_are_the_visible_blocks_sorted(by, intervals):
     table, count = listed(intervals.k_start_BL, intervals.k_end_BL)
     row, query, key, flags = (np.asarray(x)[:count] for x in table)
     pairs = list(zip(row, query, key, strict=True))
-    visible, full = flags & VISIBLE != 0, flags & FULL != 0
-    assert [p for p, yes in zip(pairs, visible, strict=True) if yes] == sorted(
-        zip(*np.nonzero(inside.any((2, 4))), strict=True),
-        key=lambda p: p if by == "query" else (p[0], p[2], p[1]),
-    )
-    assert {p for p, yes in zip(pairs, full, strict=True) if yes} == set(
-        zip(*np.nonzero(inside.all((2, 4))), strict=True)
-    )
+    visible = flags & VISIBLE != 0
+    full = flags & FULL != 0
+
+    def pairs_where(mask):
+        return list(zip(*np.nonzero(mask), strict=True))
+
+    def order(pair):
+        return pair if by == "query" else (pair[0], pair[2], pair[1])
+
+    some = sorted(pairs_where(inside.any((2, 4))), key=order)
+    assert [pair for pair, yes in zip(pairs, visible, strict=True) if yes] == some
+    every = set(pairs_where(inside.all((2, 4))))
+    assert {pair for pair, yes in zip(pairs, full, strict=True) if yes} == every
 
     outer, inner = (query, key) if by == "query" else (key, query)
-    sums, size = row * 9 + outer, 9 if by == "query" else 6
-    assert set(zip(row, outer, strict=True)) == set(np.ndindex(len(start), size))
-    new = np.diff(sums, prepend=-1) != 0
+    outer_blocks = 9 if by == "query" else 6
+    assert set(zip(row, outer, strict=True)) == set(np.ndindex(len(start), outer_blocks))
+    new = np.diff(row * outer_blocks + outer, prepend=-1) != 0
     np.testing.assert_array_equal(flags & FIRST != 0, new)
     np.testing.assert_array_equal(flags & LAST != 0, np.append(new[1:], True))
     # A pair that computes nothing fetches nothing either, unless it opens the row.
@@ -163,7 +171,7 @@ def test_pairs_are_the_visible_blocks_sorted(by, intervals):
     ids=["heads", "positions"],
 )
 def test_sharded_equals_dense(mesh):
-    """Over rows and heads of eight devices, which exchange nothing; and over positions, whose keys are gathered."""
+    """Rows and heads are cut without any exchange; positions with an all-gather of the keys."""
     arrays, intervals = inputs(), packed(random_packings())
     expected = values(arrays, intervals)
     mesh = make_mesh(mesh)
@@ -171,17 +179,10 @@ def test_sharded_equals_dense(mesh):
         spec = PartitionSpec(("data", "fsdp"), "sequence", "tensor")
         arrays = jax.device_put(arrays, NamedSharding(mesh, spec))
         assert_close(values(arrays, intervals, 16, 8), expected)
-        text = (
-            program(16, 8)
-            .lower(*arrays, intervals.k_start_BL, intervals.k_end_BL)
-            .compile()
-            .as_text()
-        )
-    exchanged = {
-        kind
-        for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-        if kind in text
-    }
+        lowered = program(16, 8).lower(*arrays, intervals.k_start_BL, intervals.k_end_BL)
+        text = lowered.compile().as_text()
+    collectives = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+    exchanged = {kind for kind in collectives if kind in text}
     assert exchanged == (set() if mesh.shape["sequence"] == 1 else {"all-gather", "reduce-scatter"})
 
 
@@ -196,7 +197,7 @@ def test_rows_that_the_mesh_does_not_divide():
 
 
 def test_in_the_transformer_under_a_mesh(monkeypatch):
-    """Scanned and rematerialised layers give the loss and gradients that they give with the reference."""
+    """Loss and gradients of scanned, rematerialised layers equal those with the reference."""
     config = ModelConfig(
         layers=2,
         width=32,
@@ -226,13 +227,15 @@ def test_in_the_transformer_under_a_mesh(monkeypatch):
 
 
 def abstract(B, L, N, K, H, dtype, sharding=None):
-    """Arguments of `loss` as shapes."""
+    """Shapes of q, k, v and the ends of the intervals."""
     q, k = (jax.ShapeDtypeStruct((B, L, heads, H), dtype, sharding=sharding) for heads in (N, K))
     bound = jax.ShapeDtypeStruct((B, L), jnp.int32)
     return q, k, k, bound, bound
 
 
 def gradients_of(implementation="pallas", block=128):
+    """The jitted gradients of attention's sum."""
+
     def loss(q, k, v, k_start_BL, k_end_BL):
         out = attention(
             q, k, v, Intervals(k_start_BL, k_end_BL), implementation=implementation, block=block
@@ -248,9 +251,8 @@ def gradients_of(implementation="pallas", block=128):
 def test_a_platform_that_cannot_run_it_is_refused(platform, others):
     traced = gradients_of().trace(*abstract(1, 256, 2, 1, 64, jnp.float32))
     traced.lower(lowering_platforms=("tpu",))
-    with pytest.raises(
-        ValueError, match=f"model.attention='pallas' runs on tpu; on {platform}: {others}$"
-    ):
+    message = f"model.attention='pallas' runs on tpu; on {platform}: {others}$"
+    with pytest.raises(ValueError, match=message):
         traced.lower(lowering_platforms=(platform,))
 
 
@@ -275,7 +277,7 @@ def test_blocks_that_do_not_fit_are_refused():
 
 @pytest.fixture(scope="module")
 def tpu_mesh():
-    """A mesh of the devices of a TPU topology that is not there."""
+    """Makes a mesh of the devices of a named topology, without having any."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("compiling for TPU needs libtpu (pip install '.[tpu]')")
 
@@ -287,7 +289,7 @@ def tpu_mesh():
 
 
 def compiled(mesh, *shape, dtype=jnp.bfloat16, implementation="pallas", block=512):
-    """Lowered and compiled gradients."""
+    """The gradients, lowered and compiled, with rows and heads cut."""
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
         lowered = gradients_of(implementation, block).lower(*abstract(*shape, dtype, sharding))
@@ -299,9 +301,9 @@ TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_mosaic_compiles_forward_and_backward(tpu_mesh, topology):
-    """Under shard_map, grouped heads, a length that is no multiple of the block."""
-    text = compiled(tpu_mesh(topology), 4, 1100, 4, 2, 64)[0].as_text()
-    assert text.count("tpu_custom_call") == 3
+    """Under shard_map, with grouped heads and a length that is not a multiple of the block."""
+    lowered, _ = compiled(tpu_mesh(topology), 4, 1100, 4, 2, 64)
+    assert lowered.as_text().count("tpu_custom_call") == 3
 
 
 @pytest.mark.slow
@@ -314,7 +316,7 @@ def test_mosaic_compiles_at_full_length(tpu_mesh, topology, dtype, H, block):
 
 @pytest.mark.slow
 def test_memory_is_linear_in_the_row(tpu_mesh):
-    """It keeps no more than the output, lse, delta and the list of pairs; the reference keeps all the scores."""
+    """It keeps the output, lse, delta and the list of pairs; the reference keeps all scores."""
 
     def temporaries(implementation, length):
         _, program = compiled(

@@ -22,14 +22,14 @@ from transfusion_jax.model.attention.attention import attention
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.parallel.mesh import make_mesh
 
-# jax is going to give up Triton in Pallas.
+# JAX is dropping Triton support from Pallas.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 pytest.importorskip("tokamax", reason="needs tokamax (pip install 'transfusion-jax[gpu]')")
 
 
 @functools.cache
 def program(implementation: str = "tokamax", interpret: bool = True):
-    """The output and the gradients of its weighted sum."""
+    """Output, and gradients of its weighted sum."""
 
     def loss(q, k, v, weight, k_start_BL, k_end_BL):
         intervals = Intervals(k_start_BL, k_end_BL)
@@ -40,6 +40,7 @@ def program(implementation: str = "tokamax", interpret: bool = True):
 
 
 def values(arrays, intervals, *which):
+    """The output and the gradients of q, k, v."""
     (_, out), gradients = program(*which)(*arrays, intervals.k_start_BL, intervals.k_end_BL)
     return out, *gradients
 
@@ -51,21 +52,18 @@ def test_equals_dense_forward_and_backward_over_random_packings(N, K):
 
 
 def test_any_intervals_over_a_longer_cache():
-    """Some of them empty, some reaching past the keys."""
+    """Some are empty, some reach past the keys."""
     arrays, intervals = inputs(3, 7, S=50), any_intervals((3, 7), 50)
     expected = values(arrays, intervals, "dense")
     assert_close(values(arrays, intervals), expected)
-    beyond = Intervals(
-        intervals.k_start_BL, jnp.where(intervals.k_end_BL == 50, 90, intervals.k_end_BL)
-    )
+    end = jnp.where(intervals.k_end_BL == 50, 90, intervals.k_end_BL)
+    beyond = Intervals(intervals.k_start_BL, end)
     assert_close(values(arrays, beyond), expected)
 
 
 def test_bfloat16_accumulates_in_float32():
     arrays, intervals = inputs(dtype=jnp.bfloat16), packed(random_packings())
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # the products of "xla" mix types when they are lowered
+    with jax.numpy_dtype_promotion("standard"):  # "xla" mixes types when lowered
         results = values(arrays, intervals)
     assert {x.dtype for x in results} == {jnp.dtype(jnp.bfloat16)}
     exact = values([x.astype(jnp.float32) for x in arrays], intervals, "dense")
@@ -73,13 +71,12 @@ def test_bfloat16_accumulates_in_float32():
 
 
 def test_padding_gets_zeros_and_documents_do_not_leak():
-    """The gradients of one document's output touch neither another document nor padding, and padding has none."""
+    """One document's output has gradients in that document alone; padding gets 0."""
     *arrays, weight = inputs()
     seen = np.zeros((ROWS, LENGTH), bool)
     seen[0, 8:16] = True
-    weight = jnp.where(
-        seen[:, :, None, None] | (np.arange(LENGTH) >= 21)[None, :, None, None], weight, 0.0
-    )
+    weighted = seen | (np.arange(LENGTH) >= 21)[None]
+    weight = jnp.where(weighted[:, :, None, None], weight, 0.0)
     intervals = packed(["tttIt|Itttt|ttttt"] + [""] * (ROWS - 1))
     out, *gradients = (np.asarray(x) for x in values([*arrays, weight], intervals))
     np.testing.assert_array_equal(out[0, 21:], 0)
@@ -91,7 +88,7 @@ def test_padding_gets_zeros_and_documents_do_not_leak():
 
 @pytest.mark.parametrize("rows", [ROWS, 3])
 def test_sharded_equals_dense(rows):
-    """Over rows and heads of eight devices, which exchange nothing; rows that they do not divide are on all of them."""
+    """Rows and heads are cut without any exchange; three rows are replicated instead."""
     arrays, intervals = [x[:rows] for x in inputs()], packed(random_packings()[:rows])
     expected = values(arrays, intervals, "dense")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -99,27 +96,23 @@ def test_sharded_equals_dense(rows):
         spec = PartitionSpec(("data", "fsdp") if rows == ROWS else None, None, "tensor")
         arrays = jax.device_put(arrays, NamedSharding(mesh, spec))
         assert_close(values(arrays, intervals), expected)
-        text = (
-            program().lower(*arrays, intervals.k_start_BL, intervals.k_end_BL).compile().as_text()
-        )
-    assert not any(
-        collective in text for collective in ("all-gather", "all-to-all", "collective-permute")
-    )
+        lowered = program().lower(*arrays, intervals.k_start_BL, intervals.k_end_BL)
+        text = lowered.compile().as_text()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in text
 
 
-def test_it_is_refused_where_there_is_no_gpu():
-    q, k, v, weight = inputs(1, 8, 1, 1)
+def test_it_is_refused_without_a_gpu():
+    arrays = inputs(1, 8, 1, 1)
     intervals = any_intervals((1, 8), 8)
-    traced = program("tokamax", False).trace(
-        q, k, v, weight, intervals.k_start_BL, intervals.k_end_BL
-    )
+    traced = program("tokamax", False).trace(*arrays, intervals.k_start_BL, intervals.k_end_BL)
     message = "model.attention='tokamax' runs on cuda; on cpu: chunked, dense$"
     with pytest.raises(ValueError, match=message):
         traced.lower(lowering_platforms=("cpu",))
 
 
 class Gpu(NamedTuple):
-    """What tokamax asks of a GPU, for one that is not there."""
+    """What tokamax reads of a GPU, to lower for one without having it."""
 
     device_kind: str
     compute_capability: str
@@ -130,7 +123,8 @@ class Gpu(NamedTuple):
 A100 = Gpu("NVIDIA A100-SXM4-80GB", "8.0", 108)
 H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0", 132)
 B200 = Gpu("NVIDIA B200", "10.0", 148)
-TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu"
+TRITON = "__gpu$xla.gpu.triton"
+MOSAIC = "mosaic_gpu"
 
 
 @pytest.mark.parametrize(
@@ -143,8 +137,8 @@ TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu"
     ],
     ids=lambda x: x.device_kind.split()[1][:4] if isinstance(x, Gpu) else None,
 )
-def test_it_lowers_to_kernels_for_a_gpu_that_is_not_there(monkeypatch, gpu, dtype, kernel, other):
-    """Forward and backward, without scores outside the kernels: what is L x S is at most the mask."""
+def test_it_lowers_to_kernels_without_a_gpu(monkeypatch, gpu, dtype, kernel, other):
+    """Forward and backward; outside the kernels, no L x S array but Triton's mask."""
     monkeypatch.setattr(backend, "get_default_device", lambda: gpu)
     L, N, H = 384, 4, 64
     q, k = (jax.ShapeDtypeStruct((2, L, heads, H), dtype) for heads in (N, 2))
@@ -157,12 +151,8 @@ def test_it_lowers_to_kernels_for_a_gpu_that_is_not_there(monkeypatch, gpu, dtyp
         abstract_device=device,
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = (
-            program("tokamax", False)
-            .trace(q, k, k, q, bound, bound)
-            .lower(lowering_platforms=("cuda",))
-        )
-    text = lowered.as_text()
+        traced = program("tokamax", False).trace(q, k, k, q, bound, bound)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(f"custom_call @{kernel}") >= 2
     assert f"custom_call @{other}" not in text
     assert not any(f"{L}x{L}x{scores}" in text for scores in ("f32", "bf16"))
@@ -172,9 +162,10 @@ def test_it_lowers_to_kernels_for_a_gpu_that_is_not_there(monkeypatch, gpu, dtyp
 @pytest.mark.skipif(all(d.platform != "gpu" for d in jax.devices()), reason="needs a GPU")
 @pytest.mark.parametrize("H", [64, 128])
 def test_equals_dense_on_a_gpu(H):
-    """The kernel that this GPU gets, over documents that span blocks, an image and padding."""
+    """The kernel chosen for this GPU, with documents across blocks, an image and padding."""
     index = np.arange(512)
-    start, end = np.where(index < 270, 0, 270), index + 1
+    start = np.where(index < 270, 0, 270)
+    end = index + 1
     end[20:60] = 60
     start[400:] = end[400:] = 0
     intervals = Intervals(*(jnp.asarray(np.tile(x, (2, 1)), jnp.int32) for x in (start, end)))

@@ -3,13 +3,23 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
 from transfusion_jax.commands.main import load_experiment, main
-from transfusion_jax.config import Experiment, OptimizerConfig, TrainConfig
+from transfusion_jax.config import (
+    DataConfig,
+    DiffusionConfig,
+    Experiment,
+    ImageConfig,
+    OptimizerConfig,
+    TrainConfig,
+    paper,
+)
 from transfusion_jax.config import stored as stored_config
+from transfusion_jax.data.sources import dataset
 from transfusion_jax.training.update import learning_rate
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -80,3 +90,55 @@ def test_loss_weights_must_not_be_negative():
 def test_experiments_of_the_paper_survive_json(file):
     experiment = load_experiment(str(file))
     assert stored_config.loads(stored_config.dumps(experiment), "x") == experiment
+
+
+def test_the_presets_are_the_controlled_setting_of_section_4_1():
+    """The noise limit is an ablation (Table 8), not the setting."""
+    experiment = paper("0.76B")
+    diffusion, data, optimizer = experiment.diffusion, experiment.data, experiment.optimizer
+    assert diffusion.context_limit == diffusion.steps == 1000
+    assert (diffusion.schedule, diffusion.prediction) == ("cosine", "epsilon")
+    assert data.batch_rows * data.row_length == 2 * 1024**2 and data.row_length == 4096
+    assert (data.image_first, experiment.train.image_loss_weight) == (0.2, 5.0)
+    assert (experiment.train.steps, experiment.image.patches) == (250_000, 256)
+    assert (optimizer.learning_rate, optimizer.final_learning_rate) == (3e-4, 1.5e-5)
+    assert (optimizer.warmup_steps, optimizer.clip_norm, optimizer.weight_decay) == (4000, 1, 0.1)
+    assert (optimizer.b1, optimizer.b2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
+    assert (experiment.sampler.steps, experiment.sampler.guidance) == (250, 3.0)
+
+
+@pytest.mark.parametrize("name", ["digits", "emoji", "own_data"])
+def test_experiments_with_a_noise_limit_say_so(name, monkeypatch):
+    pictures = SimpleNamespace(
+        image_config=lambda patch: ImageConfig(32, 32, 3, patch),
+        row_length=lambda image, images: images * image.span,
+        embedding_rows=384,
+    )
+    monkeypatch.setattr(dataset, "open_dataset", lambda path: pictures)
+    assert load_experiment(str(EXPERIMENTS / f"{name}.py")).diffusion.noise_limit == 500
+
+
+def test_the_noise_limit_is_off_at_0_and_whatever_the_steps():
+    assert DiffusionConfig().context_limit == 1000
+    assert DiffusionConfig(steps=50).context_limit == 50
+    assert DiffusionConfig(noise_limit=50, steps=50).context_limit == 50
+    assert DiffusionConfig(noise_limit=20, steps=50).context_limit == 20
+    for limit in (-1, 51):
+        with pytest.raises(ValueError, match=rf"noise_limit={limit} must be in 0\.\.diffusion"):
+            DiffusionConfig(noise_limit=limit, steps=50)
+
+
+def test_a_config_stored_before_the_noise_limit_was_off_keeps_its_limit():
+    text = json.loads(stored_config.dumps(Experiment("old")))
+    text["diffusion"] = {"schedule": "cosine", "steps": 1000, "prediction": "epsilon"}
+    text["diffusion"]["noise_limit"] = 500
+    del text["data"]["image_dropout"]
+    loaded = stored_config.loads(json.dumps(text), "config.json")
+    assert loaded.diffusion.context_limit == 500
+
+
+@pytest.mark.parametrize("name", ["image_first", "caption_dropout", "image_dropout"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_shares_are_between_0_and_1(name, value):
+    with pytest.raises(ValueError, match=rf"data\.{name}={value} must be in 0\.\.1"):
+        DataConfig(**{name: value})

@@ -1,4 +1,4 @@
-"""The command line as a user has it, in processes of its own: train, be killed, go on, generate, evaluate."""
+"""The command line in processes of its own: train, be killed, resume, generate, evaluate."""
 
 import json
 import signal
@@ -72,9 +72,15 @@ def test_a_run_leaves_what_it_promises(workplace):
     lines = said.splitlines()
     assert "tiny" in lines[0] and "parameters" in lines[0] and "120 of 120 steps" in said
     assert {p.name for p in whole.iterdir()} == {
-        "config.json", "tokenizer.model", "ledger.json", "checkpoints", "metrics.jsonl", "tensorboard", "samples",
+        "config.json",
+        "tokenizer.model",
+        "ledger.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples",
         "summary.json",
-    }  # fmt: skip
+    }
     rows = logged(whole)
     assert [row["step"] for row in rows] == list(range(1, 121))
     assert {*LOSSES, "tokens_per_second", "data_wait_share"} <= set(rows[0])

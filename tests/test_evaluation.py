@@ -10,11 +10,13 @@ from fake_engine import FakeEngine
 
 from transfusion_jax.config import DataConfig, SourceConfig
 from transfusion_jax.data.documents import text_document
+from transfusion_jax.data.sources import comparisons as comparisons_source
 from transfusion_jax.data.sources import digits as source
+from transfusion_jax.data.sources import sums as sums_source
 from transfusion_jax.data.sources.registry import SOURCES
-from transfusion_jax.data.sources.sums import problems
 from transfusion_jax.evaluation import digits as digits_suite
 from transfusion_jax.evaluation import pairs as pairs_suite
+from transfusion_jax.evaluation.comparisons import comparisons
 from transfusion_jax.evaluation.digits import digits
 from transfusion_jax.evaluation.pairs import pairs
 from transfusion_jax.evaluation.suite import SUITES, check_experiment, check_suites, evaluate
@@ -149,20 +151,29 @@ def test_captions_are_right_to_the_letter_and_alone(measure_digits):
     assert scores["caption_accuracy"] == pytest.approx(share)
 
 
-# Sums
+# Sums and comparisons
 
 
-def measure_sums(experiment, tmp_path, answer) -> tuple[float, float]:
-    scores = sums(FakeEngine(experiment, None, answer), tmp_path, None)
-    return scores["text_accuracy"], scores["text_accuracy_held_out"]
+@pytest.mark.parametrize(
+    ("suite", "problems", "name"),
+    [
+        (sums, sums_source.problems, "text_accuracy"),
+        (comparisons, comparisons_source.problems, "comparison_accuracy"),
+    ],
+)
+def test_answers_are_right_to_the_letter_and_each_split_by_itself(
+    suite, problems, name, experiment, tmp_path
+):
+    def measure(answer) -> tuple[float, float]:
+        scores = suite(FakeEngine(experiment, None, answer), tmp_path, None)
+        assert set(scores) == {name, f"{name}_held_out"}
+        return scores[name], scores[f"{name}_held_out"]
 
-
-def test_sums_are_right_to_the_letter_and_each_split_by_itself(experiment, tmp_path):
     known = {split: dict(problems(split)) for split in ("train", "held_out")}
     every = known["train"] | known["held_out"]
-    assert measure_sums(experiment, tmp_path, lambda p: [every[p]]) == (1, 1)
-    assert measure_sums(experiment, tmp_path, lambda p: [known["train"].get(p, "")]) == (1, 0)
-    assert measure_sums(experiment, tmp_path, lambda p: [known["held_out"].get(p, "")]) == (0, 1)
+    assert measure(lambda p: [every[p]]) == (1, 1)
+    assert measure(lambda p: [known["train"].get(p, "")]) == (1, 0)
+    assert measure(lambda p: [known["held_out"].get(p, "")]) == (0, 1)
     for wrong in (
         lambda p: [every[p] + " and more"],
         lambda p: [every[p], BLANK],
@@ -171,7 +182,7 @@ def test_sums_are_right_to_the_letter_and_each_split_by_itself(experiment, tmp_p
         lambda p: [],
         lambda p: [""],
     ):
-        assert measure_sums(experiment, tmp_path, wrong) == (0, 0)
+        assert measure(wrong) == (0, 0)
 
 
 # Pairs
@@ -263,7 +274,7 @@ def test_captions_are_greedy_and_pictures_drawn_as_the_run_says(
     monkeypatch.setattr(digits_suite, "digits_grid", lambda *_: None)
     sampler = replace(experiment.sampler, temperature=0.7, guidance=2.5, steps=3)
     experiment = replace(experiment, sampler=sampler)
-    every = dict(problems("train") + problems("held_out"))
+    every = dict(sums_source.problems("train") + sums_source.problems("held_out"))
     knows = KnowsDigits()
     engine = FakeEngine(
         experiment, tokenizer, lambda asked: [every[asked]] if str(asked) in every else knows(asked)
@@ -282,7 +293,10 @@ def test_suites_of_one_model_name_their_metrics_apart(experiment, tokenizer, tmp
     monkeypatch.setattr(pairs_suite, "COMPARED", 20)
     monkeypatch.setattr(pairs_suite, "pairs_grid", lambda *_: None)
     monkeypatch.setattr(digits_suite, "digits_grid", lambda *_: None)
-    every, knows = dict(problems("train") + problems("held_out")), KnowsDigits()
+    every, knows = (
+        dict(sums_source.problems("train") + sums_source.problems("held_out")),
+        KnowsDigits(),
+    )
     engine = FakeEngine(
         experiment, tokenizer, lambda asked: [every[asked]] if str(asked) in every else knows(asked)
     )

@@ -1,5 +1,6 @@
 """The text trunk against the Llama of transformers, given the same random weights."""
 
+import operator
 from dataclasses import replace
 
 import jax
@@ -38,10 +39,26 @@ def parameters_of(plan) -> dict:
     return {**parameters, "output_DV": output}
 
 
-def llama(plan, parameters: dict):
-    """The same model in transformers."""
-    model = plan.experiment.model
-    config = transformers.LlamaConfig(
+def layer_weights(prefix: str, block: dict) -> dict:
+    """One block's parameters under the names and in the layout of transformers."""
+    attention, mlp = block["attention"], block["mlp"]
+    D = attention["q_DNH"].shape[0]
+    return {
+        prefix + "input_layernorm.weight": block["attention_norm"]["scale"],
+        prefix + "post_attention_layernorm.weight": block["mlp_norm"]["scale"],
+        prefix + "self_attn.q_proj.weight": attention["q_DNH"].reshape(D, -1).T,
+        prefix + "self_attn.k_proj.weight": attention["k_DKH"].reshape(D, -1).T,
+        prefix + "self_attn.v_proj.weight": attention["v_DKH"].reshape(D, -1).T,
+        prefix + "self_attn.o_proj.weight": attention["out_NHD"].reshape(-1, D).T,
+        prefix + "mlp.gate_proj.weight": mlp["gate_DF"].T,
+        prefix + "mlp.up_proj.weight": mlp["up_DF"].T,
+        prefix + "mlp.down_proj.weight": mlp["down_FD"].T,
+    }
+
+
+def llama_config(model):
+    """The `ModelConfig` of the text trunk in transformers."""
+    return transformers.LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.width,
         intermediate_size=model.ffn_width,
@@ -57,28 +74,20 @@ def llama(plan, parameters: dict):
         pad_token_id=0,
         attn_implementation="eager",
     )
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    D, blocks = model.width, parameters["transformer"]["blocks"]
+
+
+def llama(plan, parameters: dict):
+    """The same model in transformers."""
+    model = plan.experiment.model
     weights = {
         "model.embed_tokens.weight": parameters["embedding_VD"],
         "lm_head.weight": parameters["output_DV"].T,
         "model.norm.weight": parameters["transformer"]["norm"]["scale"],
     }
     for layer in range(model.layers):
-        block = jax.tree.map(lambda x: x[layer], blocks)  # noqa: B023  (used at once)
-        attention, mlp = block["attention"], block["mlp"]
-        prefix = f"model.layers.{layer}."
-        weights |= {
-            prefix + "input_layernorm.weight": block["attention_norm"]["scale"],
-            prefix + "post_attention_layernorm.weight": block["mlp_norm"]["scale"],
-            prefix + "self_attn.q_proj.weight": attention["q_DNH"].reshape(D, -1).T,
-            prefix + "self_attn.k_proj.weight": attention["k_DKH"].reshape(D, -1).T,
-            prefix + "self_attn.v_proj.weight": attention["v_DKH"].reshape(D, -1).T,
-            prefix + "self_attn.o_proj.weight": attention["out_NHD"].reshape(-1, D).T,
-            prefix + "mlp.gate_proj.weight": mlp["gate_DF"].T,
-            prefix + "mlp.up_proj.weight": mlp["up_DF"].T,
-            prefix + "mlp.down_proj.weight": mlp["down_FD"].T,
-        }
+        block = jax.tree.map(operator.itemgetter(layer), parameters["transformer"]["blocks"])
+        weights |= layer_weights(f"model.layers.{layer}.", block)
+    theirs = transformers.LlamaForCausalLM(llama_config(model)).eval()
     loaded = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
     theirs.load_state_dict(loaded, strict=True)
     # Versions differ in the name under which they heed theta.

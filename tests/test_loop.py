@@ -58,6 +58,23 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monke
     assert resumed.seconds > outcome.seconds
 
 
+def test_step_s_reads_batch_s(tmp_path, monkeypatch):
+    """Counted from 0, also after a restart."""
+    batches = line.points(LINE)
+    seen = []
+    for stop in (4, None):
+        run = line.open_run(LINE, tmp_path / "line", lambda said: None)
+
+        def step(state, batch, run=run):
+            np.testing.assert_array_equal(batch, batches[int(state.step)])
+            seen.append(int(state.step))
+            return run.step(state, batch)
+
+        monkeypatch.setattr(StopSignal, "requested", lambda self, step, stop=stop: step == stop)
+        train(replace(run, step=step), lambda said: None)
+    assert seen == list(range(12))
+
+
 def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
     directory, outcome, _ = uninterrupted
     before = (directory / "metrics.jsonl").read_text()

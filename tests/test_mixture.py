@@ -1,4 +1,4 @@
-"""The mixture: shares of the sources, phases, and the order in which each source's rows are taken."""
+"""The mixture: shares of the sources, phases, and the order of the rows of each source."""
 
 import numpy as np
 import pytest

@@ -14,6 +14,8 @@ from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.model.build import abstract_model, build
 from transfusion_jax.model.patches.grid import patchify, unpatchify
+from transfusion_jax.model.patches.linear import LinearPatches
+from transfusion_jax.model.patches.timestep import sinusoid
 from transfusion_jax.model.rope import rotate, rotation
 from transfusion_jax.model.transformer import KVCache
 
@@ -75,7 +77,8 @@ def test_every_patch_of_an_image_sees_all_of_it_and_no_later_image():
 
 
 def test_packed_equals_unpacked():
-    """Every document's hidden states, logits and noise predictions are the same alone and among others."""
+    """Every document's hidden states, logits and noise predictions are the same alone and among
+    others."""
     packing, net = packings.PACKINGS["documents with images"], model()
     packed = rows("documents with images")
     t = timesteps(packed)
@@ -127,12 +130,12 @@ def test_cached_equals_uncached(chunks):
     net = model()
     x_BLD = jax.random.normal(jax.random.key(3), (2, 36, 32))
     position = jnp.broadcast_to(jnp.arange(36, dtype=jnp.int32), (2, 36))
-    whole = Intervals(jnp.zeros_like(position), position + 1)
-    expected = net.transformer(x_BLD, position, whole)
+    causal = Intervals(jnp.zeros_like(position), position + 1)
+    expected = net.transformer(x_BLD, position, causal)
     cache, at, pieces = KVCache.zeros(net.config, 2, 40), 0, []
     for length in chunks:
         here = slice(at, at + length)
-        intervals = Intervals(whole.k_start_BL[:, here], whole.k_end_BL[:, here])
+        intervals = Intervals(causal.k_start_BL[:, here], causal.k_end_BL[:, here])
         start = jnp.full((2,), at, jnp.int32)
         hidden, cache = net.transformer.extend(
             x_BLD[:, here], position[:, here], intervals, cache, start
@@ -150,15 +153,91 @@ def test_patches_run_left_to_right_top_to_bottom():
     np.testing.assert_array_equal(unpatchify(patchify(latents, 2), (8, 4, 5), 2), latents)
 
 
-def test_rope_depends_on_distance_alone():
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+def test_rope_turns_pairs_by_the_angles_of_llama():
+    """x_i + j x_{i + H/2} is multiplied with exp(j p theta^(-2i/H))."""
+    H, theta = 16, 10_000.0
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, H))
+    position = jnp.asarray([[0, 1, 2, 17, 900], [4, 3, 2, 1, 0]], jnp.int32)
+    pairs = np.asarray(x[..., : H // 2]) + 1j * np.asarray(x[..., H // 2 :])
+    angle = np.asarray(position)[..., None, None] * theta ** (-2 * np.arange(H // 2) / H)
+    turned = pairs * np.exp(1j * angle)
+    got = rotate(x, *rotation(position, H, theta))
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-4)
 
-    def score(i, j):
-        at = [rotation(jnp.full((1, 1), p, jnp.int32), 16, 10_000.0) for p in (i, j)]
-        return float(jnp.sum(rotate(q, *at[0]) * rotate(k, *at[1])))
 
-    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
-    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+def test_attention_depends_on_distances_alone():
+    """Moving a row along leaves its hidden states alone; moving a part of it does not. So queries
+    and keys are turned, both by the same angles."""
+    net = model()
+    x_BLD = jax.random.normal(jax.random.key(3), (1, 12, 32))
+    position = jnp.arange(12, dtype=jnp.int32)[None]
+    all_of_it = Intervals(jnp.zeros_like(position), jnp.full_like(position, 12))
+    run = jax.jit(lambda position: net.transformer(x_BLD, position, all_of_it))
+    hidden = run(position)
+    np.testing.assert_allclose(run(position + 57), hidden, atol=1e-4)
+    parted = jnp.where(position < 6, position, position + 5)
+    assert np.abs(run(parted) - hidden).max() > 0.01
+
+
+def test_timesteps_are_waves_of_known_frequencies():
+    """cos and sin of t * 0.1 * 10,000^(-i / 128): the slowest turns a thousandth of a circle in
+    1,000 steps."""
+    t = jnp.asarray([[0, 1, 31, 999]], jnp.int32)
+    angle = np.asarray(t)[..., None] * 0.1 * 10_000.0 ** (-np.arange(128) / 128)
+    waves = sinusoid(t)
+    np.testing.assert_allclose(waves[..., :128], np.cos(angle), atol=1e-4)
+    np.testing.assert_allclose(waves[..., 128:], np.sin(angle), atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_linear_patches_are_their_equations(where, position):
+    """In numpy, from the docstring and section 3.2, at timesteps in 0..999."""
+    config = ModelConfig(
+        width=32, heads=4, compute_dtype="float32", timestep=where, patch_position=position
+    )
+    patches = LinearPatches(config, ImageConfig(4, 4, 1, 2), rngs=nnx.Rngs(params=0))
+    images = jax.random.normal(jax.random.key(1), (2, 3, 4, 4, 1))
+    t = jnp.asarray([[0, 5, 50], [300, 700, 999]], jnp.int32)
+    weights = {
+        name: np.asarray(x[...], np.float64)
+        for name, x in vars(patches).items()
+        if isinstance(x, nnx.Param)
+    }
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    angle = np.asarray(t)[..., None] * 0.1 * 10_000.0 ** (-np.arange(128) / 128)
+    waves = np.concatenate([np.cos(angle), np.sin(angle)], -1)
+    time = silu(waves @ weights["time_in"]) @ weights["time_out_DD"]
+    values = np.asarray(patchify(images, 2))
+    if where == "before":
+        time = silu(time) @ weights["time_patch_DZ"]
+        expected = (values + time[:, :, None]) @ weights["in_ZD"]
+    else:
+        expected = values @ weights["in_ZD"] + time[:, :, None]
+    if position == "learned":
+        expected = expected + weights["position_PD"]
+    vectors, carried = patches.encode(images, t)
+    assert carried is None
+    np.testing.assert_allclose(vectors, expected, atol=1e-4)
+
+
+def test_parameters_have_the_names_of_earlier_checkpoints():
+    """Other names would make checkpoints unreadable."""
+    config = ModelConfig(layers=2, width=32, heads=4, patch_position="learned")
+    tree = nnx.to_pure_dict(abstract_model(Experiment("test", model=config))[1])
+    names = {".".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(tree)}
+    attention = {f"attention.{name}" for name in ("q_DNH", "k_DKH", "v_DKH", "out_NHD")}
+    mlp = {f"mlp.{name}" for name in ("gate_DF", "up_DF", "down_FD")}
+    blocks = attention | mlp | {"attention_norm.scale", "mlp_norm.scale"}
+    layers = ("time_in", "time_out_DD", "time_patch_DZ", "position_PD", "in_ZD", "out_DZ")
+    assert names == (
+        {"embedding_VD", "output_DV", "transformer.norm.scale"}
+        | {f"transformer.blocks.{name}" for name in blocks}
+        | {f"patches.{name}" for name in layers}
+    )
 
 
 @pytest.mark.parametrize("size", TABLE_2)

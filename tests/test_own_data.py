@@ -32,7 +32,10 @@ def config():
             layers=1, width=32, heads=2, mlp_width=32, vocab_size=dataset.embedding_rows,
             compute_dtype="float32"
         ),
-        data=DataConfig(sources=(SourceConfig(DATA),), row_length=2 * image.span + 40, batch_rows=8, max_epochs=0.5),
+        data=DataConfig(
+            sources=(SourceConfig(DATA),), row_length=2 * image.span + 40, batch_rows=8,
+            max_epochs=0.5
+        ),
         optimizer=OptimizerConfig(warmup_steps=2),
         train=TrainConfig(steps=4, log_every=1, checkpoint_every=2),
         sampler=SamplerConfig(steps=2, max_tokens=image.span + 8),

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,19 +23,20 @@ from transfusion_jax.autoencoder.config import tiny
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import DataConfig, SourceConfig
-from transfusion_jax.data.packing import kept_plan, plan
+from transfusion_jax.data.packing import plan
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.dataset import open_dataset
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
-from transfusion_jax.preparation import prepare as prepare_lib
 from transfusion_jax.preparation import shards
-from transfusion_jax.preparation.ledger import Account, gather
+from transfusion_jax.preparation.encoder import encoder_of
+from transfusion_jax.preparation.ledger import ShardLedger, add_up, index_entries
 from transfusion_jax.preparation.prepare import Preparation, PreparationFailed, parse_part, prepare
 from transfusion_jax.preparation.readers.raw import Rejected
 from transfusion_jax.preparation.shards import ENCODED
 
 PICTURES = 60
+SHARD_BYTES = 6700  # which makes 13 shards of the 89 items
 DAMAGES = ("decompression bomb", "empty caption", "empty image file", "huge caption", "invalid JSON", "invalid UTF-8",
            "missing file", "not an image", "truncated image")  # fmt: skip
 
@@ -92,7 +93,7 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def settings(inputs) -> Preparation:
     return Preparation(
-        (str(inputs / "photos"), str(inputs / "mixed.jsonl")), height=16, width=16, vocab_size=400, shard_items=7,
+        (str(inputs / "photos"), str(inputs / "mixed.jsonl")), height=16, width=16, vocab_size=400, shard_bytes=SHARD_BYTES,
         reject_limit=0.5, held_out=0.2,
     )  # fmt: skip
 
@@ -112,6 +113,7 @@ def content(out: Path) -> dict[str, str]:
     """Digest of every file that makes the data set."""
     files = [
         *sorted((out / "shards").iterdir()),
+        *sorted((out / "splits").iterdir()),
         *(out / n for n in ("index.npy", "dataset.json", "tokenizer.model")),
     ]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -127,8 +129,8 @@ def tree(out: Path) -> dict[Path, tuple]:
 
 def flags(settings: Preparation, out: Path) -> list[str]:
     return [
-        *settings.inputs, "--out", str(out), "--height", "16", "--width", "16", "--vocab-size", "400", "--shard-items",
-        "7", "--reject-limit", "0.5", "--held-out", "0.2", "--workers", "1",
+        *settings.inputs, "--out", str(out), "--height", "16", "--width", "16", "--vocab-size", "400", "--shard-bytes",
+        str(SHARD_BYTES), "--reject-limit", "0.5", "--held-out", "0.2", "--workers", "1",
     ]  # fmt: skip
 
 
@@ -174,6 +176,7 @@ def test_what_was_read_is_written_or_rejected_with_its_reason(uninterrupted, inp
         "shards",
         "dataset.json",
         "index.npy",
+        "splits",
         "ledger.json",
         "rejected.jsonl",
         "rejected",
@@ -222,25 +225,23 @@ def test_records_survive_bytes():
         assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(got.spans, spans, strict=True))
 
 
-def test_accounts_add_up(tmp_path):
+def test_ledgers_add_up(tmp_path):
     for k in range(3):
-        account = Account()
+        ledger = ShardLedger()
         for number in range(10):
-            account.read["a" if number % 2 else "b", ""] += 1
-            account.reject(
+            ledger.read["a" if number % 2 else "b", ""] += 1
+            ledger.reject(
                 "a", Rejected("bad", f"\ud800{number}", b"content")
             ) if number < 6 else None
-            account.index.append([number, k, False])
-        account.written["b", ""] += 4
-        account.save(tmp_path / str(k), 100 + k, "digest")
-    got = gather(tmp_path / str(k) for k in range(3))
+            ledger.index.append([number, k, 0])
+        ledger.written["b", ""] += 4
+        ledger.save(tmp_path / str(k), 100 + k, "digest")
+    got = add_up(tmp_path / str(k) for k in range(3))
     assert got.ledger["total"] | {"captions": 0, "captions_dropped": {}} == got.ledger["total"]
     assert (got.ledger["total"]["items"], got.ledger["inputs"]["a"]["reasons"]) == (30, {"bad": 18})
-    assert [shard["bytes"] for shard in got.shards] == [100, 101, 102] and got.index.shape == (
-        3,
-        30,
-    )
-    assert got.index[0].tolist() == [*range(10)] * 3
+    assert [shard["bytes"] for shard in got.shards] == [100, 101, 102] and got.documents == 30
+    index = np.concatenate(list(index_entries(tmp_path / str(k) for k in range(3))))
+    assert index[:, 0].tolist() == [*range(10)] * 3 and index[:, 1].tolist()[::10] == [0, 1, 2]
     assert len(got.rejections) == 18 and sum(bool(content) for *_, content in got.rejections) == 5
 
 
@@ -251,11 +252,11 @@ def test_the_held_out_split_follows_content_not_order_or_names(tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         run(
-            Preparation((str(path),), vocab_size=400, held_out=0.25, shard_items=50),
+            Preparation((str(path),), vocab_size=400, held_out=0.25, shard_bytes=5000),
             tmp_path / name,
         )
         dataset = open_dataset(tmp_path / name)
-        chosen = np.flatnonzero(dataset.index.held_out)
+        chosen = dataset.numbers("held_out")
         return {dataset.tokenizer.decode(dataset.record(int(n)).spans[0][1]) for n in chosen}
 
     held_out = split("a", texts)
@@ -294,11 +295,14 @@ def test_killed_at_any_moment_of_the_start(settings, uninterrupted, tmp_path):
         for name in left:
             (out / name).touch()
         run(replace(settings), out, (1, 3))
-    (out / "tokenizer.model").unlink()
-    for folder in ("shards", "parts"):
-        for file in (out / folder).iterdir():
-            file.unlink()
-        (out / folder).rmdir()
+    for lost in (
+        ["shards", "parts", "tokenizer.model"],
+        ["parts/inputs/inputs.json"],
+        ["parts/bounds.npy"],
+    ):
+        for name in lost:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        run(settings, out, (2, 3))
     run(settings, out)
     assert content(out) == content(uninterrupted)
 
@@ -325,7 +329,7 @@ def test_finish_names_what_is_missing(capsys, settings, uninterrupted, tmp_path)
     for i in (1, 3):
         run(settings, out, (i, 3))
     assert main(["prepare", *flags(settings, out), "--finish"]) == 1
-    assert "4 of 13 shards are not there yet: 2, 5, 8, 11" in the_error(capsys)
+    assert "4 of 13 shards are missing: 2, 5, 8, 11" in the_error(capsys)
     said = []
     assert run(settings, out, (3, 3), said=said) is None and "part 3/3 is done" in said[-1]
     run(settings, out, (2, 3))
@@ -448,14 +452,15 @@ def test_foreign_directories_and_impossible_inputs(settings, tmp_path):
 
 def test_missing_pictures_are_listed(capsys, tmp_path):
     lines = [json.dumps({"file": f"{i}.jpg", "caption": "x"}) for i in range(7)]
-    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
-    assert main(["prepare", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "captions.jsonl").write_text("\n".join(lines))
+    assert main(["prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
     line = the_error(capsys)
     assert (
         "7 files that the captions of" in line
         and ": 0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg, ..." in line
     )
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_a_higher_limit_finishes_without_making_shards_again(
@@ -492,6 +497,11 @@ def test_damage_is_found_when_a_data_set_is_opened(settings, tmp_path):
     shard.write_bytes(whole)
     index.write_bytes(index.read_bytes()[:-1] + b"\x07")
     with pytest.raises(ValueError, match="index.npy is not the one"):
+        open_dataset(out).index  # noqa: B018  (reads it)
+    with pytest.raises(ValueError, match="index.npy is not the one"):
+        run(settings, out, finish=True)
+    index.write_bytes(index.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="index.npy has"):
         open_dataset(out)
 
 
@@ -597,7 +607,7 @@ def test_a_batch_is_encoded_by_all_devices_as_by_one(autoencoder):
     codec = load_codec(autoencoder)
     pictures = np.random.default_rng(0).uniform(-1, 1, (ENCODED, 16, 16, 3)).astype(np.float32)
     expected = np.stack([np.asarray(x) for x in codec.encode(pictures)], axis=1)
-    np.testing.assert_allclose(prepare_lib._encoder(codec)(pictures), expected, atol=2e-3)
+    np.testing.assert_allclose(encoder_of(codec)(pictures), expected, atol=2e-3)
 
 
 def test_an_autoencoder_that_does_not_fit_is_refused(settings, autoencoder, tmp_path):
@@ -622,7 +632,7 @@ def test_rows_hold_every_training_document(uninterrupted, experiment):
     experiment = replace(experiment, image=image, data=data)
     for split in ("train", "held_out"):
         packed = Data(experiment, dataset.tokenizer, split)
-        chosen = dataset.index.held_out == (split == "held_out")
+        chosen = dataset.numbers(split)
         pictures = sum(int((row.image_start_BM < 256).sum()) for row in packed.once(1))
         assert pictures == dataset.index.images[chosen].sum()
     assert (uninterrupted / "plans").is_dir()
@@ -643,27 +653,3 @@ def test_a_million_documents_are_planned_in_seconds(pairs, texts):
     packed = plan(lengths, 4096, cut)
     assert time.process_time() - begin < 3
     assert packed.filled(4096) > (0.98 if pairs else 0.9999) and not packed.rejected
-
-
-def test_a_plan_is_kept_and_made_again_when_it_is_damaged(tmp_path, monkeypatch):
-    lengths, cut = web_lengths(300, 300)
-
-    def arrays(row_length: int, lengths=lengths):
-        got = kept_plan(lengths, row_length, cut, tmp_path)
-        return [got.row_start, got.document, got.begin, got.end]
-
-    first = arrays(4096)
-    (file,) = tmp_path.iterdir()
-    with monkeypatch.context() as patched:
-        patched.setattr("transfusion_jax.data.packing.plan", None)  # it is not called
-        assert all(map(np.array_equal, arrays(4096), first))
-    for damage in (b"", b"no archive", file.read_bytes()[:500], file.read_bytes()[:-2000]):
-        file.write_bytes(damage)
-        assert all(map(np.array_equal, arrays(4096), first))
-        assert file.stat().st_size > 2000
-    arrays(2048)
-    arrays(4096, lengths + 1)
-    assert len(list(tmp_path.iterdir())) == 3
-    held = os.stat(file).st_mtime_ns
-    arrays(4096)
-    assert os.stat(file).st_mtime_ns == held

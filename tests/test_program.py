@@ -13,6 +13,7 @@ from transfusion_jax.planning.topology import find_topology
 
 
 def text(function, *arrays) -> str:
+    """The compiled program of a function."""
     return jax.jit(function).lower(*arrays).compile().as_text()
 
 
@@ -37,7 +38,7 @@ def by_kind(program: Program) -> dict[str, tuple[float, float, set]]:
 
 
 def nested(x, w):
-    """A scan of 5 in which one of 3 multiplies, and which stacks what it carries."""
+    """A scan of 5 steps, each a scan of 3 products; the outer one stacks its carries."""
 
     def outer(x, w):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=3)[0], x
@@ -58,10 +59,9 @@ NESTED_FLOPS = 5 * 3 * 2 * 8 * 16 * 16
         ("blkgh,bskh->bkgls", [(2, 8, 3, 2, 16), (2, 24, 3, 16)], 2 * 8 * 3 * 2 * 16 * 24),
     ],
 )
-def test_a_product_is_two_operations_for_each_pair(equation, shapes, multiplied):
-    program = read_program(
-        text(functools.partial(jnp.einsum, equation), *(f32(*shape) for shape in shapes))
-    )
+def test_a_product_takes_two_operations_per_multiplication(equation, shapes, multiplied):
+    arrays = (f32(*shape) for shape in shapes)
+    program = read_program(text(functools.partial(jnp.einsum, equation), *arrays))
     assert program.flops == 2 * multiplied
     assert program.collectives == () and program.kernels == {}
 
@@ -82,23 +82,20 @@ def test_a_product_is_two_operations_for_each_pair(equation, shapes, multiplied)
 )
 def test_a_convolution_multiplies_neither_padding_nor_holes(window):
     convolution = functools.partial(jax.lax.conv_general_dilated, **window)
-    x, kernel = (
-        jnp.ones((4, 6, 9, 8)),
-        jnp.ones((10, 6 // window.get("feature_group_count", 1), 3, 2)),
-    )
-    assert read_program(text(convolution, x, kernel)).flops == 2 * float(
-        convolution(x, kernel).sum()
-    )
+    x = jnp.ones((4, 6, 9, 8))
+    kernel = jnp.ones((10, 6 // window.get("feature_group_count", 1), 3, 2))
+    # On ones, every element of the result counts the products that are summed into it.
+    products = float(convolution(x, kernel).sum())
+    assert read_program(text(convolution, x, kernel)).flops == 2 * products
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["count written", "count found"])
 def test_nested_loops_multiply(written):
     program = text(nested, *NESTED)
     assert program.count("known_trip_count") == 2
-    assert (
-        read_program(program if written else program.replace("known_trip_count", "")).flops
-        == NESTED_FLOPS
-    )
+    if not written:
+        program = program.replace("known_trip_count", "")
+    assert read_program(program).flops == NESTED_FLOPS
 
 
 def test_a_loop_may_start_and_step_anywhere():
@@ -110,13 +107,15 @@ def test_a_loop_may_start_and_step_anywhere():
 
 
 @pytest.mark.parametrize(
-    "goes_on",
+    "condition",
     [lambda i, x: i < 10, lambda i, x: x.sum() < 10, lambda i, x: (i < 10) & (x.sum() < 10)],
-    ids=["start", "condition", "both"],
+    ids=["start", "end", "both"],
 )
-def test_a_loop_that_depends_on_data_counts_as_said(goes_on):
+def test_a_loop_that_depends_on_data_counts_as_told(condition):
     def loop(i, x):
-        return jax.lax.while_loop(lambda c: goes_on(*c), lambda c: (c[0] + 1, c[1] @ c[1]), (i, x))
+        return jax.lax.while_loop(
+            lambda carry: condition(*carry), lambda c: (c[0] + 1, c[1] @ c[1]), (i, x)
+        )
 
     program = text(loop, INDEX, f32(8, 8))
     assert read_program(program).flops == 2 * 8**3
@@ -130,7 +129,9 @@ def test_each_branch_counts_once():
     assert read_program(text(branch, INDEX, f32(8, 8))).flops == 3 * 2 * 8**3
 
 
-COLLECTIVES = {  # of a float32[64] on each device of a 2x4 mesh
+# Kind: the function of a float32[64] on each device of a 2x4 mesh, bytes that a device sends, group
+# of the first device.
+COLLECTIVES = {
     "all-gather": (
         lambda x: jax.lax.all_gather(x, "b", tiled=True).reshape(4, 64)[0],
         3 * 256,
@@ -183,7 +184,8 @@ def test_groups_are_read_in_every_form(groups, first):
 
 ENTRY %main (x: bf16[6]) -> bf16[6] {{
   %x = bf16[6]{{0:T(256)}} parameter(0)
-  ROOT %sum = bf16[6]{{0:T(256)}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add
+  ROOT %sum = bf16[6]{{0:T(256)}} all-reduce(%x), channel_id=1, replica_groups={groups}, \
+to_apply=%add
 }}
 """
     (collective,) = read_program(program).collectives
@@ -198,7 +200,7 @@ def test_a_loop_reads_and_writes_slices():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, w)
 
     program = read_program(text(scanned, f32(16, 16), f32(layers, 16, 16)))
-    # At least the weights are read and the results written; every array may be copied a few times on its way.
+    # The weights are read and the results written; each array may also be copied a few times.
     assert 2 * layers * sliced < program.hbm_bytes < 20 * layers * sliced
 
 
@@ -208,7 +210,7 @@ def test_memory_of_a_product():
 
 
 def test_only_main_memory_counts():
-    """A copy into the chip, beside which nothing is computed, and a result that is written back."""
+    """A copy to on-chip memory, a product there, and a result written back."""
     program = """HloModule negative
 
 ENTRY %main (x: f32[1024]) -> f32[1024] {
@@ -223,7 +225,7 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
 
 
 def test_a_fusion_reads_what_it_needs():
-    """A quarter of what it pads and slices, and all of what a fusion inside it only hands on."""
+    """A quarter of the stack that it pads and slices; all of what an inner fusion passes on."""
     program = """HloModule product
 
 %turned (w: f32[64,32]) -> f32[32,64] {
@@ -237,10 +239,12 @@ def test_a_fusion_reads_what_it_needs():
   %padded = f32[5,8,32]{2,1,0} pad(%stack, %zero), padding=0_1x0_0x0_0
   %index = s32[] parameter(1)
   %first = s32[] constant(0)
-  %slice = f32[1,8,32]{2,1,0} dynamic-slice(%padded, %index, %first, %first), dynamic_slice_sizes={1,8,32}
+  %slice = f32[1,8,32]{2,1,0} dynamic-slice(%padded, %index, %first, %first), \
+dynamic_slice_sizes={1,8,32}
   %weight = f32[64,32]{1,0} parameter(2)
   %turn = f32[32,64]{0,1} fusion(%weight), kind=kLoop, calls=%turned
-  ROOT %product = f32[1,8,64]{2,1,0} dot(%slice, %turn), lhs_contracting_dims={2}, rhs_contracting_dims={0}
+  ROOT %product = f32[1,8,64]{2,1,0} dot(%slice, %turn), lhs_contracting_dims={2}, \
+rhs_contracting_dims={0}
 }
 
 ENTRY %main (stacked: f32[4,8,32], at: s32[], by: f32[64,32]) -> f32[1,8,64] {
@@ -250,14 +254,14 @@ ENTRY %main (stacked: f32[4,8,32], at: s32[], by: f32[64,32]) -> f32[1,8,64] {
   ROOT %layer = f32[1,8,64]{2,1,0} fusion(%stacked, %at, %by), kind=kOutput, calls=%sliced
 }
 """
-    assert read_program(program) == Program(
-        2 * 8 * 32 * 64, 4 * (8 * 32 + 1 + 64 * 32 + 8 * 64), (), {}
-    )
+    flops = 2 * 8 * 32 * 64
+    hbm_bytes = 4 * (8 * 32 + 1 + 64 * 32 + 8 * 64)
+    assert read_program(program) == Program(flops, hbm_bytes, (), {})
 
 
 @pytest.fixture(scope="module")
 def tpu_mesh() -> Mesh:
-    """Of devices that are not there."""
+    """A 2x2 mesh of TPUs, without having any."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("compiling for TPU needs libtpu (pip install '.[tpu]')")
     devices = find_topology("v5e:2x2").devices
@@ -265,7 +269,7 @@ def tpu_mesh() -> Mesh:
 
 
 def test_products_on_a_tpu(tpu_mesh):
-    """Convolutions there, whose windows slide over padding where there is a batch."""
+    """They become convolutions, and a batch a window that slides over padding."""
 
     def products(a, b, c):
         return (
@@ -294,8 +298,12 @@ def test_a_kernel_in_a_loop_on_a_tpu(tpu_mesh):
 
 @pytest.fixture(scope="module")
 def tpu_gradient(tpu_mesh) -> str:
-    """Of a scan over six layers whose weights are gathered from two and from four devices, and gathered again."""
-    along, across = P(None, "b"), P(None, ("a", "b"))
+    """The gradient of six scanned layers with weights cut over two and over four devices.
+
+    The backward pass gathers the weights again.
+    """
+    along = P(None, "b")
+    across = P(None, ("a", "b"))
 
     def loss(weights, x):
         def layer(x, weights):
@@ -307,27 +315,26 @@ def tpu_gradient(tpu_mesh) -> str:
         return jax.lax.pmean(jnp.sum(x.astype(jnp.float32)), ("a", "b"))
 
     gradient = jax.shard_map(jax.grad(loss), mesh=tpu_mesh, out_specs=(along, across))
-    weights = (
+    weights = tuple(
         sharded(tpu_mesh, spec, 6, 1024, 4096, dtype=jnp.bfloat16) for spec in (along, across)
     )
-    return text(
-        gradient, tuple(weights), sharded(tpu_mesh, P(("a", "b")), 4096, 1024, dtype=jnp.bfloat16)
-    )
+    x = sharded(tpu_mesh, P(("a", "b")), 4096, 1024, dtype=jnp.bfloat16)
+    return text(gradient, weights, x)
 
 
 def test_a_scanned_gradient_on_a_tpu(tpu_gradient):
     program = read_program(tpu_gradient)
     weight = 1024 * 4096
-    # Two products a layer, forward, once more, and backward to the input and to the weight; 1,024 rows a device.
+    # Two products per layer, each forward, recomputed, and backward to the input and to the weight;
+    # 1,024 rows per device.
     assert program.flops == pytest.approx(6 * 2 * 4 * 2 * 1024 * weight, rel=0.01)
     stacks = 6 * 2 * weight * (1 / 2 + 1 / 4)
-    assert (
-        2 * stacks < program.hbm_bytes < 6 * stacks
-    )  # the weights read, the gradients written; not all in each loop
+    # The weights are read and the gradients written, a layer at a time, not all in each iteration.
+    assert 2 * stacks < program.hbm_bytes < 6 * stacks
 
 
 def test_collectives_on_a_tpu(tpu_gradient):
-    assert "AsyncCollectiveStart" in tpu_gradient  # so that one gather stands in several fusions
+    assert "AsyncCollectiveStart" in tpu_gradient  # which spreads a gather over several fusions
     kinds = by_kind(read_program(tpu_gradient))
     sent, times, groups = kinds["all-gather"]
     assert sent == 6 * 2 * 1024 * 4096 * 2 * (1 / 2 + 3 / 4) and times == 6 * 2 * 2

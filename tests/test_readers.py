@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from transfusion_jax.images import decode
-from transfusion_jax.preparation.readers.inputs import files, open_input
-from transfusion_jax.preparation.readers.raw import Columns, Picture, Rejected
+from transfusion_jax.preparation.readers import texts
+from transfusion_jax.preparation.readers.inputs import find_inputs
+from transfusion_jax.preparation.readers.raw import Columns, Picture, Reader, Rejected
 
 
 def png(color=(200, 30, 30), size=(6, 5)) -> bytes:
@@ -29,6 +30,13 @@ def encoded(picture: Image.Image, kind: str, **options) -> bytes:
 
 
 PLAIN = Columns()
+
+
+MAX_BYTES = 1 << 28
+
+
+def open_input(path: str, columns: Columns) -> list[tuple[str, Reader]]:
+    return [(found.name, found.open()) for found in find_inputs(path, columns, MAX_BYTES)]
 
 
 def the_reader(path: Path | str, columns: Columns = PLAIN):
@@ -81,7 +89,8 @@ def test_captions_of_one_picture_are_merged_wherever_they_stand(tmp_path):
         (("one", "four"), (png(),)), (("two", "three"), (png(),)), "invalid JSON", "missing file", "no caption",
         "no caption", "invalid UTF-8", "missing file", "not a document", "missing file",
     ]  # fmt: skip
-    assert reader.missing() == ["\0.png", "\\ud800.png", "gone.png"]
+    (found,) = find_inputs(str(tmp_path), PLAIN, MAX_BYTES)
+    assert found.missing == (3, ("\0.png", "gone.png", "\ud800.png"))
 
 
 def test_json_lines_of_every_kind(tmp_path):
@@ -112,6 +121,84 @@ def test_json_lines_of_every_kind(tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_bytes(b"")
     assert len(the_reader(empty)) == 0
+
+
+WITH_PICTURES = (
+    ({"image": "a.png", "text": "t"}, (("t",), (png(),))),
+    ({"file_name": "a.png", "text": "t"}, (("t",), (png(),))),
+    ({"image": "a.png", "caption": "t", "url": "http://x/a.png"}, (("t",), (png(),))),
+    ({"image": None, "text": "t"}, ((), ("t",))),
+    ({"text": "t", "url": "http://x/page.html", "id": 3, "image_width": 7}, ((), ("t",))),
+    ({"text": "t", "file": ""}, "not a document"),
+    ({"text": "t", "image": ["a.png"]}, "not a document"),
+    ({"text": "t", "image": {"bytes": "x"}}, "not a document"),
+    ({"image": "a.png"}, "no caption"),
+    ({"image": "a.png", "file": "a.png", "text": "t"}, "ambiguous keys"),
+    ({"image": "a.png", "caption": "t", "text": "u"}, "ambiguous keys"),
+    ({"image": "a.png", "spans": [{"text": "t"}]}, "ambiguous keys"),
+    ({"text": "t", "spans": [{"image": "a.png"}]}, "ambiguous keys"),
+    ({"text": "t", "images": ["a.png"]}, "unknown key with a picture"),
+    ({"texts": ["t"], "images": ["a.png"]}, "unknown key with a picture"),
+    ({"text": "t", "picture": "QUJD"}, "unknown key with a picture"),
+    ({"text": "t", "x": {"y": ["data:image/png;base64,QUJD"]}}, "unknown key with a picture"),
+    ({"text": "t", "x": [[{"y": "b.TIFF"}]]}, "unknown key with a picture"),
+    ({"text": "t", "url": "http://x/a.jpg?w=3"}, "unknown key with a picture"),
+    ({"image": "a.png", "text": "t", "edited": "b.png"}, "unknown key with a picture"),
+    ({"spans": [{"text": "t"}], "images": ["a.png"]}, "unknown key with a picture"),
+    ({"spans": [{"text": "t", "image": "a.png"}]}, "not a document"),
+    ({"spans": [{"text": "t", "picture": "a.png"}]}, "not a document"),
+    ({"spans": [{"file": "a.png"}, "t"]}, ((), (png(), "t"))),
+    ({"spans": [{"image": ["a.png"]}]}, "not a document"),
+    ({"spans": {"image": "a.png"}, "text": None}, "not a document"),
+    ({"caption": "t"}, "not a document"),
+)
+
+
+@pytest.mark.parametrize(("value", "expected"), WITH_PICTURES)
+def test_no_line_with_a_picture_becomes_text(tmp_path, value, expected):
+    (tmp_path / "a.png").write_bytes(png())
+    assert items(the_reader(lines(tmp_path / "x.jsonl", value))) == [expected]
+
+
+def test_keys_can_be_ignored(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    path = lines(
+        tmp_path / "x.jsonl",
+        {"text": "t", "images": ["a.png"]},
+        {"image": "a.png", "caption": "t", "text": "u", "original": "b.png"},
+        {"spans": [{"text": "t", "image": "a.png"}]},
+    )
+    columns = Columns(ignored=("images", "original", "text"))
+    assert items(the_reader(path, columns)) == [
+        "not a document",
+        (("t",), (png(),)),
+        ((), (png(),)),
+    ]
+
+
+def test_every_picture_in_a_folder_is_an_item(tmp_path):
+    """Those that no line names, and those in formats that are not read, are rejected."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "b.png", "sub/c.png", "sub/d.PNG", "e.tiff", "sub/f.png"):
+        (tmp_path / name).write_bytes(png())
+    lines(tmp_path / "captions.jsonl", {"file": "a.png", "caption": "one"})
+    lines(tmp_path / "sub" / "x.jsonl", {"spans": [{"image": "./c.png"}, {"image": "../a.png"}]})
+    (tmp_path / "sub" / "f.txt").write_text("two")
+    (tmp_path / "notes.md").write_text("not read")
+    found = {
+        found.name: items(found.open()) for found in find_inputs(str(tmp_path), PLAIN, MAX_BYTES)
+    }
+    assert found == {
+        str(tmp_path): [(("one",), (png(),))],
+        f"{tmp_path} (pictures)": [
+            "no caption", "unsupported picture format", "no caption", (("two",), (png(),)),
+        ],
+        f"{tmp_path}/sub/x.jsonl": [((), (png(), png()))],
+    }  # fmt: skip
+    first, *_ = find_inputs(str(tmp_path), PLAIN, MAX_BYTES)
+    assert first.unread == ((".md", 1),)
+    # As an input of its own, a file stands for its lines alone.
+    assert items(the_reader(tmp_path / "captions.jsonl")) == [(("one",), (png(),))]
 
 
 def test_pictures_with_text_beside_them_and_other_files(tmp_path):
@@ -193,6 +280,17 @@ def test_tar_samples(tmp_path):
         the_reader(tar(tmp_path / "z.tar", *SAMPLES, mode="w:gz"))
 
 
+def test_tar_samples_with_several_pictures_are_rejected(tmp_path):
+    path = tar(
+        tmp_path / "x.tar",
+        ("1.before.png", png()), ("1.after.png", png()), ("1.txt", b"edit"), ("2.jpg", png()), ("2.tiff", b"x"),
+        ("2.txt", b"two"), ("3.tiff", b"x"), ("3.txt", b"three"), ("4.png", png()), ("4.txt", b"four"),
+    )  # fmt: skip
+    several = ["several images"] * 2
+    expected = [*several, "unsupported picture format", (("four",), (png(),))]
+    assert items(the_reader(path)) == expected
+
+
 @pytest.mark.parametrize("damaged", [["2.png"], ["0.png"], ["1.png", "3.txt"], ["4.txt"]])
 def test_members_after_a_damaged_header_are_read(tmp_path, damaged):
     path = tar(tmp_path / "x.tar", *SAMPLES)
@@ -240,16 +338,40 @@ def test_parquet(tmp_path):
         (("one",), (png(),)),
         (("two",), (b"",)),
     ]
-    assert items(the_reader(tmp_path / "y.parquet", Columns(text="t"))) == [
+    assert items(the_reader(tmp_path / "y.parquet", Columns(text="t", ignored=("jpg",)))) == [
         ((), ("one",)),
         ((), ("two",)),
     ]
     for columns, message in (
         (Columns(), "no column image or text, only jpg, t"),
-        (Columns(image="jpg"), "caption"),
+        (Columns(image="jpg"), "no column caption or text"),
+        (Columns(text="t"), "columns that would be left out: jpg;"),
     ):
         with pytest.raises(ValueError, match=message):
             the_reader(tmp_path / "y.parquet", columns)
+
+
+def test_no_column_with_pictures_or_text_is_left_out_unsaid(tmp_path):
+    picture = {"bytes": png(), "path": None}
+    columns = {
+        "image": [picture],
+        "after": [picture],
+        "more": [[png()]],
+        "caption": ["a"],
+        "text": ["b"],
+        "label": [1],
+    }
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(ValueError, match="left out: after, more, text;"):
+        the_reader(path)
+    ignored = Columns(ignored=("after", "more", "text"))
+    assert items(the_reader(path, ignored)) == [(("a",), (png(),))]
+    assert items(the_reader(path, Columns(caption="text", ignored=("after", "more")))) == [
+        (("b",), (png(),))
+    ]
+    pyarrow.parquet.write_table(pyarrow.table({"image": [png()], "text": ["b"]}), path)
+    assert items(the_reader(path)) == [(("b",), (png(),))]
 
 
 def test_a_damaged_row_group_is_counted_and_the_others_are_read(tmp_path):
@@ -334,7 +456,8 @@ def test_tfds_without_tensorflow(tiny_tfds):
     }
     assert len(the_reader("tfds:tiny:train[:3]")) == 3
     assert the_reader("tfds:tiny").digest() != the_reader("tfds:tiny:train[:3]").digest()
-    assert sorted(items(the_reader("tfds:tiny", Columns(image="none", text="caption"))))[0] == (
+    text = Columns(image="none", text="caption", ignored=("image",))
+    assert sorted(items(the_reader("tfds:tiny", text)))[0] == (
         (),
         ("picture 0",),
     )
@@ -342,6 +465,7 @@ def test_tfds_without_tensorflow(tiny_tfds):
         ("tfds:nowhere", PLAIN, "cannot open tfds:nowhere"),
         ("tfds:tiny:test", PLAIN, "cannot open tfds:tiny:test"),
         ("tfds:tiny", Columns(image="picture"), "has no feature picture or text, only"),
+        ("tfds:tiny", Columns(image="none", text="caption"), "would be left out: image;"),
     ):
         with pytest.raises(ValueError, match=message):
             the_reader(name, columns)
@@ -356,7 +480,7 @@ def test_an_example_that_cannot_be_read_is_counted(tiny_tfds, monkeypatch):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
 def test_long_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, monkeypatch, end):
-    monkeypatch.setattr(files, "TEXT_PIECE", 1000)
+    monkeypatch.setattr(texts, "TEXT_PIECE", 1000)
     rng = np.random.default_rng(0)
     text = "".join("é" * int(n) + end for n in rng.integers(0, 300, 100))
     (tmp_path / "x.txt").write_bytes(text.encode())
@@ -374,9 +498,9 @@ def test_long_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, monkeypatch
 def test_digests_tell_changed_inputs_apart(tmp_path):
     def digests() -> list[str]:
         return [
-            reader.digest()
+            found.digest
             for path in sorted(tmp_path.iterdir())
-            for _, reader in open_input(str(path), PLAIN)
+            for found in find_inputs(str(path), PLAIN, MAX_BYTES)
         ]
 
     lines(tmp_path / "a.jsonl", {"text": "cat"})

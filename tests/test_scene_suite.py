@@ -58,7 +58,8 @@ class Oracle:
         return [render(self.spoil(self.edits[judge(image), instruction]), 32)]
 
     def scene(self, prompt: str) -> Scene:
-        """Some scene of which the prompt is true; what it leaves open has a new colour each time."""
+        """Some scene of which the prompt is true; what it leaves open has a new colour each
+        time."""
         colour = list(COLOURS)[next(self.turn) % len(COLOURS)]
         things = [
             (item.kind, item.colour or colour, item.size or "large")

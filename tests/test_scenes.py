@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from transfusion_jax.config import Experiment, ImageConfig
+from transfusion_jax.config import DataConfig, DiffusionConfig, Experiment, ImageConfig
 from transfusion_jax.data.documents import Image, Text, sequence
 from transfusion_jax.data.sources.scenes.judge import holds, judge, parse, residual
 from transfusion_jax.data.sources.scenes.scene import COLOURS, KINDS, SIZES, Object, Scene, render
@@ -24,7 +24,13 @@ from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 
 def of(side: int) -> Experiment:
-    return Experiment(name="scenes", image=ImageConfig(side, side, 3, patch=4))
+    """Of a run on scenes, with a noise limit and nothing dropped."""
+    return Experiment(
+        name="scenes",
+        image=ImageConfig(side, side, 3, patch=4),
+        data=DataConfig(caption_dropout=0.0),
+        diffusion=DiffusionConfig(noise_limit=500),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +104,8 @@ def test_the_judge_forgives_noise_and_blur_and_not_everything(shown, side, capsy
     moved = exactness(some, side, lambda x: np.roll(x, (1, -1), (0, 1)))
     with capsys.disabled():
         print(
-            f"\njudge exact at {side}: noise {noisy}; blur {soft}; noise 0.1 and blur 0.75 {both}; shifted {moved}"
+            f"\njudge exact at {side}: noise {noisy}; blur {soft}; "
+            f"noise 0.1 and blur 0.75 {both}; shifted {moved}"
         )
     assert min(noisy[0.1], noisy[0.2], soft[0.5], soft[0.75], both, moved) >= 0.99
     assert min(noisy[0.3], soft[1.0]) >= 0.95
@@ -162,9 +169,24 @@ def test_captions_are_false_of_a_scene_that_contradicts_them(shown):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a", "a red", "two circle", "a circles", "a circle and", "a circle left of", "the circle", "five circles",
-     "a red blue circle", "a circle a star", "a picture of", "zebra", "a circle and a star!", "there is"],
-)  # fmt: skip
+    [
+        "",
+        "a",
+        "a red",
+        "two circle",
+        "a circles",
+        "a circle and",
+        "a circle left of",
+        "the circle",
+        "five circles",
+        "a red blue circle",
+        "a circle a star",
+        "a picture of",
+        "zebra",
+        "a circle and a star!",
+        "there is",
+    ],
+)
 def test_other_text_is_no_caption(text):
     assert parse(text) is None
 
@@ -172,12 +194,24 @@ def test_other_text_is_no_caption(text):
 def test_claims_say_what_the_words_say():
     red, blue = Object("circle", "red", "large", (0, 0)), Object("star", "blue", "small", (1, 2))
     scene = Scene((red, blue))
-    for true in ("a circle and a star", "a big red circle above a little star", "a star to the right of a circle",
-                 "there is a circle over a star", "one star and one circle"):  # fmt: skip
+    for true in (
+        "a circle and a star",
+        "a big red circle above a little star",
+        "a star to the right of a circle",
+        "there is a circle over a star",
+        "one star and one circle",
+    ):
         assert holds(parse(true), scene), true
-    for false in ("a circle", "two circles", "a blue circle and a star", "a circle below a star",
-                  "a red star and a blue circle", "a small circle and a star", "a star left of a circle",
-                  "a circle, a star and a ring"):  # fmt: skip
+    for false in (
+        "a circle",
+        "two circles",
+        "a blue circle and a star",
+        "a circle below a star",
+        "a red star and a blue circle",
+        "a small circle and a star",
+        "a star left of a circle",
+        "a circle, a star and a ring",
+    ):
         assert not holds(parse(false), scene), false
 
 
@@ -242,7 +276,7 @@ def shifted(o: Object, step: tuple[int, int]) -> tuple[int, int]:
 
 
 def carried_out(edit: Edit) -> tuple[str, set[Object]]:
-    """An instruction read with other eyes: the kind of edit, and the objects that there must be after it."""
+    """An instruction read by other code: the kind of edit, and the objects expected after it."""
     before, text = set(edit.scene.objects), edit.instruction
     size, colour, kind = re.search(f"the {NOUN}", text).groups()
     (thing,) = named(edit.scene, size, colour, kind)
@@ -273,7 +307,7 @@ def test_edits_change_what_they_say_and_nothing_else(split):
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_lengths_bound_documents(words, split):
-    source = Scenes(of(32), split)
+    source = Scenes(replace(of(32), data=DataConfig(caption_dropout=0.3)), split)
     source.count = 400
     lengths, patches = source.lengths(words), source.experiment.image.patches
     reached = np.zeros(400, int)
@@ -297,15 +331,26 @@ def test_documents_hold_the_pictures_and_words_of_their_example(words, side):
         np.testing.assert_array_equal(images[0].latent_hwc, pictures("train", [index], side)[0])
         kinds[type(found)] += 1
         if isinstance(found, Pair):
-            assert len(images) == 1 and text in (*found.captions, "")
+            assert len(images) == 1 and text in found.captions
         else:
             assert [type(span) for span in document.spans] == [Text, Image, Text, Image, Text]
             assert text == found.instruction and judge(images[1].latent_hwc) == found.target
-            assert [i.noise_limit for i in images] == [
-                source.experiment.diffusion.noise_limit,
-                1000,
-            ]
+            assert [i.noise_limit for i in images] == [500, 1000]
     assert min(kinds[Pair], kinds[Edit]) > 3
+
+
+def test_edits_lose_their_instruction_or_all_that_comes_before(words):
+    source = Scenes(replace(of(32), data=DataConfig(caption_dropout=1.0)), "train")
+    edit = next(i for i in itertools.count() if isinstance(example("train", i), Edit))
+    target = render(example("train", edit).target, 32)
+    counts = Counter()
+    for document in source.documents([edit] * 400, words, np.random.default_rng(0)):
+        images = [span for span in document.spans if isinstance(span, Image)]
+        np.testing.assert_array_equal(images[-1].latent_hwc, target)
+        assert images[-1].noise_limit == 1000
+        assert sequence(document, words, source.experiment.image.patches).weight.sum() == 0
+        counts[len(images), len(document.spans)] += 1
+    assert set(counts) == {(1, 3), (2, 4)} and min(counts.values()) > 150
 
 
 @pytest.mark.parametrize(

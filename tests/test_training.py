@@ -9,7 +9,7 @@ import pytest
 
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding, partition_spec
 from transfusion_jax.planning.hlo import parse
 from transfusion_jax.planning.plan import abstract_batch
@@ -284,8 +284,7 @@ def test_mesh_errors_name_what_does_not_fit(experiment):
         "tensor": 2,
     }
     with pytest.raises(ValueError, match=r"batch_rows=12 is not divisible by the 8 shards"):
-        host_block(batch_sharding(make_mesh(MeshConfig(8))), 12)
-    assert host_block(batch_sharding(make_mesh(MeshConfig(8))), 16) == (0, 1)
+        process_rows(batch_sharding(make_mesh(MeshConfig(8))), 12)
     with pytest.raises(ValueError, match="does not divide"):
         blueprint(
             replace(experiment, model=replace(experiment.model, mlp_width=97)),

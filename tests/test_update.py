@@ -12,7 +12,7 @@ from flax import nnx
 from transfusion_jax.autoencoder.config import tiny
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
 from transfusion_jax.config import OptimizerConfig
-from transfusion_jax.model.transfusion import abstract_model
+from transfusion_jax.model.build import abstract_model
 from transfusion_jax.training.state import State, initial_fields
 from transfusion_jax.training.update import (
     accumulated,

@@ -1,6 +1,7 @@
 """What goes wrong, by whose fault: the exit code of the command line follows from the type.
 
-ValueError: bad input, said in one line (exit code 2). WorkFailed: the work ran and failed (exit code 1).
+A ValueError is bad input, explained in one line (exit code 2). A WorkFailed is work that ran and
+failed (exit code 1).
 """
 
 

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MODES = {1: "L", 3: "RGB"}
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+"""Of all that Pillow reads; among the others is EPS, which it hands to Ghostscript, an interpreter."""
 MAX_PIXELS = 89_478_485
 """Pictures that claim more pixels are taken for decompression bombs (a quarter of a GiB in RGB, as Pillow warns)."""
 
@@ -25,7 +27,7 @@ def decode(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
     if not data:
         raise ValueError("empty image file")
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError("decompression bomb")
             file.draft(None, (6 * max(height, width),) * 2)

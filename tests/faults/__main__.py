@@ -1,12 +1,15 @@
-"""Plants each fault in a copy of the project and runs the tests that every change must pass.
+"""Plants each fault in a copy of the project and runs the tests that should see it.
 
-    python tests/faults [--only NAME ...] [--jobs 2] [--out FILE]
+    python tests/faults [--lists NAME ...] [--only PART ...] [--nearest] [--jobs 2] [--out FILE]
 
-The tests named beside a fault run first; where they pass, all do. A fault is caught if a test fails.
-The result goes to a JSON file as it comes, and faults that are in the file already are not run again.
+First the nearest tests of all these faults run without any fault, and have to pass. Then, for each
+fault, its nearest tests run and, where these pass, all that every change must pass. A fault is
+caught if a test fails. Results are kept in a JSON file, and faults that are in it are not run again
+unless `--only` asks for them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -14,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from faults.fault import Fault, all_faults  # noqa: E402
+from faults.fault import LISTS, Fault, faults_by_list  # noqa: E402
 
 COPIED = (
     "transfusion_jax",
@@ -32,31 +36,13 @@ COPIED = (
     "pyproject.toml",
     "setup.cfg",
 )
+FAILED = (1, 2)  # exit codes of pytest: tests failed, or a file could not be collected
+SECONDS = 1800  # after which a run counts as one that hangs
 
 
-def failing_test(copy: Path, tests: list[str]) -> str | None:
-    """The first of these tests that fails in a copy of the project; None if all pass."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--no-header",
-        *tests,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(copy)}
-    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if run.returncode == 0:
-        return None
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split(" - ")[0] if failed else f"exit code {run.returncode}"
-
-
-def caught_by(fault: Fault) -> str | None:
-    """The test that sees a fault, or None."""
+@contextlib.contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the project."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
@@ -65,36 +51,93 @@ def caught_by(fault: Fault) -> str | None:
                 shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, copy / name)
+        yield copy
+
+
+def failing_test(copy: Path, tests: list[str]) -> str | None:
+    """The first of these tests that fails in a copy of the project; None if all pass."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    try:
+        run = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"none, but it hangs: {' '.join(tests)}"
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if run.returncode not in FAILED or not failed:
+        raise RuntimeError(f"pytest cannot run {' '.join(tests)}:\n{run.stdout}\n{run.stderr}")
+    return failed[0].split(" - ")[0]
+
+
+def caught_by(fault: Fault, nearest_only: bool) -> str | None:
+    """The test that sees a fault, or None."""
+    with copied() as copy:
         file = copy / "transfusion_jax" / fault.file
         file.write_text(fault.planted(file.read_text()))
-        nearest = [f"tests/test_{name}.py" for name in fault.tests.split()]
-        deselected = ["--deselect", "tests/test_faults.py"]
-        return failing_test(copy, nearest) or failing_test(copy, deselected)
+        seen = failing_test(copy, fault.nearest())
+        if seen or nearest_only:
+            return seen
+        return failing_test(copy, ["--deselect", "tests/test_faults.py"])
 
 
-def main() -> None:
+def check_without_faults(faults: list[Fault]) -> None:
+    """Ends the program if one of the nearest tests fails anyway."""
+    tests = sorted({test for fault in faults for test in fault.nearest()})
+    with copied() as copy:
+        if tests and (failing := failing_test(copy, tests)):
+            sys.exit(f"without a fault, {failing}")
+
+
+def table(results: dict[str, str | None]) -> str:
+    """Faults caught, by list."""
+    lines = []
+    for name, faults in faults_by_list().items():
+        known = [fault.name for fault in faults if fault.name in results]
+        caught = sum(results[fault] is not None for fault in known)
+        lines.append(f"{name:14} {caught:4} of {len(known)}")
+    known = [fault.name for faults in faults_by_list().values() for fault in faults]
+    found = [results[name] is not None for name in known if name in results]
+    return "\n".join([*lines, f"{'all':14} {sum(found):4} of {len(found)}"])
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="faults by name; default: all")
+    parser.add_argument("--lists", nargs="+", metavar="NAME", choices=LISTS, default=LISTS)
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="faults whose names hold one of these"
+    )
+    parser.add_argument("--nearest", action="store_true", help="run the nearest tests only")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
     parser.add_argument(
         "--out", type=Path, default=Path("faults.json"), help="default: faults.json"
     )
-    arguments = parser.parse_args()
-    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    faults = [f for f in all_faults() if f.name in (arguments.only or [f.name])]
-    waiting = [fault for fault in faults if fault.name not in results]
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
+    out = arguments.out
+    results = json.loads(out.read_text()) if out.exists() else {}
+    faults = [fault for name in arguments.lists for fault in faults_by_list()[name]]
+    if arguments.only:
+        faults = [f for f in faults if any(part in f.name for part in arguments.only)]
+    waiting = [fault for fault in faults if arguments.only or fault.name not in results]
+    check_without_faults(waiting)
 
     def run(fault: Fault) -> None:
         begin = time.perf_counter()
-        results[fault.name] = caught_by(fault)
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        results[fault.name] = caught_by(fault, arguments.nearest)
+        out.write_text(json.dumps(results, indent=2) + "\n")
         seen = results[fault.name] or "SURVIVES"
         print(f"{fault.name:50} {time.perf_counter() - begin:5.0f} s  {seen}", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as executor:
         list(executor.map(run, waiting))
-    caught = sum(results[fault.name] is not None for fault in faults)
-    print(f"{caught} of {len(faults)} faults caught, {caught / max(len(faults), 1):.0%}")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ PAIRS = "evaluation/pairs.py"
 LIKELIHOOD = "evaluation/likelihood.py"
 DIVERSITY = "metrics/diversity.py"
 
-FAULTS = [
+FAULTS = (
     Fault(
         "missing drawings of digits are left out of the accuracy",
         DIGITS,
@@ -296,4 +296,4 @@ FAULTS = [
         "    return override(found, ())",
         "cli",
     ),
-]
+)

@@ -19,7 +19,8 @@ class Fault:
     old: str
     new: str
     tests: str
-    """Test files that should see it, without `test_` and `.py`; they run first."""
+    """The nearest tests, which run first: names of files without `test_` and `.py`, or of one test
+    as in `update::test_every_step_and_seed_draws_anew`."""
 
     def planted(self, text: str) -> str:
         """The text of the file with the fault in it.
@@ -33,7 +34,17 @@ class Fault:
             )
         return text.replace(self.old, self.new)
 
+    def nearest(self) -> list[str]:
+        """The nearest tests as pytest names them."""
+        named = (name.partition("::") for name in self.tests.split())
+        return [f"tests/test_{file}.py{colons}{test}" for file, colons, test in named]
+
+
+def faults_by_list() -> dict[str, tuple[Fault, ...]]:
+    """All faults, by the name of their list."""
+    return {name: importlib.import_module(f"faults.{name}").FAULTS for name in LISTS}
+
 
 def all_faults() -> list[Fault]:
-    modules = [importlib.import_module(f"faults.{name}") for name in LISTS]
-    return [fault for module in modules for fault in module.FAULTS]
+    """All faults, list by list."""
+    return [fault for faults in faults_by_list().values() for fault in faults]

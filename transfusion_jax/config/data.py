@@ -54,8 +54,14 @@ class DataConfig:
     image_first: float = 0.2
     """Share of text-image pairs that come image first; the others come caption first."""
     caption_dropout: float = 0.1
-    """Share of caption-first pairs whose caption is left out, for guidance (our choice; the paper
-    is silent)."""
+    """Share of documents whose text before an image is left out, for guidance: of caption-first
+    pairs, and of interleaved documents before one of their images (our choice; the paper is
+    silent)."""
+    image_dropout: float = 0.5
+    """Share of these interleaved documents that lose the images before that image as well, so that
+    it is unconditional, as the image that guidance contrasts with. Brooks et al. (2023, arXiv
+    2211.09800) drop the text of 5 % of edits, both of 5 %, and the image alone of 5 %, which their
+    guidance never uses and we leave out."""
     prefetch: int = 8
     """Batches read ahead of the step."""
 
@@ -66,7 +72,7 @@ class DataConfig:
         require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
         require(self.batch_rows > 0, f"data.batch_rows={self.batch_rows} must be positive")
         require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be positive")
-        for name in ("image_first", "caption_dropout"):
+        for name in ("image_first", "caption_dropout", "image_dropout"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name}={value} must be in 0..1")
 

@@ -14,16 +14,21 @@ class DiffusionConfig:
     """T: training timesteps, 0 (almost clean) to T - 1 (almost noise)."""
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
     """What the model predicts of an image: its noise (the paper), v, or the velocity of a flow."""
-    noise_limit: int = 500
-    """Timesteps of an image that comes before its caption are drawn below this (Table 8); T
-    switches it off."""
+    noise_limit: int = 0
+    """Timesteps of an image that something follows, as its caption does, are drawn below this (500
+    in Table 8). 0 and T switch it off, as in the controlled setting of section 4.1."""
 
     def __post_init__(self):
         require(self.steps > 1, f"diffusion.steps={self.steps} must be at least 2")
         require(
-            0 < self.noise_limit <= self.steps,
-            f"diffusion.noise_limit={self.noise_limit} must be in 1..diffusion.steps={self.steps}",
+            0 <= self.noise_limit <= self.steps,
+            f"diffusion.noise_limit={self.noise_limit} must be in 0..diffusion.steps={self.steps}",
         )
+
+    @property
+    def context_limit(self) -> int:
+        """Timesteps of an image that something follows are drawn below this."""
+        return self.noise_limit or self.steps
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Experiment:
         "train.keep_checkpoints",
         "sampler.",
     )
-    """Beginnings of the names of fields that do not change what is trained, so a run may be resumed with others."""
+    """Prefixes of the fields that may change when a run is resumed."""
 
     name: str
     """Names the run directory, `runs/<name>`, and a point of a sweep."""

@@ -11,8 +11,10 @@ from transfusion_jax.config.model import ImageConfig
 
 
 def differences(stored: Any, asked: Any) -> list[str]:
-    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`: all that differ, but those that
-    the experiments' class lets change (`RESUMABLE`)."""
+    """Fields, as `name: stored -> asked`, that forbid resuming `stored` as `asked`.
+
+    Those are all that differ, except the ones that the class lists as `RESUMABLE`.
+    """
     old, new = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(asked))
     return [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
@@ -51,7 +53,10 @@ def loads(
 
 
 def _make_room_for_an_image(values: dict) -> str:
-    """Raises `sampler.max_tokens` where no image fits into it, which was not refused once; says so."""
+    """Raises a `sampler.max_tokens` that has no room for an image, and says so.
+
+    Earlier versions accepted such a value.
+    """
     sampler, span = values["sampler"], _build(ImageConfig, values["image"]).span
     if (stored := sampler["max_tokens"]) >= span:
         return ""

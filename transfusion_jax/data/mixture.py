@@ -13,9 +13,9 @@ from transfusion_jax.config import DataConfig
 class Mixture(grain.python.DatasetSelectionMap):
     """Maps row i to (source, row of that source), by weights that may change during the run.
 
-    Among any first rows of a phase each source has its share: of two or three sources to within one row, of more to
-    within one and a half. Of sources a, b with weights 2, 1, rows come as a b a a b a ..., and every source goes on in
-    a new phase where it was in the one before.
+    Each source has its share of any first rows of a phase: to within one row of two or three
+    sources, to within one and a half of more. Sources a, b with weights 2, 1 give rows a b a a b a
+    ... A new phase continues each source where the phase before stopped.
     """
 
     def __init__(self, data: DataConfig, steps: int):
@@ -69,7 +69,7 @@ def first_step(start: float, steps: int) -> int:
 
 
 def _shares(weights: Sequence[float]) -> list[tuple[int, float]]:
-    """Sources that have weight, the heaviest first, each with its share of what those before it leave."""
+    """Sources with weight, heaviest first, each with its share of what those before it leave."""
     order = sorted((i for i, weight in enumerate(weights) if weight > 0), key=lambda i: -weights[i])
     left = [math.fsum(weights[i] for i in order[at:]) for at in range(len(order))]
     return [(i, weights[i] / rest) for i, rest in zip(order, left, strict=True)]

@@ -1,16 +1,18 @@
-"""The data order: row i of a run is a function of (seed, i), whatever the hosts, devices and restarts.
+"""The data order: row i is a function of (seed, i), whatever the hosts, devices and restarts.
 
-    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack--> batches --slice--> a host's part
+    sources --plan--> rows --shuffle, repeat--> --mix by weight--> row i --pack-->
+    batches --select--> the rows that a process's devices hold
 
-Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row i (caption, order,
-dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has a state: training resumes at step s by
-starting to read at batch s.
+Each source's rows are shuffled anew every epoch, and mixed by `Mixture`. What is random inside row
+i (caption, order, dropout, latents) is drawn from a generator seeded with (seed, i). Nothing has
+state: training resumes at step s by reading from batch s.
 """
 
-import hashlib
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import jax
@@ -20,7 +22,8 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import sequence
 from transfusion_jax.data.mixture import Mixture
-from transfusion_jax.data.packing import Plan, kept_plan, pack
+from transfusion_jax.data.packing import Plan, pack
+from transfusion_jax.data.plans import plan_of
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -34,6 +37,8 @@ class PlannedSource:
     name: str
     source: Source
     plan: Plan
+    fingerprint: str
+    """Changes when the documents or their places in rows do."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -57,17 +62,23 @@ class Data:
             )
         self.experiment, self.tokenizer = experiment, tokenizer
         self.mixture = Mixture(experiment.data, experiment.train.steps)
-        self.sources, row_length = [], experiment.data.row_length
+        self.sources = []
+        row_length = experiment.data.row_length
         for config, source in zip(
             experiment.data.sources, load_sources(experiment, split), strict=True
         ):
-            lengths = source.lengths(tokenizer)
-            packed = kept_plan(lengths, row_length, source.splittable, source.assets.plans)
+            brought = source.assets.tokenizer
+            if brought is not None and brought.model != tokenizer.model:
+                raise ValueError(
+                    f"the run's tokenizer is not the one that {config.name} was prepared with"
+                )
+            packed, fingerprint = plan_of(source, tokenizer, row_length)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
-                    f"source {config.name!r} has no document that fits {split} rows: {ledger(packed)}"
+                    f"source {config.name!r} has no document that fits {split} rows: "
+                    f"{packed.ledger()}"
                 )
-            self.sources.append(PlannedSource(config.name, source, packed))
+            self.sources.append(PlannedSource(config.name, source, packed, fingerprint))
 
     def rows(self) -> grain.MapDataset:
         """The endless stream of training rows; item i is row i."""
@@ -81,15 +92,15 @@ class Data:
             lambda i, item: self.row(*item, np.random.default_rng((seed, i)))
         )
 
-    def batches(self, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-        """Item s is block `block` of the `blocks` equal parts of global batch s."""
-        rows = self.experiment.data.batch_rows // blocks
-        return self.rows().batch(rows, drop_remainder=True, batch_fn=stack)[block::blocks]
+    def batches(self, rows: Sequence[int] | None = None) -> grain.MapDataset:
+        """Item s holds these rows of global batch s, by default all of them."""
+        size = self.experiment.data.batch_rows
+        return batched(self.rows(), size, range(size) if rows is None else rows, stack)
 
     def once(self, batch_rows: int, most: int | None = None) -> Iterator[Batch]:
-        """Every row of every source once, in order, in batches; the last is filled up with empty rows.
+        """Every row of every source once, in order; empty rows fill up the last batch.
 
-        With `most`, no more than so many rows, evenly spaced over all of them.
+        With `most`, at most so many rows, evenly spaced over all of them.
         """
         rng = np.random.default_rng(self.experiment.train.seed)
         total = sum(len(source) for source in self.sources)
@@ -117,10 +128,10 @@ class Data:
         return pack(pieces, self.experiment.data.row_length, self.experiment.image)
 
     def ledger(self) -> dict[str, dict]:
-        """For every source: documents = in rows + rejected, by reason; rows; share of positions filled."""
+        """For every source: documents = in rows + rejected, by reason; rows; how full they are."""
         length = self.experiment.data.row_length
         return {
-            s.name: {**ledger(s.plan), "filled": round(s.plan.filled(length), 4)}
+            s.name: {**s.plan.ledger(), "filled": round(s.plan.filled(length), 4)}
             for s in self.sources
         }
 
@@ -131,25 +142,18 @@ class Data:
 
     def fingerprints(self) -> list[str]:
         """A digest of each source's documents and plan: another means that the data changed under a run."""
-        digests = []
-        for source in self.sources:
-            digest, packed = hashlib.sha256(source.source.assets.digest), source.plan
-            for array in (packed.row_start, packed.document, packed.begin, packed.end):
-                digest.update(np.ascontiguousarray(array, np.int64).tobytes())
-            digests.append(digest.hexdigest()[:16])
-        return digests
+        return [source.fingerprint for source in self.sources]
 
 
-def ledger(packed: Plan) -> dict:
-    """Counts of a plan: documents, rows, and what was rejected, by reason."""
-    rejected = {reason: len(documents) for reason, documents in packed.rejected.items()}
-    placed = len(np.unique(packed.document))
-    return {
-        "documents": placed + sum(rejected.values()),
-        "in_rows": placed,
-        "rejected": rejected,
-        "rows": len(packed),
-    }
+def batched(
+    stream: grain.MapDataset, size: int, rows: Sequence[int], stack: Callable[[list], Any]
+) -> grain.MapDataset:
+    """Item s holds these rows of global batch s, which is items s * size ... (s + 1) * size - 1."""
+
+    def batch(s: int) -> Any:
+        return stack([stream[s * size + row] for row in rows])
+
+    return grain.MapDataset.range(sys.maxsize // size).map(batch)
 
 
 def stack(rows: list[Batch]) -> Batch:
@@ -157,7 +161,7 @@ def stack(rows: list[Batch]) -> Batch:
 
 
 def read(batches: grain.MapDataset, start: int, prefetch: int) -> Iterator[Batch]:
-    """Batches from `start` on, read ahead by threads; more of them than cores would only wait for each other."""
+    """Batches from `start` on, read ahead by threads, no more of them than cores."""
     threads = min(prefetch, 4, cores())
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(batches[start:].to_iter_dataset(options))

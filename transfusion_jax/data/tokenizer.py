@@ -49,11 +49,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, byte_fallback=True, split_digits=True, character_coverage=0.99995,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=1 << 16,
-            num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.99995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 16,
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         raise ValueError(
             f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size}: {error}"

@@ -11,7 +11,7 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources.registry import SOURCES
 from transfusion_jax.data.sources.scenes.scene import SIDES
 from transfusion_jax.errors import require
-from transfusion_jax.evaluation import digits, likelihood, pairs, scenes, sums
+from transfusion_jax.evaluation import comparisons, digits, likelihood, pairs, scenes, sums
 from transfusion_jax.generation.engine import Engine
 
 ROWS = 512
@@ -35,6 +35,7 @@ class Suite:
 SUITES: dict[str, Suite] = {
     "digits": Suite(digits.digits, pictures=(digits.SHAPE,)),
     "sums": Suite(sums.sums),
+    "comparisons": Suite(comparisons.comparisons),
     "likelihood": Suite(likelihood.likelihood, held_out=True),
     "pairs": Suite(pairs.pairs, held_out=True),
     "scenes": Suite(scenes.scenes, pictures=tuple((side, side, 3) for side in SIDES)),

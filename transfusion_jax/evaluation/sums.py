@@ -11,12 +11,13 @@ from transfusion_jax.generation.engine import Engine
 def sums(engine: Engine, samples: Path, rows: int | None) -> dict:
     """`text_accuracy`, `text_accuracy_held_out`: share of prompts answered exactly right."""
     return {
-        "text_accuracy": _accuracy(engine, problems("train")),
-        "text_accuracy_held_out": _accuracy(engine, problems("held_out")),
+        "text_accuracy": exact_share(engine, problems("train")),
+        "text_accuracy_held_out": exact_share(engine, problems("held_out")),
     }
 
 
-def _accuracy(engine: Engine, asked: Sequence[tuple[str, str]]) -> float:
+def exact_share(engine: Engine, asked: Sequence[tuple[str, str]]) -> float:
+    """Share of the (prompt, answer) whose answer comes, to the letter and alone."""
     answers = engine.using(temperature=0.0).generate([(prompt,) for prompt, _ in asked])
     right = [only_text(spans) == answer for spans, (_, answer) in zip(answers, asked, strict=True)]
     return sum(right) / len(right)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: an image is drawn away from what the model would draw without a prompt."""
+"""Classifier-free guidance: draws an image away from what the model would draw unprompted."""
 
 import jax.numpy as jnp
 

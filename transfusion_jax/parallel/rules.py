@@ -1,4 +1,4 @@
-"""The one table from logical axes to mesh axes, and the placement of parameters that follows from it."""
+"""The one table from logical axes to mesh axes, and the placements derived from it."""
 
 import functools
 
@@ -7,10 +7,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Mesh axes: `data` replicates the model; `fsdp` cuts parameters and batch; `sequence` cuts parameters and the positions
-# of a row (context parallelism); `tensor` cuts heads, feed-forward and vocabulary (Megatron), and between layers the
-# positions once more (Korthikanti et al. 2022, arXiv 2205.05198). A logical axis that is absent here is a mistake; None
-# means never cut.
+# `data` cuts the batch and replicates the model. `fsdp` cuts the batch and the parameters.
+# `sequence` cuts the positions of a row (context parallelism) and the parameters. `tensor` cuts
+# heads, feed-forward and vocabulary (Megatron) and, between layers, positions as well (Korthikanti
+# et al. 2022, arXiv 2205.05198).
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "sequence": "sequence",
@@ -24,6 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
 }
+"""Logical axis -> the mesh axes that cut it. None: never cut. A missing axis raises."""
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
@@ -38,24 +39,24 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     Raises:
       ValueError: an axis has no rule, or two axes of the array go to the same mesh axis.
     """
-    unknown = [a for a in axes if a is not None and a not in RULES]
+    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
         raise ValueError(f"no sharding rule for the logical axes {unknown} of {axes}")
-    placed = [RULES[a] if a is not None else None for a in axes]
-    used = [m for a in axes for m in mesh_axes(a)]
+    placed = [None if axis is None else RULES[axis] for axis in axes]
+    used = [mesh_axis for axis in axes for mesh_axis in mesh_axes(axis)]
     if len(used) != len(set(used)):
         raise ValueError(f"two of the logical axes {axes} share a mesh axis: {placed}")
     return PartitionSpec(*placed)
 
 
 def parameter_shardings(parameters: nnx.State, mesh: Mesh) -> dict:
-    """Placement of every parameter, as a nested dict like `nnx.to_pure_dict(parameters)`.
+    """Placement of every parameter, nested as in `nnx.to_pure_dict(parameters)`.
 
     Raises:
       ValueError: a mesh axis does not divide the dimension that it cuts.
     """
 
-    def place(path, variable):
+    def placement(path: tuple, variable: nnx.Variable) -> NamedSharding:
         spec = partition_spec(variable.get_metadata("out_sharding"))
         sharding = NamedSharding(mesh, spec)
         try:
@@ -67,48 +68,52 @@ def parameter_shardings(parameters: nnx.State, mesh: Mesh) -> dict:
             ) from None
         return sharding
 
-    return nnx.to_pure_dict(
-        nnx.from_flat_state({p: place(p, v) for p, v in nnx.to_flat_state(parameters)})
-    )
+    flat = {path: placement(path, variable) for path, variable in nnx.to_flat_state(parameters)}
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data and fsdp axes, everything else whole."""
+    """Cuts the first dimension, the rows of a batch, over data and fsdp."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Keeps a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Pins an activation to its logical axes under the current mesh; without a mesh it is the identity."""
+    """Pins an activation to its logical axes on the current mesh; the identity without one."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
 def gathered(parameter: nnx.Variable, dtype: jax.typing.DTypeLike) -> Array:
-    """A parameter in `dtype`, of which every device has all that `fsdp` and `sequence` cut, just before it is used.
+    """All-gathers a parameter over fsdp and sequence just before use, in `dtype`.
 
-    Gradients are summed into the parts (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054). It is said here
-    because XLA for TPU would rather multiply by one part after another, and add up the products in main memory.
+    Its gradient is reduced into shards (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054).
+    Explicit because XLA for TPU would rather multiply by one shard after another and accumulate
+    the products in main memory.
     """
     value = parameter[...].astype(dtype)
-    axes = parameter.get_metadata("out_sharding")[
-        -value.ndim :
-    ]  # a layer of a stack has lost its first axis
+    # Inside the scan over layers, a stacked parameter has lost its first axis.
+    axes = parameter.get_metadata("out_sharding")[-value.ndim :]
     return _gathered(value, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(x, axes):
+def _gathered(x: Array, axes: tuple[str | None, ...]) -> Array:
     return constrain(x, *(None if "fsdp" in mesh_axes(axis) else axis for axis in axes))
 
 
-def _scattered(axes, _, gradient):
-    # Summed whole and then cut, in one collective: asked for the parts alone, XLA would make a loop over them, too.
+def _gathered_forward(x, axes):
+    return _gathered(x, axes), None
+
+
+def _gathered_backward(axes, _, gradient):
+    # Both constraints make one reduce-scatter. With the second alone, XLA loops over shards again.
     return (constrain(_gathered(gradient, axes), *axes),)
 
 
-_gathered.defvjp(lambda x, axes: (_gathered(x, axes), None), _scattered)
+_gathered.defvjp(_gathered_forward, _gathered_backward)

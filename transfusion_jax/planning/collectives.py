@@ -1,4 +1,4 @@
-"""What devices send each other: the collectives of a compiled program, each with its size and one group of devices."""
+"""The collectives of a compiled program: the bytes each sends, and one group of devices."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import numpy as np
 
 from transfusion_jax.planning.hlo import Computation, Instruction
 
-# Bytes that one of n devices sends per byte of its operands, if it sends as little as can be.
+# Bytes that one of n devices must send per byte of its operands, at least.
 SENT = {
     "all-gather": lambda n: n - 1,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -21,22 +21,24 @@ SENT = {
 
 @dataclass(frozen=True)
 class Collective:
-    kind: str  # one of SENT
-    bytes_sent: float  # by one device each time, at the least
-    times: float  # in one run of the program
-    group: tuple[
-        int, ...
-    ]  # devices, as their places in the mesh: the first group, or the first (source, target)
-    between_slices: bool = (
-        False  # over the network, each device with those of its place in other slices
-    )
+    kind: str
+    """One of SENT."""
+    bytes_sent: float
+    """By one device, each time; a lower bound."""
+    times: float
+    """How often it runs in one run of the program."""
+    group: tuple[int, ...]
+    """Positions in the mesh of the first group of devices, or of the first (source, target)."""
+    between_slices: bool = False
+    """Over the network, between devices at the same place of different slices."""
 
 
 def continues(instruction: Instruction, computation: Computation) -> bool:
-    """Whether this collective goes on with one that another fusion has started.
+    """Whether this is one more appearance of a collective that another fusion started.
 
-    A TPU runs a collective beside its computations in steps, and the text repeats it in the fusion that starts it, in
-    those beside which it runs, which hand it on together with its operands, and in the one that ends it.
+    A TPU overlaps a collective with computation. The text repeats the collective in the fusion that
+    starts it, in fusions that run beside it and pass it on with its operands, and in the one that
+    ends it.
     """
     return computation.fused and any(
         user.attribute("custom_call_target") == "AsyncCollectiveDone"
@@ -48,7 +50,7 @@ def continues(instruction: Instruction, computation: Computation) -> bool:
 def read_collective(
     instruction: Instruction, computation: Computation, times: float
 ) -> Collective | None:
-    """Or None, if it is none or was started elsewhere."""
+    """The collective that an instruction starts; None if it starts none."""
     kind = instruction.operation
     if kind == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
         return read_transfer(instruction, computation, times)
@@ -58,9 +60,8 @@ def read_collective(
         or continues(instruction, computation)
     ):
         return None
-    if kind == "all-reduce" and computation.name.startswith(
-        "all-reduce-scatter"
-    ):  # what XLA calls such a fusion
+    # XLA writes a reduce-scatter as a fusion of this name.
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     group = first_group(instruction)
     operands = (
@@ -72,7 +73,7 @@ def read_collective(
 
 
 def read_transfer(send: Instruction, computation: Computation, times: float) -> Collective:
-    """A collective between slices: TPUs hand its operand to their host, and a `recv` brings what comes of it."""
+    """A collective between slices: TPUs `send` its operand to their host and `recv` its result."""
     kind = send.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
     slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', send.attributes)[1]
     ends = [integers(part) for part in slices.split(",")]  # each a slice, or first:last
@@ -82,7 +83,7 @@ def read_transfer(send: Instruction, computation: Computation, times: float) -> 
 
 
 def first_group(instruction: Instruction) -> tuple[int, ...]:
-    """Groups are listed, counted (`[2,4]<=[8]`) or axes of a mesh (`mesh['a'=2,'b'=4] {'b'}`)."""
+    """The first group. Groups are lists, iotas (`[2,4]<=[8]`) or axes (`mesh['a'=2] {'a'}`)."""
     text = instruction.attributes
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", text):
         return integers(listed[1])
@@ -96,7 +97,8 @@ def first_group(instruction: Instruction) -> tuple[int, ...]:
 
 
 def mesh_group(axes: str, order: str, names: str) -> tuple[int, ...]:
-    """The devices at the first place of all axes but the named ones, which may be parts of axes, `'a':(before)size`."""
+    """The devices along the named axes, or parts of axes (`'a':(before)size`), at index 0 of
+    others."""
     sizes = {name: int(size) for name, size in re.findall(r"([\w.]+)'?=(\d+)", axes)}
     devices = device_order(order) if order else range(math.prod(sizes.values()))
     strides = {name: math.prod(list(sizes.values())[i + 1 :]) for i, name in enumerate(sizes)}
@@ -109,7 +111,7 @@ def mesh_group(axes: str, order: str, names: str) -> tuple[int, ...]:
 
 
 def device_order(text: str) -> list[int]:
-    """`[2,4]T(1,0)` counts devices in this shape and transposes it; otherwise they are listed."""
+    """Devices as a list; `[2,4]T(1,0)` is an iota of this shape, transposed."""
     if not text.startswith("["):
         return list(integers(text))
     shape, axes = (integers(part) for part in text.partition("T")[::2])

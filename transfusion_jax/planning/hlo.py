@@ -1,7 +1,8 @@
-"""Compiled programs as text, taken apart: computations of instructions, each with its arrays, operands and attributes.
+"""Parses compiled HLO: computations of instructions, with their arrays, operands and attributes.
 
-The text is that of `jax.stages.Compiled.as_text()`: scheduled, so what an instruction uses stands above it, and what a
-computation calls stands above the computation; partitioned, so shapes are those of one device.
+The text is that of `jax.stages.Compiled.as_text()`. It is scheduled: what an instruction uses is
+above it, and what a computation calls is above the computation. It is partitioned: shapes are those
+of one device.
 """
 
 import functools
@@ -22,7 +23,8 @@ NAME = re.compile(r"%([\w.-]+)")
 class Array:
     dtype: str
     dims: tuple[int, ...]
-    space: int  # 0 is main memory, others are on the chip or on the host
+    space: int
+    """0 is main memory; others are on the chip or on the host."""
 
     @property
     def bytes(self) -> float:
@@ -40,17 +42,19 @@ class Instruction:
     """`%name = result operation-phase(operands), attributes`."""
 
     name: str
-    operation: str  # of asynchronous ones without the phase
-    phase: str  # "-start", "-update", "-done" or "" (synchronous)
-    result: tuple[
-        Array, ...
-    ]  # what it computes, flat; of a start what will be there when it is done
+    operation: str
+    """Without the phase of an asynchronous one."""
+    phase: str
+    """"-start", "-update", "-done" or "" (synchronous)."""
+    result: tuple[Array, ...]
+    """What it computes, flattened; for a start, what its done will return."""
     operands: tuple[str, ...]
-    literal: str  # what stands between the parentheses
+    literal: str
+    """The text between the parentheses."""
     attributes: str
 
     def attribute(self, name: str) -> str:
-        """Up to the next comma outside braces, or ""."""
+        """The value of an attribute, up to the next comma outside braces; "" if absent."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|\"[^\"]*\"|[^,\s]*)", self.attributes)
         return found[1].strip('"') if found else ""
 
@@ -66,11 +70,12 @@ class Computation:
     name: str
     instructions: dict[str, Instruction]
     root: Instruction
-    fused: bool  # the body of a fusion
+    fused: bool
+    """Whether it is the body of a fusion."""
 
     @functools.cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """Who uses an instruction's result, and as which operand."""
+        """For each instruction, its users and the operand position at which they use it."""
         users = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for position, name in enumerate(instruction.operands):
@@ -84,15 +89,20 @@ class Computation:
         }
 
 
-Computations = dict[str, Computation]  # by name; the last one is the entry
+Computations = dict[str, Computation]
+"""By name; the last one is the entry."""
 
 
 def parse(text: str) -> Computations:
+    """The computations of a program's text."""
     parsed: list[tuple[str, dict[str, Instruction], str]] = []
-    name, instructions, root = "", {}, ""
+    name = ""
+    instructions = {}
+    root = ""
     for line in text.splitlines():
         if header := COMPUTATION.fullmatch(line):
-            name, instructions = header[2], {}
+            name = header[2]
+            instructions = {}
         elif found := INSTRUCTION.fullmatch(line):
             instructions[found[2]] = read_instruction(found, instructions)
             root = found[2] if found[1] else root
@@ -112,9 +122,8 @@ def read_instruction(found: re.Match, above: dict[str, Instruction]) -> Instruct
     _, name, shape, operation, phase, literal, attributes = found.groups(default="")
     operands = tuple(NAME.findall(literal))
     result = read_arrays(shape)
-    if (
-        phase == "-start"
-    ):  # (operands, result, context), except that copies have (result, operand, context)
+    if phase == "-start":
+        # (operands, result, context), except that copies have (result, operand, context).
         given = sum(len(above[operand].result) for operand in operands)
         result = result[:1] if operation == "copy" else result[given:] or result
     return Instruction(name, operation, phase, result, operands, literal, attributes)

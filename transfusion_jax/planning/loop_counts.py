@@ -1,7 +1,7 @@
 """How often each computation of a compiled program runs.
 
-A loop's count is written beside it (on a CPU) or follows from a counter of its state: where it starts, what the body
-adds, and what the condition compares it with.
+A loop's trip count is written beside it (on a CPU), or derived from a counter in its state: its
+start, the increment in the body, and the bound in the condition.
 """
 
 import math
@@ -9,7 +9,8 @@ import re
 
 from transfusion_jax.planning.hlo import Computation, Computations, Instruction
 
-# The operations that run other computations, and the attributes that name those. Reducers are part of their operation.
+# Operations that run other computations, and the attributes that name these. (A reducer counts as
+# part of its operation.)
 CALLING = {
     "fusion": ("calls",),
     "call": ("to_apply", "calls"),
@@ -17,14 +18,18 @@ CALLING = {
     "conditional": ("branch_computations", "true_computation", "false_computation"),
     "while": ("body", "condition"),
 }
-SAME = {"copy", "bitcast", "convert", "reshape"}  # of a scalar
+PASS_THROUGH = {"copy", "bitcast", "convert", "reshape"}  # keep the value of a scalar
 
 # A scalar of a loop: element `index` of its state plus a number, or a number alone (index None).
 Scalar = tuple[int | None, int]
 
 
 def run_counts(program: Computations, unknown_trips: float) -> dict[str, float]:
-    """By name. Every branch of a conditional counts as taken; a loop of unknown length runs `unknown_trips` times."""
+    """How often each computation runs, by name.
+
+    Every branch of a conditional counts as taken; a loop whose trip count depends on data counts as
+    `unknown_trips` trips.
+    """
     times = dict.fromkeys(program, 0.0)
     *_, entry = program
     times[entry] = 1.0
@@ -40,7 +45,7 @@ def run_counts(program: Computations, unknown_trips: float) -> dict[str, float]:
 
 
 def trips(loop: Instruction, caller: Computation, program: Computations) -> int | None:
-    """How often the body runs, or None where that depends on data."""
+    """How often the body runs; None if that depends on data."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     (body,), (condition,) = loop.calls("body"), loop.calls("condition")
@@ -57,7 +62,7 @@ def trips(loop: Instruction, caller: Computation, program: Computations) -> int 
 def comparison(
     computation: Computation, program: Computations, arguments: tuple[Scalar | None, ...] = ()
 ) -> tuple[Scalar, Scalar] | None:
-    """Both sides of the `<` that a condition, or a fusion of it, ends in."""
+    """Both sides of the `<` at the root of a condition, seen through a fusion."""
     root = computation.root
     sides = tuple(scalar(computation, name, program, arguments) for name in root.operands)
     if root.operation == "fusion":
@@ -70,7 +75,7 @@ def comparison(
 def element(
     computation: Computation, name: str, index: int, program: Computations
 ) -> Scalar | None:
-    """An element of a tuple that is made in this computation."""
+    """An element of a tuple built in this computation."""
     made = computation.instructions[name]
     return scalar(computation, made.operands[index], program) if made.operation == "tuple" else None
 
@@ -81,7 +86,7 @@ def scalar(
     program: Computations,
     arguments: tuple[Scalar | None, ...] = (),
 ) -> Scalar | None:
-    """What a scalar of a loop is, if it is that simple; the arguments are those of a fusion."""
+    """A loop's scalar, if it is as simple as `Scalar`; `arguments` are those of a fusion."""
     made = computation.instructions[name]
     if made.operation == "parameter":
         return arguments[int(made.literal)] if arguments else None
@@ -90,7 +95,7 @@ def scalar(
     if made.operation == "get-tuple-element":
         state = computation.instructions[made.operands[0]]
         return (int(made.attribute("index")), 0) if state.operation == "parameter" else None
-    if made.operation not in SAME | {"add", "fusion"}:
+    if made.operation not in PASS_THROUGH | {"add", "fusion"}:
         return None
     values = tuple(scalar(computation, operand, program, arguments) for operand in made.operands)
     if made.operation == "fusion":
@@ -98,7 +103,7 @@ def scalar(
         return scalar(called, called.root.name, program, values)
     if None in values:
         return None
-    if made.operation in SAME:
+    if made.operation in PASS_THROUGH:
         return values[0]
     (left, a), (right, b) = values
     return None if None not in (left, right) else (right if left is None else left, a + b)

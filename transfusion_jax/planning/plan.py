@@ -1,9 +1,9 @@
 """Plans: the training step compiled for TPUs you do not have, and what it takes there.
 
-The step is the one that training runs (`pretraining/step.py`), on the shapes of its state and batch. It fits if
-the compiler's figure for its memory does. Its time is a roofline: the longest of computing, of memory traffic
-and of traffic between chips, each at the published rate, as if all three overlapped. That is a lower bound, not
-a forecast.
+The step is the one that training runs (`pretraining/step.py`), on the shapes of its state and
+batch. It fits if the compiler's figure for its memory does. Its time is a roofline: the longest of
+computing, of memory traffic and of traffic between chips, each at the published rate, as if all
+three overlapped. That is a lower bound, not a forecast.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from transfusion_jax.planning.topology import HOST, Topology
 from transfusion_jax.pretraining.state import Blueprint, blueprint
 from transfusion_jax.pretraining.step import compiled_step
 
-# FLOPs of a kernel for each pair of a query and a key and each value of a head: two for each product
-# with them.
+# FLOPs of a kernel for each pair of a query and a key and each value of a head: two for each
+# product with them.
 KERNEL_FLOPS = {"interval_attention": 4, "interval_attention_dq": 6, "interval_attention_dkv": 8}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -58,8 +58,8 @@ class Costs:
     collective_bytes: dict[str, float]
     """Sent by one chip, by kind of collective."""
     seconds: dict[str, float]
-    """At published rates: compute, memory, interconnect, network between slices, and transfers to the
-    host's memory and back."""
+    """At published rates: compute, memory, interconnect, network between slices, and transfers to
+    the host's memory and back."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
     begin = time.perf_counter()
     memory, compiled = compile_step(planned, batch, topology)
     seconds = time.perf_counter() - begin
-    model, parts = experiment.model, experiment.train.accumulation
-    together = experiment.data.batch_rows // (parts * mesh.shape["data"] * mesh.shape["fsdp"])
+    model = experiment.model
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    together = experiment.data.batch_rows // (experiment.train.accumulation * shards)
     work = row_work(rows, model.attention_block or DEFAULT_BLOCK.get(model.attention, 0), together)
     costs = None
     if compiled is not None:
@@ -160,7 +161,8 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
 
 def abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Batch:
     """The shapes of a batch, and the placement of its rows."""
-    rows, sharding = experiment.data.batch_rows, batch_sharding(mesh)
+    rows = experiment.data.batch_rows
+    sharding = batch_sharding(mesh)
     row = pack([], experiment.data.row_length, experiment.image)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding), row
@@ -171,7 +173,8 @@ def compile_step(
     planned: Blueprint, batch: Batch, topology: Topology
 ) -> tuple[Memory, jax.stages.Compiled | None]:
     """The compiled step and its memory; None instead of the step if it does not fit into memory."""
-    here, memory = topology.devices_per_chip, topology.chip.memory
+    here = topology.devices_per_chip
+    memory = topology.chip.memory
     with jax.set_mesh(jax.tree.leaves(planned.abstract)[0].sharding.mesh):
         lowered = compiled_step(planned).lower(planned.abstract, batch)
         try:
@@ -211,7 +214,7 @@ def _bytes_asked_for(message: str, arguments: int) -> int:
         return int(float(used[1]) * UNITS[used[2]])
     if temporaries := re.search(rf"temporaries \({number}\)", message):
         return arguments + int(float(temporaries[1]) * UNITS[temporaries[2]])
-    raise ValueError(f"the compiler refuses the step, and not for the size of HBM: {message[:500]}")
+    raise ValueError(f"the compiler refuses the step for another reason than HBM: {message[:500]}")
 
 
 def costs_of(
@@ -228,7 +231,9 @@ def costs_of(
       order: the devices as the program numbers them.
       host: bytes of the host's memory that each microbatch fills and empties, for each chip.
     """
-    model, chip, here = experiment.model, topology.chip, topology.devices_per_chip
+    model = experiment.model
+    chip = topology.chip
+    here = topology.devices_per_chip
     # Each run of a kernel takes one layer of all rows of a microbatch.
     pairs = work.computed_pairs * experiment.data.batch_rows / experiment.train.accumulation
     kernels = sum(
@@ -236,7 +241,9 @@ def costs_of(
     )
     flops = program.flops * len(order) + kernels
 
-    sent, links, network = defaultdict(float), 0.0, 0.0
+    sent = defaultdict(float)
+    links = 0.0
+    network = 0.0
     for collective in program.collectives:
         amount = collective.bytes_sent * collective.times
         if collective.between_slices:
@@ -256,7 +263,7 @@ def costs_of(
 
 
 def unsharded(parameters: Any, most: int = 3) -> dict[str, int]:
-    """The largest parameters that no axis of the mesh cuts, and their bytes."""
+    """The largest arrays that no axis of the mesh shards, and their bytes."""
     paths, _ = jax.tree.flatten_with_path(parameters)
     sizes = {
         ".".join(str(key.key) for key in path): bytes_here(x)

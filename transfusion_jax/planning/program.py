@@ -1,6 +1,7 @@
-"""What one run of a compiled program does on one device: arithmetic, memory traffic, collectives and kernels.
+"""What one run of a compiled program does on one device: arithmetic, memory traffic, collectives
+and kernels.
 
-XLA's own `cost_analysis()` counts the body of a loop once; here it counts as often as it runs.
+XLA's own `cost_analysis()` counts the body of a loop once; this counts every trip.
 """
 
 import re
@@ -16,19 +17,26 @@ from transfusion_jax.planning.traffic import traffic
 
 @dataclass(frozen=True)
 class Program:
-    flops: float  # two for each multiply-add of dots and convolutions; what kernels do inside is not known
-    hbm_bytes: float  # read from and written to main memory
+    flops: float
+    """Of dots and convolutions; not of Pallas kernels, whose insides are opaque."""
+    hbm_bytes: float
+    """Read from and written to main memory."""
     collectives: tuple[Collective, ...]
-    kernels: dict[str, float]  # by name, how often each Pallas kernel runs
+    kernels: dict[str, float]
+    """How often each Pallas kernel runs, by name."""
 
 
 def read_program(text: str, unknown_trips: float = 1.0) -> Program:
-    """From `jax.stages.Compiled.as_text()`.
+    """The work of a program, from `jax.stages.Compiled.as_text()`.
 
-    Each branch of a conditional counts once; a loop whose length depends on data runs `unknown_trips` times.
+    Each branch of a conditional counts once; a loop whose trip count depends on data counts as
+    `unknown_trips` trips.
     """
     program = parse(text)
-    total_flops, hbm_bytes, collectives, kernels = 0.0, 0.0, [], Counter()
+    total_flops = 0.0
+    hbm_bytes = 0.0
+    collectives = []
+    kernels = Counter()
     for name, times in run_counts(program, unknown_trips).items():
         if not times:
             continue
@@ -45,6 +53,6 @@ def read_program(text: str, unknown_trips: float = 1.0) -> Program:
 
 
 def kernel_name(call: Instruction) -> str:
-    """What stands before `pallas_call` on the path of its operation."""
+    """The name before `pallas_call` in the path of its operation."""
     found = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call', call.attributes)
     return found[1] if found else call.name

@@ -1,4 +1,5 @@
-"""The work that the rows of an experiment give the model: images, text targets, and query-key pairs."""
+"""The work that the rows of an experiment give the model: images, text targets, and query-key
+pairs."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +44,8 @@ class RowWork:
     """Pairs of a query and a key in the pairs of blocks that a kernel computes: those in which some
     query sees some key."""
     loop_blocks: float
-    """Key blocks from the first to the last that a block of queries sees in any of the rows which a
-    device has together: chunked attention computes them in a loop whose length depends on data."""
+    """Key blocks from the first to the last that a block of queries sees in any of the rows that a
+    device processes together: chunked attention loops over them, and the length depends on data."""
 
 
 def rows_of(batch: Batch, patches: int, origin: str) -> Rows:
@@ -62,7 +63,7 @@ def rows_of(batch: Batch, patches: int, origin: str) -> Rows:
 def sample_rows(experiment: Experiment) -> Rows:
     """The run's first rows.
 
-    Where its data are missing, rows of the `synthetic` source stand in for them, and `origin` says so.
+    If its data is missing, rows of the `synthetic` source take its place, and `origin` says so.
     """
     try:
         data = Data(experiment, tokenizer_of(experiment, Path("runs") / experiment.name))
@@ -70,17 +71,18 @@ def sample_rows(experiment: Experiment) -> Rows:
     except ValueError as error:
         synthetic = replace(experiment.data, sources=(SourceConfig("synthetic"),), phases=())
         data = Data(replace(experiment, data=synthetic), train_tokenizer(["synthetic text"], 300))
-        origin = f"of the synthetic source, as its data are missing ({error})"
-    rows, count = data.rows(), min(SAMPLE, experiment.data.batch_rows)
+        origin = f"of the synthetic source, as its data is missing ({error})"
+    rows = data.rows()
+    count = min(SAMPLE, experiment.data.batch_rows)
     batch = stack([rows[i] for i in range(count)])
     return rows_of(batch, experiment.image.patches, f"{count} rows {origin}")
 
 
 def row_work(rows: Rows, block: int, together: int = 1) -> RowWork:
-    """Counts for attention in blocks of `block` positions; 0 is one block, as in the dense reference.
+    """Work of attention in blocks of `block` positions; 0 is one block, as in the dense reference.
 
     Args:
-      together: rows that a device works on at a time.
+      together: rows that a device processes at a time.
     """
     start_BL, end_BL = rows.intervals.k_start_BL, rows.intervals.k_end_BL
     count, length = start_BL.shape
@@ -101,7 +103,7 @@ def row_work(rows: Rows, block: int, together: int = 1) -> RowWork:
 
 
 def _loop_blocks(some: np.ndarray, together: int) -> float:
-    """Key blocks from the first to the last that is seen, summed over query blocks; a mean over groups of
+    """Key blocks from the first to the last one seen, over query blocks; mean over groups of
     rows."""
     groups = np.stack([some[i : i + together].any(0) for i in range(0, len(some), together)])
     from_first = np.logical_or.accumulate(groups, axis=2)
@@ -110,12 +112,12 @@ def _loop_blocks(some: np.ndarray, together: int) -> float:
 
 
 def model_flops(model: Model, experiment: Experiment, work: RowWork) -> float:
-    """FLOPs that a step, forward and backward, cannot do without.
+    """FLOPs that a step needs, forward and backward.
 
-    6 for every weight and vector that it is multiplied with: blocks with every position, the
-    vocabulary projection with positions that have a text target, patch layers with patches. 12 H for
-    every head, layer and pair of positions that may see each other. Not counted are recomputation,
-    pairs that are computed but not seen, and logits, computed or not, that enter no loss.
+    6 per weight and vector it multiplies: blocks multiply every position, the vocabulary projection
+    positions with a text target, patch layers patches. 12 H per head, layer and pair of positions
+    that may see each other. Not counted: recomputation, computed pairs that are masked, and logits
+    that enter no loss.
     """
     config = experiment.model
     counts = {

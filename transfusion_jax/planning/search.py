@@ -1,6 +1,6 @@
-"""Other plans for the same training: what would fit where a plan does not, and what would be fastest.
+"""Other plans for the same training: what would fit if a plan does not, and what would be fastest.
 
-All of them keep the global batch and the model, so they train the same.
+All of them keep the global batch and the model, so they train the same thing.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,16 +13,16 @@ from transfusion_jax.planning.topology import Topology, find_topology, larger
 
 Planner = Callable[[Experiment, Topology], Plan]
 POLICIES = ("none", "minimal", "attention", "full", "offload")
-"""From the one that computes least again to the one that keeps least."""
+"""From least recomputation to least memory."""
 
 
 def remedies(planner: Planner, failed: Plan) -> Iterator[tuple[str, Plan]]:
-    """Plans with one change each, as (what to say on the command line, plan): each kind of change until one fits."""
-    for kind in (_policies, _parts, _more_chips):
+    """(flags, plan) of plans with one change each; each kind of change is tried until one fits."""
+    for kind in (_policies, _microbatches, _more_chips):
         for change, experiment, topology in kind(failed):
             try:
                 plan = planner(experiment, topology)
-            except ValueError:  # the mesh or the batch cannot be cut so
+            except ValueError:  # the mesh or the batch cannot be divided this way
                 continue
             yield change, plan
             if plan.fits:
@@ -36,33 +36,34 @@ def _policies(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
         yield f"--model.remat {remat}", changed, failed.topology
 
 
-def _parts(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
-    for parts in parts_of(failed.experiment, failed.mesh):
-        if parts > failed.experiment.train.accumulation:
-            changed = replace(
-                failed.experiment, train=replace(failed.experiment.train, accumulation=parts)
-            )
-            yield f"--train.accumulation {parts}", changed, failed.topology
+def _microbatches(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
+    experiment = failed.experiment
+    for number in microbatch_counts(experiment, failed.mesh):
+        if number > experiment.train.accumulation:
+            changed = replace(experiment, train=replace(experiment.train, accumulation=number))
+            yield f"--train.accumulation {number}", changed, failed.topology
 
 
 def _more_chips(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
     name = failed.topology.name
-    # The axis that cuts the parameters takes the new chips.
+    # The axis that shards the parameters takes the new chips.
     experiment = replace(failed.experiment, mesh=MeshConfig(**{**failed.mesh, "fsdp": -1}))
     axes = " ".join(f"--mesh.{axis} {size}" for axis, size in experiment.mesh.axes.items())
     while name := larger(name):
         yield f"--topology {name} {axes}", experiment, find_topology(name, failed.topology.slices)
 
 
-def parts_of(experiment: Experiment, mesh: dict[str, int]) -> list[int]:
-    """Numbers of equal parts that a batch can be cut into on a mesh, by doubling."""
+def microbatch_counts(experiment: Experiment, mesh: dict[str, int]) -> list[int]:
+    """Powers of two that divide the rows of a device."""
     rows = experiment.data.batch_rows // (mesh["data"] * mesh["fsdp"])
-    return [parts for parts in (2**i for i in range(rows.bit_length())) if rows % parts == 0]
+    return [number for number in (2**i for i in range(rows.bit_length())) if rows % number == 0]
 
 
 def search(planner: Planner, first: Plan) -> Iterator[Plan]:
-    """Plans in three steps, each from the best so far: mesh shapes, then remat policies, then parts of the batch."""
-    best, tried = first, {_what_varies(first.experiment, first.mesh)}
+    """Varies the mesh, then the remat policy, then the number of microbatches, each from the
+    best."""
+    best = first
+    tried = {_what_varies(first.experiment, first.mesh)}
     for step in (_meshes, _remats, _accumulations):
         for changed in step(best):
             if (key := _what_varies(changed, changed.mesh.axes)) in tried:
@@ -70,7 +71,7 @@ def search(planner: Planner, first: Plan) -> Iterator[Plan]:
             tried.add(key)
             try:
                 plan = planner(changed, first.topology)
-            except ValueError:  # the mesh divides neither the heads nor the rows, say
+            except ValueError:  # for example, the mesh does not divide the heads
                 continue
             yield plan
             best = ranked([best, plan])[0]
@@ -81,11 +82,10 @@ def _what_varies(experiment: Experiment, axes: dict[str, int]) -> tuple:
 
 
 def _meshes(best: Plan) -> Iterator[Experiment]:
-    experiment, topology = best.experiment, best.topology
-    devices, rows = (
-        len(topology.devices),
-        experiment.data.batch_rows // experiment.train.accumulation,
-    )
+    experiment = best.experiment
+    topology = best.topology
+    devices = len(topology.devices)
+    rows = experiment.data.batch_rows // experiment.train.accumulation
     for tensor in (1, 2, 4, 8):
         for sequence in sorted({1, best.mesh["sequence"]}):
             inner = tensor * sequence
@@ -106,6 +106,6 @@ def _remats(best: Plan) -> Iterator[Experiment]:
 
 
 def _accumulations(best: Plan) -> Iterator[Experiment]:
-    for parts in parts_of(best.experiment, best.mesh):
+    for number in microbatch_counts(best.experiment, best.mesh):
         experiment = replace(best.experiment, mesh=MeshConfig(**best.mesh))
-        yield replace(experiment, train=replace(experiment.train, accumulation=parts))
+        yield replace(experiment, train=replace(experiment.train, accumulation=number))

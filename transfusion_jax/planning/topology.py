@@ -1,4 +1,4 @@
-"""TPU slices: what their chips can do, and their devices for the compiler, none of which need be there."""
+"""TPU slices: the rates of their chips, and their devices as the compiler sees them."""
 
 import importlib.util
 import math
@@ -12,15 +12,16 @@ from jax.experimental import topologies
 
 GIB = 2**30
 HOST = 15e9
-"""Bytes per second between a chip and its host, one way (PCIe; Austin et al. 2025, "How to Scale Your Model")."""
+"""Bytes per second between a chip and its host, one way (PCIe; Austin et al. 2025, "How to Scale
+Your Model")."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Published figures of one chip (Google Cloud's TPU documentation), but for `memory`."""
+    """Published figures of one chip (Google Cloud's TPU documentation), except `memory`."""
 
     memory: int
-    """Bytes of its HBM that the compiler lets a program have."""
+    """Bytes of HBM that the compiler lets a program use."""
     flops: float
     """Per second, bfloat16."""
     bandwidth: float
@@ -32,7 +33,7 @@ class Chip:
     torus: int
     """Dimensions of the slice; each has a link in both directions."""
     ring: int
-    """Chips along a dimension from which on it closes to a ring."""
+    """A dimension of at least so many chips is closed to a ring."""
 
 
 CHIPS = {
@@ -42,8 +43,8 @@ CHIPS = {
     "v6e": Chip(int(31.24 * GIB), 918e12, 1.638e12, 100e9, 12.5e9, torus=2, ring=16),
     "tpu7x": Chip(int(189.48 * GIB), 2307e12, 7.38e12, 100e9, 12.5e9, torus=3, ring=4),
 }
-# libtpu asks a machine for its TPUs, of which it has none, and locks them. What it is told instead does not matter to a
-# topology with a name.
+# Without these, libtpu asks the metadata server for this machine's TPUs and locks them. The values
+# do not matter to a topology that is named.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -51,12 +52,12 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # and every AxBxC of multiples of 4
+SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # besides every AxBxC of multiples of 4
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Slices of TPU chips, equal to each other."""
+    """One or more equal slices of TPU chips."""
 
     name: str
     """As in v5p:4x4x4."""
@@ -70,11 +71,11 @@ class Topology:
 
     @property
     def devices_per_chip(self) -> int:
-        """2 where the compiler knows the halves of a chip, each with half its memory, as devices of their own."""
+        """2 where the compiler sees the halves of a chip as devices with half the memory each."""
         return len(self.devices) // self.chips
 
     def link_bandwidth(self, group: Sequence[int], order: Sequence[jax.Device]) -> float:
-        """Bytes per second that a device can send, one way, to the others of a group, over the links inside a slice.
+        """Bytes per second that a device can send to a group over links inside a slice, one way.
 
         Args:
           group: indices into `order`, the devices as the program numbers them.
@@ -85,7 +86,7 @@ class Topology:
         for along, all_along in zip(coords, sizes, strict=True):
             if (size := len(set(along))) > 1:
                 links += 2 if size == len(set(all_along)) >= self.chip.ring else 1
-        # The halves of a chip are next to each other.
+        # The halves of a chip share its links.
         return max(links, 1) * self.chip.link / self.devices_per_chip
 
 
@@ -103,8 +104,9 @@ def find_topology(name: str, slices: int = 1) -> Topology:
             ", ".join(k for k, chip in CHIPS.items() if chip.torus == torus) for torus in (2, 3)
         )
         raise ValueError(
-            f"topology {name!r} is not known; known are {flat} with {', '.join(FLAT)}, and {deep} with "
-            f"{', '.join(SMALL)} or multiples of 4 (4x4x4, 4x4x8, ...), as in v5p:4x4x4"
+            f"topology {name!r} is not known; known are {flat} with {', '.join(FLAT)}, "
+            f"and {deep} with {', '.join(SMALL)} or multiples of 4 (4x4x4, 4x4x8, ...), "
+            "as in v5p:4x4x4"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("compiling for TPU needs libtpu: pip install 'transfusion-jax[tpu]'")

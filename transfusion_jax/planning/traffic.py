@@ -1,8 +1,9 @@
 """Bytes that a compiled program reads from and writes to main memory.
 
-Between instructions all arrays are in memory, most of them in main memory; inside a fusion none is. What is read or
-written in part counts in part: a loop over layers slices stacked parameters and updates stacked results in place.
-A kernel's operands count once, however often it fetches their blocks, and arrays count without the padding of tiles.
+Results of instructions are in memory, mostly main memory; values inside a fusion are not. Partial
+reads and writes count in part: a loop over layers slices stacked parameters and updates stacked
+results in place. A kernel's operands count once, however often it fetches their blocks. The padding
+of tiles does not count.
 """
 
 import math
@@ -10,7 +11,7 @@ import math
 from transfusion_jax.planning.collectives import SENT, continues
 from transfusion_jax.planning.hlo import Computation, Computations, Instruction
 
-# They touch no memory, or the instructions that they call do, or it was counted when they started.
+# These touch no memory, or their callees do, or their traffic was counted at their start.
 FREE = {
     *(
         "parameter",
@@ -43,7 +44,7 @@ UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # by the operand at this po
 
 
 def traffic(instruction: Instruction, computation: Computation, program: Computations) -> float:
-    """Of an instruction between fusions, by one execution."""
+    """Bytes that one run of an instruction outside fusions reads and writes."""
     called = program[instruction.calls("calls")[0]] if instruction.operation == "fusion" else None
     target = (called.root if called else instruction).attribute("custom_call_target")
     if (
@@ -52,7 +53,7 @@ def traffic(instruction: Instruction, computation: Computation, program: Computa
         or target in FREE_TARGETS
     ):
         return 0.0
-    if target == "AsyncCollectiveStart":  # its result holds its operands too
+    if target == "AsyncCollectiveStart":  # the result includes the operands
         return sum(array.hbm_bytes for array in instruction.result)
     read = 0.0
     for name in set(instruction.operands):
@@ -73,7 +74,7 @@ def traffic(instruction: Instruction, computation: Computation, program: Computa
 def elements_read(
     user: Instruction, position: int, computation: Computation, program: Computations
 ) -> int:
-    """How much of its operand at this position an instruction reads."""
+    """Elements that an instruction reads of its operand at this position."""
     if user.operation == "fusion":
         called = program[user.calls("calls")[0]]
         return elements_used(called.parameters[position], called, program)
@@ -85,27 +86,27 @@ def elements_read(
 
 
 def elements_used(name: str, called: Computation, program: Computations) -> int:
-    """How much of a value the rest of a fusion needs, which computes nothing else; never more than all."""
+    """Elements of a value that the rest of a fusion needs."""
     made, needed = called.instructions[name], 0
     if made in outputs(called):
-        return 0 if handed_on(made, called) else elements(made)
+        return 0 if passed_on(made, called) else elements(made)
     for user, position in called.users[name]:
         if user.operation in MOVES:
             needed += elements_used(user.name, called, program)
-        elif user.operation != "tuple" and not goes_on(user, called):
+        elif user.operation != "tuple" and not runs_beside(user, called):
             needed += elements_read(user, position, called, program)
     return min(needed, elements(made))
 
 
 def bytes_written(output: Instruction, computation: Computation) -> float:
-    if handed_on(output, computation):
+    if passed_on(output, computation):
         return 0.0
     written = update(output, computation) if updates_in_place(output, computation) else output
     return sum(array.bytes for array in written.result)
 
 
 def outputs(called: Computation) -> list[Instruction]:
-    """What a fusion's results are, seen through bitcasts."""
+    """The results of a fusion, seen through bitcasts."""
     root = behind(called.root.name, called)
     return [behind(name, called) for name in root.operands] if root.operation == "tuple" else [root]
 
@@ -116,7 +117,8 @@ def behind(name: str, computation: Computation) -> Instruction:
 
 
 def updates_in_place(instruction: Instruction, computation: Computation) -> bool:
-    """Whether it changes a part of an array that stays where it is: in a fusion, of a parameter that is a result."""
+    """Whether it updates part of an array in place; in a fusion, of a parameter that is a
+    result."""
     if instruction.operation not in UPDATES or not computation.fused:
         return instruction.operation in UPDATES
     updated = behind(instruction.operands[0], computation)
@@ -127,13 +129,13 @@ def update(instruction: Instruction, computation: Computation) -> Instruction:
     return computation.instructions[instruction.operands[UPDATES[instruction.operation]]]
 
 
-def handed_on(output: Instruction, computation: Computation) -> bool:
-    """Whether this result belongs to a collective that goes on beside the fusion, which does not touch it."""
-    beside = any(goes_on(other, computation) for other in computation.instructions.values())
-    return goes_on(output, computation) or (beside and output.operation == "parameter")
+def passed_on(output: Instruction, computation: Computation) -> bool:
+    """Whether this result belongs to a collective that runs beside the fusion, untouched by it."""
+    beside = any(runs_beside(other, computation) for other in computation.instructions.values())
+    return runs_beside(output, computation) or (beside and output.operation == "parameter")
 
 
-def goes_on(instruction: Instruction, computation: Computation) -> bool:
+def runs_beside(instruction: Instruction, computation: Computation) -> bool:
     return instruction.operation in SENT and continues(instruction, computation)
 
 

@@ -1,4 +1,4 @@
-"""What a prepared data set looks like: its contact sheet, its text sample, and itself in a few lines."""
+"""What a prepared data set looks like: a contact sheet, a sample of text, and a few lines."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +27,10 @@ def to_picture(dataset: Dataset) -> ToPicture:
 
 
 def leave_samples(dataset: Dataset) -> None:
-    """Writes `contact_sheet.png` and `sample.txt`, drawn from all over the data set with a fixed seed."""
-    rng, index = np.random.default_rng(0), dataset.index
-    with_images = np.sort(rng.permutation(np.flatnonzero(index.images))[:PICTURES])
+    """Writes `contact_sheet.png` and `sample.txt`, drawn from the data set with a fixed seed."""
+    rng = np.random.default_rng(0)
+    index = dataset.index
+    with_images = _drawn(np.flatnonzero(index.images), PICTURES, rng)
     picture = to_picture(dataset)
     shown, captions = [], []
     for number in with_images.tolist():
@@ -38,15 +39,23 @@ def leave_samples(dataset: Dataset) -> None:
         shown.append(picture(dataset.image(stored)))
         captions.append(_text(dataset, record).replace("[image]", "").strip())
     info = dataset.info
-    title = f"{info['documents']:,} documents, {info['images']:,} images, {info['text_tokens']:,} text tokens"
+    title = (
+        f"{info['documents']:,} documents, {info['images']:,} images, "
+        f"{info['text_tokens']:,} text tokens"
+    )
     if shown:
         contact_sheet(shown, captions, title, dataset.path / "contact_sheet.png")
-    chosen = np.sort(rng.permutation(len(index.text))[:DOCUMENTS])
+    chosen = _drawn(np.arange(len(index.text)), DOCUMENTS, rng)
     texts = (
         f"--- document {number}\n{_text(dataset, dataset.record(number))}\n"
         for number in chosen.tolist()
     )
     (dataset.path / "sample.txt").write_text("".join(texts), encoding="utf-8")
+
+
+def _drawn(numbers: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Some of these numbers, in order."""
+    return np.sort(rng.choice(numbers, min(count, len(numbers)), replace=False))
 
 
 def _text(dataset: Dataset, record: records.Record) -> str:
@@ -67,17 +76,21 @@ def description(dataset: Dataset) -> str:
         if info["images"]
         else ""
     )
+    between = info.get("straddle_the_split", 0)
+    straddling = f", {between:,} straddle the split and are in neither part" if between else ""
     shape = f" --image.height {h} --image.width {w} --image.channels {c}" if info["images"] else ""
     sheet = f"{folder / 'contact_sheet.png'}, " if info["images"] else ""
     return "\n".join([
-        f"{folder}: {info['documents']:,} documents ({info['held_out']:,} held out){images}, "
-        f"{info['text_tokens']:,} text tokens",
-        f"  items     {ledger['items']:,} read = {ledger['written']:,} written + {ledger['rejected']:,} rejected"
+        f"{folder}: {info['documents']:,} documents ({info['held_out']:,} held out{straddling})"
+        f"{images}, {info['text_tokens']:,} text tokens",
+        f"  items     {ledger['items']:,} read = {ledger['written']:,} written + "
+        f"{ledger['rejected']:,} rejected"
         + (f" ({reasons}; see {folder / 'rejected.jsonl'})" if reasons else ""),
         *([f"  captions  {dropped}, left out of documents that have others"] if dropped else []),
         f"  tokenizer {info['tokenizer']['entries']:,} ids",
         f"  look at   {sheet}{folder / 'sample.txt'}",
-        f"  train     --data.sources.0.name {folder}{shape} --model.vocab-size {dataset.embedding_rows}",
+        f"  train     --data.sources.0.name {folder}{shape} "
+        f"--model.vocab-size {dataset.embedding_rows}",
     ])  # fmt: skip
 
 

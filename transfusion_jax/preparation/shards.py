@@ -1,6 +1,7 @@
-"""One shard of prepared data: raw items in, an ArrayRecord file and an account of every item out.
+"""One shard of prepared data: raw items in, an ArrayRecord file and a ledger of every item out.
 
-A shard is a function of its items and the settings alone, so a shard that was not finished is simply made again.
+A shard is a function of its items and the settings alone, so one that was not finished is made
+again.
 """
 
 import contextlib
@@ -20,11 +21,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from transfusion_jax import images
 from transfusion_jax.data.sources import records
-from transfusion_jax.data.sources.records import IMAGE, TEXT, Record
+from transfusion_jax.data.sources.records import IMAGE, STRADDLING, TEXT, Record
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.files import atomic_path, temporary_of
-from transfusion_jax.preparation.ledger import Account
+from transfusion_jax.preparation.ledger import ShardLedger
 from transfusion_jax.preparation.readers.raw import Picture, Raw, Reader, Rejected
+from transfusion_jax.preparation.splits import split_of
 
 ENCODED = 64  # pictures in one batch of the autoencoder
 
@@ -54,7 +56,8 @@ class Ready:
     spans: tuple[str | np.ndarray, ...]
     dropped: tuple[str, ...]
     """Why captions were left out, a reason each."""
-    held_out: bool
+    split: int
+    """TRAIN, HELD_OUT or STRADDLING."""
 
 
 def load(reader: Reader, index: int, settings: Settings) -> Ready | Rejected:
@@ -70,7 +73,7 @@ def load(reader: Reader, index: int, settings: Settings) -> Ready | Rejected:
                 spans.append(span)
         if not spans:
             raise Rejected("empty text", raw.name)
-        return Ready(captions, tuple(spans), dropped, is_held_out(spans, settings.held_out))
+        return Ready(captions, tuple(spans), dropped, split_of(spans, settings.held_out))
     except Rejected as error:
         return error
 
@@ -84,7 +87,7 @@ def _decode(picture: Picture, name: str, settings: Settings) -> np.ndarray:
 
 
 def _captions(raw: Raw, longest: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The usable captions of an item, and why the others are not; raises Rejected if none is left."""
+    """The usable captions of an item, and why others are not; raises Rejected if none is."""
     kept, dropped = [], []
     for caption in (_encodable(caption, raw.name).strip() for caption in raw.captions):
         if not caption:
@@ -112,43 +115,44 @@ def write_shard(
     path: Path,
     settings: Settings,
     progress: Callable[[int], Any],
-) -> Account:
-    """Writes the items of one shard, in order; the file has its name after `finish_shard` only."""
-    account, ids = Account(), records.id_type(settings.tokenizer.size)
-    for stale in path.parent.glob(f"{path.name}.*.partial"):
-        stale.unlink(missing_ok=True)
+) -> ShardLedger:
+    """Writes the items of one shard, in order, to a file that `finish_shard` gives its name."""
+    ledger = ShardLedger()
+    ids = records.id_type(settings.tokenizer.size)
     with _writer(temporary_of(path)) as writer:
         for group in _groups(loaded, ENCODED):
             documents = []
             for source, item in group:
-                account.read[source, ""] += 1
+                ledger.read[source, ""] += 1
                 if isinstance(item, Rejected):
-                    account.reject(source, item)
+                    ledger.reject(source, item)
                 else:
                     documents.append((source, item))
             for (source, ready), record in zip(
-                documents, _records(documents, settings, account), strict=True
+                documents, _records(documents, settings, ledger), strict=True
             ):
                 writer.write(records.encode(record, ids))
-                account.written[source, ""] += 1
-                account.captions[source, ""] += len(ready.captions) + len(ready.dropped)
-                account.captions_dropped.update((source, reason) for reason in ready.dropped)
-                account.index.append([*records.entry(record), ready.held_out])
+                ledger.written[source, ""] += 1
+                ledger.captions[source, ""] += len(ready.captions) + len(ready.dropped)
+                ledger.captions_dropped.update((source, reason) for reason in ready.dropped)
+                ledger.index.append([*records.entry(record), ready.split])
+                ledger.straddling[source, ""] += ready.split == STRADDLING
             progress(len(group))
-    return account
+    return ledger
 
 
-def finish_shard(account: Account, path: Path, account_path: Path) -> None:
-    """Puts a shard that is written in its place, and then its account, which says that it is there."""
+def finish_shard(ledger: ShardLedger, path: Path, ledger_path: Path) -> None:
+    """Gives a written shard its name, and then writes its ledger, which says that it is done."""
     with atomic_path(path) as partial, partial.open("rb") as file:
-        size, digest = partial.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-    account.save(account_path, size, digest)
+        size = partial.stat().st_size
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    ledger.save(ledger_path, size, digest)
 
 
 @contextlib.contextmanager
 def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
-    """A writer of ArrayRecord that is closed in the end; it says with a RuntimeError that the disk is full."""
-    writer = None  # the file is there before its writer, which may find the disk full
+    """An ArrayRecord writer, closed at the end; raises OSError if the disk is full or fails."""
+    writer = None  # the constructor creates the file, and may find the disk full
     try:
         writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         yield writer
@@ -180,7 +184,7 @@ def in_order(
 
 
 def _records(
-    documents: Sequence[tuple[str, Ready]], settings: Settings, account: Account
+    documents: Sequence[tuple[str, Ready]], settings: Settings, ledger: ShardLedger
 ) -> Iterator[Record]:
     """Tokenises a group of documents, and encodes their pictures as one batch."""
     pictures = [
@@ -192,7 +196,7 @@ def _records(
             for batch in _groups(pictures, ENCODED)
             for posterior in _posteriors(np.stack(batch), settings.encode)
         ]
-        account.moments += sum(map(_moments, posteriors))
+        ledger.moments += sum(map(_moments, posteriors))
         pictures = posteriors
     stored, tokens = iter(pictures), settings.tokenizer.encode
     for _, ready in documents:
@@ -224,17 +228,3 @@ def _posteriors(pixels: np.ndarray, encode: Encode) -> np.ndarray:
 def _moments(posterior: np.ndarray) -> np.ndarray:
     mean, std = posterior.astype(np.float64)
     return np.asarray([mean.size, mean.sum(), np.sum(mean**2 + std**2)])
-
-
-def is_held_out(spans: Sequence[str | np.ndarray], share: float) -> bool:
-    """Whether a document is kept from training, by a hash of its pictures, or of its text if it has none.
-
-    So neither names nor order nor number matter, and what is the same, or has the same picture, is on the same side.
-    """
-    digest = hashlib.sha256()
-    pictures = [
-        np.ascontiguousarray(span[::8]) for span in spans if isinstance(span, np.ndarray)
-    ]  # rows enough
-    for content in pictures or [span.encode() for span in spans]:
-        digest.update(content)
-    return int.from_bytes(digest.digest()[:8]) < share * 2**64

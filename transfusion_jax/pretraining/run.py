@@ -20,7 +20,7 @@ from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.files import write_atomic
-from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
@@ -44,7 +44,7 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
       CheckpointError: the run has checkpoints, and none can be read.
     """
     mesh = make_mesh(experiment.mesh)
-    host_block(batch_sharding(mesh), experiment.data.batch_rows)
+    process_rows(batch_sharding(mesh), experiment.data.batch_rows)
     planned = blueprint(experiment, mesh)
     check_directory(experiment, directory)
     tokenizer = tokenizer_of(experiment, directory)
@@ -126,7 +126,8 @@ def _details(data: Data, ledger: dict[str, dict]) -> tuple[tuple[str, str], ...]
 
 
 def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:
-    """The experiment and the tokenizer of an existing run; what an old one needs changed is reported.
+    """The experiment and the tokenizer of an existing run; what an old one needs changed is
+    reported.
 
     Raises:
       ValueError: `directory` is no run directory.
@@ -157,7 +158,8 @@ def latent_space(data: Data) -> LatentSpace | None:
 
 
 def tokenizer_of(experiment: Experiment, directory: Path) -> Tokenizer:
-    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or that of the sources."""
+    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or that of the
+    sources."""
     path = directory / "tokenizer.model"
     if not path.exists():
         if not experiment.tokenizer.path:

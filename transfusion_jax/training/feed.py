@@ -1,15 +1,16 @@
 """The data of a run: its batches, by step, on the devices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 
 from transfusion_jax.data.pipeline import read
-from transfusion_jax.parallel.mesh import host_block
+from transfusion_jax.parallel.mesh import process_rows
 
 
 def _no_epochs(step: int) -> dict[str, float]:
@@ -20,8 +21,8 @@ def _no_epochs(step: int) -> dict[str, float]:
 class Feed:
     """Where the batches of a run come from, and how they are counted."""
 
-    batches: Callable[[int, int], grain.MapDataset]
-    """Of (block, blocks): item s is this one of the equal parts of global batch s."""
+    batches: Callable[[Sequence[int]], grain.MapDataset]
+    """Of some rows: item s holds these rows of global batch s."""
     rows: int
     """Of a global batch."""
     prefetch: int
@@ -36,14 +37,20 @@ class Feed:
     """How often each source has been read by a step."""
 
     def read(self, start: int, sharding: NamedSharding) -> Iterator[Any]:
-        """This process's part of the batches from step `start` on, read ahead by threads."""
-        return read(self.batches(*host_block(sharding, self.rows)), start, self.prefetch)
+        """The rows that this process holds, batch by batch from step `start` on, read ahead."""
+        rows = process_rows(sharding, self.rows)
+        return read(self.batches(rows), start, self.prefetch)
 
     def on_devices(self, batch: Any, sharding: NamedSharding) -> Any:
-        """This process's part of a batch, as part of the global arrays."""
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(
-                sharding, x, (self.rows, *x.shape[1:])
-            ),
-            batch,
-        )
+        """The rows that this process holds, as its part of the global arrays."""
+        rows = process_rows(sharding, self.rows)
+
+        def place(x: np.ndarray) -> jax.Array:
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
+                begin, end, _ = index[0].indices(self.rows)
+                at = rows.index(begin)  # a shard's rows are neighbours, in the batch and here
+                return x[at : at + end - begin]
+
+            return jax.make_array_from_callback((self.rows, *x.shape[1:]), sharding, shard)
+
+        return jax.tree.map(place, batch)

@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
+from transfusion_jax.data.pipeline import batched
 from transfusion_jax.data.sources import digits
 from transfusion_jax.data.sources.dataset import Dataset, open_dataset
 from transfusion_jax.data.sources.records import IMAGE
@@ -81,25 +82,21 @@ def pictures(experiment: AutoencoderExperiment, split: str) -> Sequence[np.ndarr
         f"the pictures of {experiment.data} are {dataset.image_shape}, "
         f"not model.size={size}, model.channels={channels}",
     )
-    numbers = np.flatnonzero(
-        (dataset.index.images > 0) & (dataset.index.held_out == (split == "held_out"))
-    )
+    numbers = dataset.numbers(split)
+    numbers = numbers[dataset.index.images[numbers] > 0]
     require(len(numbers) > 0, f"{experiment.data} has no {split} pictures")
     return PreparedPictures(dataset, numbers)
 
 
-def batches(experiment: AutoencoderExperiment, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-    """Item s is block `block` of the `blocks` equal parts of global batch s.
-
-    Every epoch has an order of its own.
-    """
+def batches(experiment: AutoencoderExperiment, rows: Sequence[int]) -> grain.MapDataset:
+    """Item s holds these pictures of global batch s; every epoch has an order of its own."""
     stream = (
         grain.MapDataset.source(pictures(experiment, "train"))
         .seed(experiment.train.seed)
         .shuffle()
         .repeat()
     )
-    return stream.batch(experiment.train.batch // blocks, drop_remainder=True)[block::blocks]
+    return batched(stream, experiment.train.batch, rows, np.stack)
 
 
 def fingerprint(found: Sequence[np.ndarray]) -> str:

@@ -21,7 +21,7 @@ from transfusion_jax.autoencoder.training.pictures import batches, fingerprint, 
 from transfusion_jax.autoencoder.training.state import Blueprint, State, blueprint
 from transfusion_jax.autoencoder.training.step import compiled_step
 from transfusion_jax.autoencoder.training.summary import averaged, finish, reconstructor, show
-from transfusion_jax.parallel.mesh import host_block, make_mesh
+from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding, replicated
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.directory import check_directory, open_directory
@@ -50,7 +50,7 @@ def open_run(experiment: AutoencoderExperiment, directory: Path, report: Report)
       CheckpointError: the run has checkpoints, and none can be read.
     """
     mesh = make_mesh(experiment.mesh)
-    host_block(batch_sharding(mesh), experiment.train.batch, "train.batch")
+    process_rows(batch_sharding(mesh), experiment.train.batch, "train.batch")
     check_directory(experiment, directory)
     held_out = pictures(experiment, "held_out")
     known = pictures(experiment, "train")

@@ -4,21 +4,25 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
 from transfusion_jax.config import ImageConfig
 from transfusion_jax.data.packing import plan
 from transfusion_jax.data.sources import records
+from transfusion_jax.data.sources.shards import Shards
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.errors import require
 from transfusion_jax.images import from_uint8
 
+FORMAT = 2
+"""Of dataset.json. In format 1 there are neither `splits/` nor documents that straddle the split."""
+READABLE = (1, 2)
 ROUNDED = 128  # embedding rows are a multiple of this, so that a mesh divides them
 ROW_STEP = 8  # row lengths that are tried are multiples of this
 ROW_SAMPLE = 4096  # documents that they are tried on
@@ -60,13 +64,13 @@ class Dataset:
         Raises:
           ValueError: no training document has an image; then rows of any length are full.
         """
-        chosen = ~self.index.held_out & (self.index.images > 0)
-        text, count = (x[chosen].astype(np.int64) for x in (self.index.text, self.index.images))
-        require(len(text) > 0, f"{self.path} has no images, so any row length suits it")
-        lengths = text + count * image.span + 2
-        least = max(images * lengths.sum() / count.sum(), lengths.max())
+        found = self._training_images
+        require(found.images > 0, f"{self.path} has no images, so any row length suits it")
+        longest = max(text + n * image.span + 2 for n, text in found.longest)
+        total = found.text + found.images * image.span + 2 * found.documents
+        least = max(images * total / found.images, longest)
         least = math.ceil(least / ROW_STEP) * ROW_STEP
-        sample = lengths[:: math.ceil(len(lengths) / ROW_SAMPLE)]
+        sample = np.asarray([text + n * image.span + 2 for text, n in found.sample])
         filled = {
             length: plan(sample, length, splittable=False).filled(length)
             for length in range(least, least * 5 // 4 + 1, ROW_STEP)
@@ -81,18 +85,42 @@ class Dataset:
 
     @functools.cached_property
     def index(self) -> records.Index:
-        text, images, held_out = np.load(self.path / "index.npy")
-        return records.Index(text, images, held_out.astype(bool))
+        """What packing is planned from, memory-mapped.
 
-    @functools.cached_property
-    def _records(self) -> grain.sources.ArrayRecordDataSource:
-        return grain.sources.ArrayRecordDataSource(
-            [str(self.path / "shards" / s["name"]) for s in self._shards]
-        )
+        Raises:
+          ValueError: it is not the one that was prepared; for this it is read as a whole.
+        """
+        self._check("index.npy")
+        return records.Index(*np.load(self.path / "index.npy", mmap_mode="r"))
+
+    def numbers(self, split: str) -> np.ndarray:
+        """The records of "train" or "held_out", in order; memory-mapped where `prepare` stored them."""
+        name = f"splits/{split}.npy"
+        if name in self.info.get("files", {}):
+            return np.load(self.path / name, mmap_mode="r")
+        return np.flatnonzero(self.index.split == records.SPLITS[split])
+
+    def verify(self) -> None:
+        """Compares the index and the splits with their checksums; raises ValueError if they differ."""
+        for name in self.info.get("files", {"index.npy": None}):
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        files = self.info.get("files", {"index.npy": {"sha256": self.info["index_sha256"]}})
+        file = self.path / name
+        found = file_digest(file) if file.is_file() else "missing"
+        require(found == files[name]["sha256"], f"{file} is not the one that was prepared")
 
     @property
-    def _shards(self) -> list[dict[str, Any]]:
-        return [shard for shard in self.info["shards"] if shard["documents"]]
+    def _training_images(self) -> "ImageStatistics":
+        stored = self.info.get("training_images")
+        return ImageStatistics(**stored) if stored else ImageStatistics.of(self.index)
+
+    @functools.cached_property
+    def _records(self) -> Shards:
+        shards = self.info["shards"]
+        names = [shard["name"] for shard in shards]
+        return Shards(self.path / "shards", names, [shard["documents"] for shard in shards])
 
     def record(self, number: int) -> records.Record:
         shape = (
@@ -125,11 +153,43 @@ class Dataset:
         return latents
 
 
+@dataclass(frozen=True)
+class ImageStatistics:
+    """The lengths of the training documents that have images, as far as row lengths depend on them."""
+
+    documents: int
+    text: int
+    """Tokens, of all together."""
+    images: int
+    """Images, of all together."""
+    longest: list[list[int]]
+    """[images, the most text tokens of a document with so many], for all numbers there are."""
+    sample: list[list[int]]
+    """[text, images] of documents that are evenly spread over the data set."""
+
+    @classmethod
+    def of(cls, index: records.Index) -> "ImageStatistics":
+        chosen = (index.split == records.TRAIN) & (index.images > 0)
+        text = index.text[chosen]
+        images = index.images[chosen]
+        longest = np.zeros(images.max(initial=0) + 1, text.dtype)
+        np.maximum.at(longest, images, text)
+        counts = np.unique(images)
+        step = max(math.ceil(len(text) / ROW_SAMPLE), 1)
+        return cls(
+            len(text),
+            int(text.sum(dtype=np.int64)),
+            int(images.sum(dtype=np.int64)),
+            np.stack([counts, longest[counts]], axis=1).tolist(),
+            np.stack([text[::step], images[::step]], axis=1).tolist(),
+        )
+
+
 def open_dataset(path: str | Path) -> Dataset:
-    """The data set in a directory.
+    """The data set in a directory. Files are compared by size; what is read whole, by checksum.
 
     Raises:
-      ValueError: there is none, it is not finished, or shards are missing or have another size.
+      ValueError: there is none, it is not finished, or files are missing or have another size.
     """
     path = Path(path)
     file = path / "dataset.json"
@@ -141,16 +201,34 @@ def open_dataset(path: str | Path) -> Dataset:
     try:
         info = json.loads(file.read_text())
         shards = {shard["name"]: shard["bytes"] for shard in info["shards"]}
-    except (ValueError, KeyError, TypeError) as error:
+        files = {name: entry["bytes"] for name, entry in info.get("files", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    for name, size in shards.items():
-        shard = path / "shards" / name
-        require(shard.is_file(), f"{path} has lost the shard {name}")
-        found = shard.stat().st_size
-        require(
-            found == size, f"the shard {shard} has {found} bytes, and {size} when it was prepared"
-        )
-    index = path / "index.npy"
-    digest = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else "missing"
-    require(digest == info["index_sha256"], f"{index} is not the one that was prepared")
+    known = info.get("format")
+    require(
+        known in READABLE,
+        f"{path} was prepared in format {known}; this version reads {' and '.join(map(str, READABLE))}",
+    )
+    _check_sizes(path, shards, path / "shards", "shard")
+    for name, size in files.items():
+        _check_sizes(path, {Path(name).name: size}, (path / name).parent, "file")
     return Dataset(path, info)
+
+
+def _check_sizes(path: Path, sizes: dict[str, int], folder: Path, kind: str) -> None:
+    """Compares files with the sizes they had, by listing their folder once."""
+    found = {}
+    if folder.is_dir():
+        found = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    for name, size in sizes.items():
+        require(name in found, f"{path} has lost the {kind} {name}")
+        require(
+            found[name] == size,
+            f"the {kind} {folder / name} has {found[name]} bytes, and {size} when it was prepared",
+        )
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of the content of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -16,17 +16,20 @@ CAPTIONS = ("a handwritten {}", "the digit {}", "a drawing of a {}", "{} written
 
 
 def captions(label: int) -> list[str]:
-    """Every wording that describes a picture of `label`."""
+    """All wordings for a picture of `label`."""
     return [wording.format(NUMBERS[label]) for wording in CAPTIONS]
 
 
 def label_of(caption: str) -> int | None:
-    """The digit that a caption names, or None if it is not one of the wordings to the letter."""
+    """The digit that a caption names; None unless it is one of the wordings, to the letter."""
     return next((label for label in range(10) if caption in captions(label)), None)
 
 
 def load(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [n, 8, 8, 1] in [-1, 1], ink positive, and labels [n], of "train" (1,500) or "held_out" (297)."""
+    """Pictures [n, 8, 8, 1] in [-1, 1], ink positive, and labels [n].
+
+    Split "train" has 1,500, "held_out" the other 297.
+    """
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.images))
     chosen = order[:TRAIN] if split == "train" else order[TRAIN:]
@@ -44,7 +47,8 @@ class Digits:
         self.images, self.labels = load(split)
         if self.images.shape[1:] != experiment.image.shape:
             raise ValueError(
-                f"the digits are {self.images.shape[1:]} pictures, image says {experiment.image.shape}"
+                f"the digits are {self.images.shape[1:]} pictures, "
+                f"image says {experiment.image.shape}"
             )
 
     def texts(self) -> Iterator[str]:

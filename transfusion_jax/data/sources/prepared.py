@@ -1,5 +1,7 @@
 """Prepared data: what `prepare` wrote, as a source of documents for training."""
 
+import functools
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from transfusion_jax.config import Experiment
-from transfusion_jax.data.documents import Document, Image, Text, pair_document
+from transfusion_jax.data.documents import Document, Text, interleaved_document, pair_document
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.dataset import Dataset, open_dataset
 from transfusion_jax.data.sources.source import Assets, LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer
-from transfusion_jax.errors import require
 
 
 class Prepared:
@@ -24,37 +25,42 @@ class Prepared:
     """
 
     def __init__(self, path: Path, experiment: Experiment, split: str):
-        self.dataset, self.experiment = open_dataset(path), experiment
+        self.dataset = open_dataset(path)
+        self.experiment = experiment
         info = self.dataset.info
         if info["images"] and self.dataset.image_shape != experiment.image.shape:
             h, w, c = self.dataset.image_shape
             raise ValueError(
-                f"the images of {path} are {h}x{w}x{c} {info['image']['stored']}, the experiment's are "
-                f"{'x'.join(map(str, experiment.image.shape))}: "
+                f"the images of {path} are {h}x{w}x{c} {info['image']['stored']}, the experiment's "
+                f"are {'x'.join(map(str, experiment.image.shape))}: "
                 f"--image.height {h} --image.width {w} --image.channels {c}"
             )
-        index = self.dataset.index
-        self.numbers = np.flatnonzero(index.held_out == (split == "held_out"))
-        self.text, self.images = index.text[self.numbers], index.images[self.numbers]
-        self.splittable = self.images == 0
+        self.numbers = self.dataset.numbers(split)
+        digest = _digest(info)
+        planned = hashlib.sha256(digest + f"{split} {experiment.image.span}".encode()).hexdigest()
         self.assets = Assets(
-            _digest(info), self.dataset.tokenizer, _latents(self.dataset), path / "plans"
+            digest, self.dataset.tokenizer, _latents(self.dataset), path / "plans" / planned[:16]
         )
+
+    @functools.cached_property
+    def splittable(self) -> np.ndarray:
+        return self.dataset.index.images[self.numbers] == 0
 
     def texts(self) -> Iterator[str]:
         return iter(())
 
     def lengths(self, tokenizer: Tokenizer) -> np.ndarray:
-        require(
-            tokenizer.model == self.dataset.tokenizer.model,
-            f"the run's tokenizer is not the one that {self.dataset.path} was prepared with",
-        )
-        return self.text + self.images * self.experiment.image.span + 2
+        index = self.dataset.index
+        lengths = index.images[self.numbers]
+        lengths *= np.int32(self.experiment.image.span)
+        lengths += index.text[self.numbers]
+        lengths += np.int32(2)
+        return lengths
 
     def documents(
         self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator
     ) -> list[Document]:
-        """All their images are made in one call, which is faster than image by image."""
+        """The documents; all their images are made in one call, which is faster."""
         found = [self.dataset.record(number) for number in self.numbers[list(indices)].tolist()]
         stored = [x for record in found for kind, x in record.spans if kind == records.IMAGE]
         images = iter(self.dataset.images(stored, rng) if stored else ())
@@ -68,18 +74,10 @@ class Prepared:
         rng: np.random.Generator,
     ) -> Document:
         data, diffusion = self.experiment.data, self.experiment.diffusion
-        spans = [next(images) if kind == records.IMAGE else x for kind, x in record.spans]
+        spans = [next(images) if kind == records.IMAGE else Text(x) for kind, x in record.spans]
         if record.captions:
             return pair_document(record.captions, spans[0], tokenizer, data, diffusion, rng)
-        last = len(spans) - 1
-        made = [
-            # An image that something follows is context for it, and under the noise limit.
-            Image(x, diffusion.steps if at == last else diffusion.noise_limit)
-            if kind == records.IMAGE
-            else Text(x)
-            for at, (x, (kind, _)) in enumerate(zip(spans, record.spans, strict=True))
-        ]
-        return Document((Text([tokenizer.bos]), *made, Text([tokenizer.eos])))
+        return interleaved_document(spans, tokenizer, data, diffusion, rng)
 
 
 def _digest(info: dict[str, Any]) -> bytes:

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import msgpack
 import numpy as np
 
-TEXT, IMAGE = 0, 1
+TEXT = 0
+IMAGE = 1
+
+TRAIN = 0
+HELD_OUT = 1
+STRADDLING = 2
+"""A document with pictures of both splits, so in neither (see `preparation/splits.py`)."""
+SPLITS = {"train": TRAIN, "held_out": HELD_OUT}
 
 
 @dataclass(frozen=True)
@@ -26,14 +33,17 @@ class Record:
 
 
 class Index(NamedTuple):
-    """For every record, in order; a document of n images takes at most text + n * image.span + 2 positions."""
+    """An entry for every record, in order; all int32.
+
+    A document of n images takes at most text + n * image.span + 2 positions.
+    """
 
     text: np.ndarray
-    """int32: text tokens, of the longest caption where there are several."""
+    """Text tokens, of the longest caption where there are several."""
     images: np.ndarray
-    """int32."""
-    held_out: np.ndarray
-    """bool: not for training."""
+    """Images."""
+    split: np.ndarray
+    """TRAIN, HELD_OUT or STRADDLING."""
 
 
 def id_type(entries: int) -> np.dtype:

@@ -1,19 +1,21 @@
 """Sources by the names that experiments use."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transfusion_jax.config import Experiment
+from transfusion_jax.data.sources import comparisons, sums
 from transfusion_jax.data.sources.digits import Digits
 from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.data.sources.scenes.source import Scenes
 from transfusion_jax.data.sources.source import Source
-from transfusion_jax.data.sources.sums import Sums
 from transfusion_jax.data.sources.synthetic import Synthetic
 
-SOURCES: dict[str, type[Source]] = {
+SOURCES: dict[str, Callable[[Experiment, str], Source]] = {
+    "comparisons": comparisons.source,
     "digits": Digits,
     "scenes": Scenes,
-    "sums": Sums,
+    "sums": sums.source,
     "synthetic": Synthetic,
 }
 
@@ -24,7 +26,8 @@ def load_sources(experiment: Experiment, split: str) -> list[Source]:
     Raises:
       ValueError: a source is unknown.
     """
-    for name in (source.name for source in experiment.data.sources):
+    names = [source.name for source in experiment.data.sources]
+    for name in names:
         if name not in SOURCES and not Path(name).is_dir():
             raise ValueError(
                 f"source {name!r} is not one of {sorted(SOURCES)}, nor a directory of prepared data"
@@ -33,5 +36,5 @@ def load_sources(experiment: Experiment, split: str) -> list[Source]:
         SOURCES[name](experiment, split)
         if name in SOURCES
         else Prepared(Path(name), experiment, split)
-        for name in (source.name for source in experiment.data.sources)
+        for name in names
     ]

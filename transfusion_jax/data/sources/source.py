@@ -34,7 +34,7 @@ class Assets:
     latents: LatentSpace | None = None
     """None where images are pixels."""
     plans: Path | None = None
-    """Where packing plans may be cached."""
+    """Where packing plans of this split may be cached; another where lengths would be others."""
 
 
 class Source(Protocol):

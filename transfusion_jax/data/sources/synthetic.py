@@ -9,27 +9,37 @@ from transfusion_jax.data.documents import Document, pair_document, pair_length,
 from transfusion_jax.data.sources.source import Assets
 from transfusion_jax.data.tokenizer import Tokenizer
 
+PAIRS = 4096
+
 
 class Synthetic:
-    """Noise with the lengths of web data, to measure a machine without any data: half pairs, half text."""
+    """Pairs and pages of noise with the lengths of web data, mixed 1:1 (section 4.1).
 
-    count = 4096
+    Half of all positions are patches, the other half text: captions, pages, and the marks around
+    both. (Images of fewer than six patches are outnumbered by the marks and the caption of their
+    pair.) Captions have about 30 tokens, or an eighth of the patches if that is less; pages 500.
+    """
+
     assets = Assets()
-    splittable = np.repeat([False, True], count)
 
     def __init__(self, experiment: Experiment, split: str):
         self.experiment = experiment
+        image, data = experiment.image, experiment.data
         rng = np.random.default_rng(0 if split == "train" else 1)
-        most = experiment.data.row_length - experiment.image.span - 2
-        self.caption = np.clip(rng.lognormal(np.log(30), 0.5, self.count).astype(int), 1, most)
-        self.text = np.clip(rng.lognormal(np.log(500), 1.0, self.count).astype(int), 1, 100_000)
+        typical = min(30, image.patches / 8)
+        captions = rng.lognormal(np.log(typical), 0.5, PAIRS).astype(int)
+        self.captions = np.clip(captions, 1, data.row_length - image.span - 2)
+        kept = self.captions.sum() * (1 - (1 - data.image_first) * data.caption_dropout)
+        in_pairs = int(kept) + 4 * PAIRS  # BOS, BOI, EOI, EOS
+        self.pages = _page_lengths(rng, image.patches * PAIRS - in_pairs)
+        self.splittable = np.repeat([False, True], [PAIRS, len(self.pages)])
 
     def texts(self) -> Iterator[str]:
         return iter(["synthetic text"])
 
     def lengths(self, tokenizer: Tokenizer) -> np.ndarray:
-        pairs = [pair_length([range(n)], self.experiment.image.span) for n in self.caption]
-        return np.asarray([*pairs, *(self.text + 2)])
+        span = self.experiment.image.span
+        return np.asarray([*(pair_length([range(n)], span) for n in self.captions), *self.pages])
 
     def documents(
         self, indices: Sequence[int], tokenizer: Tokenizer, rng: np.random.Generator
@@ -37,12 +47,19 @@ class Synthetic:
         return [self._document(index, tokenizer, rng) for index in indices]
 
     def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
-        if index >= self.count:
-            return text_document(
-                rng.integers(tokenizer.boi, size=self.text[index - self.count]), tokenizer
-            )
-        ids = rng.integers(tokenizer.boi, size=self.caption[index])
+        if index >= PAIRS:
+            count = self.pages[index - PAIRS] - 2
+            return text_document(rng.integers(tokenizer.boi, size=count), tokenizer)
+        ids = rng.integers(tokenizer.boi, size=self.captions[index])
         latent = rng.standard_normal(self.experiment.image.shape, np.float32)
         return pair_document(
             [ids], latent, tokenizer, self.experiment.data, self.experiment.diffusion, rng
         )
+
+
+def _page_lengths(rng: np.random.Generator, positions: int) -> np.ndarray:
+    """Web-like lengths, BOS and EOS included, of pages that take this many positions together."""
+    count = max(positions, 0) // 400 + 32  # twice as many as needed: a page has 826 on average
+    lengths = np.clip(rng.lognormal(np.log(500), 1.0, count).astype(int), 1, 100_000) + 2
+    lengths = np.diff(np.clip(np.cumsum(lengths), 0, max(positions, 0)), prepend=0)
+    return lengths[lengths > 2]

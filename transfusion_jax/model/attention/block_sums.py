@@ -1,7 +1,9 @@
-"""Sums over the pairs of each block, as a Pallas TPU kernel: what output, dq, and dk with dv have in common.
+"""Sums over the pairs of each block, as a Pallas TPU kernel: what output, dq, and dk with dv have
+in common.
 
-Arrays are [B, heads, rows, positions]: queries, or what belongs to a query (rows = 1), have N heads, keys and values
-have K. A sum stays in VMEM, in float32, while the grid goes through the pairs of its block, which are neighbours.
+Arrays are [B, heads, rows, positions]: queries, or what belongs to a query (rows = 1), have N
+heads, keys and values have K. A sum stays in VMEM, in float32, while the grid goes through the
+pairs of its block, which are neighbours.
 """
 
 from typing import NamedTuple
@@ -37,12 +39,13 @@ def block_sums(name, by, bounds, operands, results, sums, add, finish, blocks):
     """One kernel; returns its results.
 
     Args:
-      by: whose blocks have sums: "query" (over keys), or "key" (over queries and the heads that share a key head).
+      by: whose blocks have sums: "query" (over keys), or "key" (over queries, and over the heads
+        that share a key head).
       bounds: k_start and k_end, [B, L].
       operands, results: ("query" or "key", array or its shape); the first two operands are q and k.
       sums: (rows, initial value) of each.
-      add: called for a pair with a function that masks scores [keys, queries], the operands' blocks and the sums; adds
-        to these.
+      add: called for a pair with a function that masks scores [keys, queries], the operands' blocks
+        and the sums, to which it adds.
       finish: called with the results' blocks and the sums; writes the results.
 
     Raises:
@@ -77,8 +80,9 @@ def _table(bounds, by, length, blocks):
     some, every = visible_blocks(*bounds, blocks.query, blocks.key, length // blocks.key)
     if some.size > MOST_PAIRS and not blocks.interpret:
         raise ValueError(
-            f"{len(some)} rows on a device in {some.shape[1]} x {some.shape[2]} blocks may make {some.size} pairs, "
-            f"and there is room for {MOST_PAIRS}: take a model.attention_block above {blocks.query}"
+            f"{len(some)} rows on a device in {some.shape[1]} x {some.shape[2]} blocks may make "
+            f"{some.size} pairs, and there is room for {MOST_PAIRS}: take a model.attention_block "
+            f"above {blocks.query}"
         )
     return block_pairs(some, every, by=by)
 

@@ -1,39 +1,45 @@
-"""Raw documents, and how they are made out of bytes and JSON."""
+"""Raw documents: what readers give, before any text is tokenized and any picture decoded."""
 
-import functools
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+"""Endings of the pictures that are read."""
+OTHER_PICTURES = (
+    ".apng .avif .cr2 .dds .dng .emf .eps .heic .heif .icns .ico .j2k .jfif .jp2 .jpe .jpx "
+    ".jxl .nef .pbm .pcx .pgm .pnm .ppm .psd .svg .tga .tif .tiff .wmf .xbm .xpm"
+).split()
+"""Endings of pictures that are not read; an item that has one is rejected, and so counted."""
+LONGEST_NAME = 1000  # characters of an item's name that are reported
 
 
 class Rejected(Exception):
-    """An item that cannot become a document: a reason that is counted, its name, and what may be looked at."""
+    """An item that cannot become a document: why, its name, and content to look at."""
 
     def __init__(self, reason: str, name: str, content: bytes = b""):
         super().__init__(f"{reason}: {name}")
-        name = name.encode(
-            errors="backslashreplace"
-        ).decode()  # JSON and file systems have names that are no text
-        self.reason, self.name, self.content = reason, name, content
+        # Names in JSON and on file systems may be invalid Unicode, and as long as they like.
+        self.name = name[:LONGEST_NAME].encode(errors="backslashreplace").decode()
+        self.reason = reason
+        self.content = content
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is not read yet; `load` raises Rejected if it is not there."""
+    """A picture that has not been read; `load` raises Rejected if it cannot be."""
 
     load: Callable[[], bytes]
+    file: str = ""
+    """Its name, relative to the input's folder, where it is a file of its own."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """One document before preparation: a picture with `captions`, or spans of text and pictures."""
+    """One document: a picture with `captions`, or spans of text and pictures."""
 
     name: str
     spans: tuple[str | Picture, ...]
@@ -42,11 +48,17 @@ class Raw:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of Parquet and of the features of TFDS data."""
+    """Names of the columns of Parquet files and of the features of TFDS data."""
 
     image: str = "image"
+    """Column of pictures. Without it, the data is text alone."""
     caption: str = "caption"
+    """Column of captions: strings, or lists of strings, one of which is drawn each epoch."""
     text: str = "text"
+    """Column of text documents, where there is no column of pictures."""
+    ignored: tuple[str, ...] = ()
+    """Columns, and keys of JSON objects, that are left out although they hold pictures or text.
+    Without this, data with a picture that nothing names is refused or rejected."""
 
 
 class Reader(Protocol):
@@ -58,9 +70,27 @@ class Reader(Protocol):
         """Raises Rejected."""
         ...
 
-    def digest(self) -> str:
-        """Of what it holds, as far as that can be told without reading all of it: changed inputs have another."""
-        ...
+
+def is_picture(name: str) -> bool:
+    """Whether a name ends as those of pictures do, whether they can be read or not."""
+    return name.lower().endswith((*PICTURES, *OTHER_PICTURES))
+
+
+def string_of(value: Any, name: str) -> str:
+    """A value of a column or of JSON as text; raises Rejected if it is none."""
+    if isinstance(value, bytes):
+        return text_of(value, name)
+    if not isinstance(value, str):
+        raise Rejected("not text", name, repr(value).encode(errors="backslashreplace"))
+    return value
+
+
+def text_of(content: bytes, name: str) -> str:
+    """UTF-8 as text, a byte-order mark left out; raises Rejected if it is invalid."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Rejected("invalid UTF-8", name, content) from error
 
 
 def digest_of(*parts: Any) -> str:
@@ -73,79 +103,3 @@ def digest_of(*parts: Any) -> str:
             else repr(part).encode(errors="backslashreplace")
         )
     return digest.hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def document_of(value: Any, name: str, folder: Path) -> Raw:
-    """The document of one JSON object (see `JsonLines`); raises Rejected."""
-    if not isinstance(value, dict):
-        raise Rejected("not a document", name, json.dumps(value).encode())
-    file = value.get("file", value.get("image"))
-    if isinstance(file, str) and file:
-        return Raw(
-            file, (Picture(functools.partial(file_of, folder / file)),), captions_of(value, file)
-        )
-    if isinstance(spans := value.get("spans"), list) and spans:
-        return Raw(name, tuple(_span(span, name, folder) for span in spans))
-    if "text" in value:
-        return Raw(name, (string_of(value["text"], name),))
-    raise Rejected("not a document", name, json.dumps(value, ensure_ascii=False).encode())
-
-
-def _span(value: Any, name: str, folder: Path) -> str | Picture:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return value["text"]
-    if isinstance(value, dict) and isinstance(value.get("image"), str):
-        return Picture(functools.partial(file_of, folder / value["image"]))
-    raise Rejected("not a document", name, json.dumps(value).encode())
-
-
-def captions_of(value: Any, name: str) -> tuple[str, ...]:
-    """The captions of an object with `caption`, `captions` or `text`: a string or a list of strings."""
-    value = value if isinstance(value, dict) else {}
-    found = next(
-        (value[key] for key in ("caption", "captions", "text") if value.get(key) is not None), None
-    )
-    if found is None or found == []:
-        raise Rejected("no caption", name)
-    return tuple(
-        string_of(caption, name) for caption in (found if isinstance(found, list) else [found])
-    )
-
-
-def string_of(value: Any, name: str) -> str:
-    if isinstance(value, bytes):
-        return text_of(value, name)
-    if not isinstance(value, str):
-        raise Rejected("not text", name, repr(value).encode())
-    return value
-
-
-def text_of(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Rejected("invalid UTF-8", name, content) from error
-
-
-def json_of(content: bytes, name: str) -> Any:
-    text = text_of(content, name)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Rejected("invalid JSON", name, content) from error
-
-
-def file_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, ValueError) as error:  # a ValueError: no file can have such a name
-        raise Rejected("missing file", path.name) from error
-    except OSError as error:
-        raise Rejected("unreadable file", path.name) from error

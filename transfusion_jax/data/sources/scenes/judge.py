@@ -1,4 +1,4 @@
-"""The judge of scenes: what a picture shows, what a caption claims, and whether the claim is true of a scene."""
+"""The judge of scenes: what a picture shows, what a caption claims, whether a claim is true."""
 
 import functools
 import itertools
@@ -33,14 +33,16 @@ BLURS = (0.0, 0.8, 1.3)
 SHIFTS = tuple(itertools.product((-1, 0, 1), repeat=2))
 """Pixels by which it may be out of place."""
 EVIDENCE = 4.0
-"""What an object must explain more than the background does, as a sum of squares: the faintest explains 17."""
+"""By how much, as a sum of squares, an object must explain a place better than the background does.
+The faintest object explains 17."""
 
 
 def judge(image_hwc: np.ndarray) -> Scene:
-    """The scene that a picture [side, side, 3] shows; it is averaged to `SIDE`, and clipped to [-1, 1].
+    """The scene that a picture [side, side, 3] shows, averaged to `SIDE` and clipped to [-1, 1].
 
-    Each place holds the object whose look is nearest to it in square distance, under Gaussian noise the likeliest,
-    if that is `EVIDENCE` nearer than the background. A scene of no object, or of more than the data set has, can come.
+    Each place holds the object whose picture is nearest in square distance (the likeliest under
+    Gaussian noise), if that is `EVIDENCE` nearer than the background. The scene may have no object,
+    or more than any in the data set.
     """
     scale = image_hwc.shape[0] // SIDE
     image_hwc = np.clip(image_hwc.reshape(SIDE, scale, SIDE, scale, 3).mean((1, 3)), -1, 1).astype(
@@ -66,7 +68,7 @@ def judge(image_hwc: np.ndarray) -> Scene:
 
 
 def residual(image_hwc: np.ndarray) -> float:
-    """Root mean square of a picture less what the judge sees in it: 0 if it is clean, the range of values being 2."""
+    """Root mean square of a picture less what the judge sees in it; values range over [-1, 1]."""
     image_hwc = np.clip(image_hwc, -1, 1)
     return float(np.sqrt(np.mean((image_hwc - render(judge(image_hwc), len(image_hwc))) ** 2)))
 
@@ -140,7 +142,7 @@ def parse(caption: str) -> Claim | None:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Whether the items are the objects of the scene, each named once and none left out, in these relations."""
+    """Whether the claim names each object of the scene exactly once, with true relations."""
     slots = [number for number, item in enumerate(claim.items) for _ in range(item.count)]
     return len(slots) == len(scene.objects) and any(
         _holds(claim, slots, objects) for objects in itertools.permutations(scene.objects)

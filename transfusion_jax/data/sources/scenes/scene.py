@@ -23,9 +23,13 @@ COLOURS = {
     "black": (28, 28, 34),
 }
 KINDS = {
-    "circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "ring": "rings",
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "star": "stars",
+    "ring": "rings",
     "cross": "crosses",
-}  # fmt: skip
+}
 """Singular and plural."""
 SIZES = {"small": 0.56, "large": 0.94}
 """Outer radius, in half places."""
@@ -84,7 +88,7 @@ def _stamp(kind: str, colour: str, size: str, side: int) -> np.ndarray:
 
 
 def coverage(kind: str, size: str, side: int) -> np.ndarray:
-    """The share of each pixel of a place that an object covers, float32 [w, w], from 8 x 8 samples."""
+    """How much of each pixel of a place an object covers, float32 [w, w], from 8 x 8 samples."""
     width, samples = 10 * side // 32, 8
     at = ((np.arange(width * samples) + 0.5) / (width * samples) * 2 - 1) / SIZES[size]
     inside = _inside(kind, at[None, :], at[:, None]).reshape(width, samples, width, samples)

@@ -1,9 +1,10 @@
-"""Scenes: one to four coloured shapes on a grid of nine places, with captions and edits whose truth is known.
+"""Scenes: one to four coloured shapes on a 3 x 3 grid, with captions and edits of known truth.
 
-A `Scene` says all that there is to see, so a picture is right when it reads back as the scene that was asked for
-(`judge.py`). Document i of a split is a function of (split, i) alone, and a split has as many documents as
-are asked for. No scene of "train" is in "held_out"; "compositional" scenes show at least one of `NOVEL_PAIRS`, and
-those are in no scene of the other two, as every colour and every kind is.
+A `Scene` says all that there is to see, so a picture is right when it reads back as the scene that
+was asked for (`judge.py`). Document i of a split is a function of (split, i) alone, and a split has
+as many documents as are asked for. No scene of "train" is in "held_out". "compositional" scenes
+show at least one of `NOVEL_PAIRS`, which the other two never show, though they show every colour
+and every kind.
 """
 
 import functools
@@ -16,7 +17,13 @@ from random import Random
 import numpy as np
 
 from transfusion_jax.config import Experiment
-from transfusion_jax.data.documents import Document, Image, Text, pair_document, pair_length
+from transfusion_jax.data.documents import (
+    Document,
+    Text,
+    interleaved_document,
+    pair_document,
+    pair_length,
+)
 from transfusion_jax.data.sources.scenes.scene import (
     COLOURS,
     GRID,
@@ -39,10 +46,18 @@ CAPTIONS = 4
 """Wordings that a pair has, drawn from all that are true of it."""
 HELD_OUT = 10
 """One in so many scenes is kept from training."""
-NOVEL_PAIRS = frozenset({
-    ("red", "triangle"), ("orange", "square"), ("yellow", "ring"), ("green", "star"), ("cyan", "cross"),
-    ("blue", "circle"), ("purple", "square"), ("black", "ring"),
-})  # fmt: skip
+NOVEL_PAIRS = frozenset(
+    {
+        ("red", "triangle"),
+        ("orange", "square"),
+        ("yellow", "ring"),
+        ("green", "star"),
+        ("cyan", "cross"),
+        ("blue", "circle"),
+        ("purple", "square"),
+        ("black", "ring"),
+    }
+)
 """(colour, kind) that only compositional scenes show."""
 
 
@@ -53,7 +68,7 @@ class Pair:
 
 
 def example(split: str, index: int) -> Pair | Edit:
-    """Document `index` of a split; every scene in it, an edit's target as well, belongs to the split.
+    """Document `index` of a split; both scenes of an edit belong to the split.
 
     Raises:
       ValueError: the split is not one of `COUNTS`.
@@ -79,7 +94,7 @@ def examples(split: str, kind: type, count: int) -> list:
 
 
 def pictures(split: str, indices: Iterable[int], side: int) -> np.ndarray:
-    """Pictures of these documents, float32 [n, side, side, 3] in [-1, 1]; of an edit, the one before it."""
+    """Pictures, float32 [n, side, side, 3] in [-1, 1], of these documents; of edits, the first."""
     return np.stack([render(example(split, int(index)).scene, side) for index in indices])
 
 
@@ -89,19 +104,23 @@ def _check(split: str) -> None:
 
 
 def _draw(rng: Random) -> Scene:
-    """One to four objects, all of one kind in a third of the scenes, and also of one colour in half of those."""
+    """One to four objects; of one kind in a third of scenes, and of one colour in half of those."""
     count = 1 + int(rng.random() * LARGEST)
     places = sorted(range(GRID * GRID), key=lambda _: rng.random())[:count]
     alike = rng.random()
     kind = choose(tuple(KINDS), rng) if alike < 1 / 3 else None
     colour = choose(tuple(COLOURS), rng) if alike < 1 / 6 else None
-    return Scene(tuple(
-        Object(
-            kind or choose(tuple(KINDS), rng), colour or choose(tuple(COLOURS), rng), choose(tuple(SIZES), rng),
-            divmod(place, GRID),
+    return Scene(
+        tuple(
+            Object(
+                kind or choose(tuple(KINDS), rng),
+                colour or choose(tuple(COLOURS), rng),
+                choose(tuple(SIZES), rng),
+                divmod(place, GRID),
+            )
+            for place in places
         )
-        for place in places
-    ))  # fmt: skip
+    )
 
 
 def _belongs(scene: Scene, split: str) -> bool:
@@ -112,10 +131,11 @@ def _belongs(scene: Scene, split: str) -> bool:
 
 
 class Scenes:
-    """Pairs of a picture and one of its captions, and edits: a picture, an instruction, the picture after it.
+    """Pairs of picture and caption, and edits: a picture, an instruction, the picture after it.
 
     Raises:
-      ValueError: the experiment's images are not RGB of 32 x 32 or 64 x 64, or the split does not exist.
+      ValueError: the experiment's images are not RGB of 32 x 32 or 64 x 64, or there is no such
+        split.
     """
 
     assets = Assets()
@@ -146,21 +166,15 @@ class Scenes:
         return [self._document(index, tokenizer, rng) for index in indices]
 
     def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
-        """A pair as one of `pair_document`, or `<s> image instruction image </s>`, the first under the noise limit."""
-        found, side, diffusion = (
-            example(self.split, index),
-            self.experiment.image.height,
-            self.experiment.diffusion,
-        )
+        """A `pair_document`, or the picture, instruction and picture of an edit, interleaved."""
+        found = example(self.split, index)
+        side = self.experiment.image.height
+        settings = tokenizer, self.experiment.data, self.experiment.diffusion, rng
         ids = [tokenizer.encode(text) for text in _texts(found)]
-        picture = render(found.scene, side)
+        before = render(found.scene, side)
         if isinstance(found, Pair):
-            return pair_document(ids, picture, tokenizer, self.experiment.data, diffusion, rng)
-        before, after = (
-            Image(picture, diffusion.noise_limit),
-            Image(render(found.target, side), diffusion.steps),
-        )
-        return Document((Text([tokenizer.bos]), before, Text(ids[0]), after, Text([tokenizer.eos])))
+            return pair_document(ids, before, *settings)
+        return interleaved_document([before, Text(ids[0]), render(found.target, side)], *settings)
 
     def _examples(self) -> Iterator[Pair | Edit]:
         return (example(self.split, index) for index in range(self.count))

@@ -27,8 +27,13 @@ RELATIONS = {
 }  # fmt: skip
 """Phrase -> the axis of the place (row 0, column 1) and the sign of the difference."""
 FRAMES = (
-    "{}", "there {be} {}", "a picture of {}", "a drawing of {}", "an image with {}", "{} on a plain background",
-)  # fmt: skip
+    "{}",
+    "there {be} {}",
+    "a picture of {}",
+    "a drawing of {}",
+    "an image with {}",
+    "{} on a plain background",
+)
 SYNONYMS = ({}, {"small": "little", "large": "big"})
 DIRECTIONS = {"to the right": (0, 1), "to the left": (0, -1), "up": (-1, 0), "down": (1, 0)}
 BESIDE = {"to the right of": (0, 1), "to the left of": (0, -1), "above": (-1, 0), "below": (1, 0)}
@@ -89,7 +94,7 @@ def _related(scene: Scene, a: Object, phrase: str, b: Object, detail: tuple[str,
 
 
 def _listed(objects: Iterable[Object], detail: tuple[str, ...]) -> str:
-    """`two red circles, a star and a ring`: alike things together, in the order of the first of them."""
+    """`two red circles, a star and a ring`: like things together, in order of first mention."""
     counts = Counter(name(o, detail) for o in objects)
     *first, last = itertools.starmap(counted, counts.items())
     return f"{', '.join(first)} and {last}" if first else last
@@ -128,7 +133,7 @@ def _framed(body: str, frame: str, synonyms: dict[str, str]) -> str:
 
 
 def draw_edit(scene: Scene, rng: Random) -> Edit | None:
-    """An edit of the scene that says exactly one thing; None if what was drawn cannot be done to it."""
+    """An unambiguous edit of the scene; None if the edit that was drawn cannot be done."""
     o = choose(scene.objects, rng)
     details = [detail for detail in DETAILS if o in _unique(scene, detail)]
     if not details:
@@ -179,5 +184,5 @@ def _free(scene: Scene, o: Object, step: tuple[int, int]) -> tuple[int, int] | N
 
 
 def choose(options: Sequence[T], rng: Random) -> T:
-    """By `random` alone, whose numbers Python promises to keep; those of `choice` have changed between versions."""
+    """One of them, by `random` alone: Python has changed what `choice` draws between versions."""
     return options[int(rng.random() * len(options))]

@@ -1,0 +1,118 @@
+"""Faults of interval attention: the intervals, the reference, the kernels, and their choice."""
+
+from faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "a query does not see itself",
+        "model/attention/intervals.py",
+        "jnp.broadcast_to(index_L + 1, (B, L))",
+        "jnp.broadcast_to(index_L, (B, L))",
+        "attention",
+    ),
+    Fault(
+        "patches see the end mark",
+        "model/attention/intervals.py",
+        "image_start_BM[:, :, None] + patches, patch_BMP.shape",
+        "image_start_BM[:, :, None] + patches + 1, patch_BMP.shape",
+        "attention",
+    ),
+    Fault(
+        "intervals of images begin at boi",
+        "model/attention/intervals.py",
+        "batch.image_start_BM[:, :, None] + jnp.arange(patches",
+        "batch.image_start_BM[:, :, None] - 1 + jnp.arange(patches",
+        "attention",
+    ),
+    Fault(
+        "document starts taken over rows",
+        "model/attention/intervals.py",
+        "jnp.where(segment_BL != previous_BL, index_L, 0), axis=1)",
+        "jnp.where(segment_BL != previous_BL, index_L, 0), axis=0)",
+        "attention",
+    ),
+    Fault(
+        "padding attends to what came before",
+        "model/attention/intervals.py",
+        "jnp.where(padding_BL, 0, k_end_BL)",
+        "k_end_BL",
+        "attention",
+    ),
+    Fault(
+        "dense end inclusive",
+        "model/attention/dense.py",
+        "(key < intervals.k_end_BL[:, :, None])",
+        "(key <= intervals.k_end_BL[:, :, None])",
+        "attention",
+    ),
+    Fault(
+        "dense scaled by head width",
+        "model/attention/dense.py",
+        "* H**-0.5",
+        "* H**-1.0",
+        "attention",
+    ),
+    Fault(
+        "dense heads grouped across",
+        "model/attention/dense.py",
+        "q_BLNH.reshape(B, L, K, N // K, H)",
+        "q_BLNH.reshape(B, L, N // K, K, H).swapaxes(2, 3)",
+        "attention",
+    ),
+    Fault(
+        "chunked leaves out the last block",
+        "model/attention/chunked.py",
+        "(jnp.max(jnp.where(empty, 0, k_end)) + block_k - 1) // block_k",
+        "jnp.max(jnp.where(empty, 0, k_end)) // block_k",
+        "attention",
+    ),
+    Fault(
+        "chunked sum not rescaled",
+        "model/attention/chunked.py",
+        "total * decay + p.sum(-1), acc",
+        "total + p.sum(-1), acc",
+        "attention",
+    ),
+    Fault(
+        "chunked gradient not scaled",
+        "model/attention/chunked.py",
+        "- delta[..., None]) * scale",
+        "- delta[..., None])",
+        "attention",
+    ),
+    Fault(
+        "blocks counted full too soon",
+        "model/attention/block_pairs.py",
+        "(end >= begin + block_k)).all(2)",
+        "(end >= begin + block_k - 1)).all(2)",
+        "attention_pallas",
+    ),
+    Fault(
+        "kernel start exclusive",
+        "model/attention/block_sums.py",
+        "inside = (position >= start[...])",
+        "inside = (position > start[...])",
+        "attention_pallas",
+    ),
+    Fault(
+        "kernel sums begin anew with each head",
+        "model/attention/block_sums.py",
+        "first & (pl.program_id(2) == 0)",
+        "first",
+        "attention_pallas",
+    ),
+    Fault(
+        "kernel gradient without delta",
+        "model/attention/pallas.py",
+        "(_dot(v[...], d_out[...], 0, 0) - delta[...])",
+        "_dot(v[...], d_out[...], 0, 0)",
+        "attention_pallas",
+    ),
+    Fault(
+        "auto takes a block that the kernel cannot have",
+        "model/attention/platforms.py",
+        '"pallas", 0 if block % 128 else block',
+        '"pallas", block',
+        "attention",
+    ),
+)

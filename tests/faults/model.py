@@ -1,0 +1,118 @@
+"""Faults of the model: layers, rotation, transformer, patches, losses, sizes."""
+
+from faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "rope frequencies of half the exponent",
+        "model/rope.py",
+        "jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim",
+        "jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim",
+        "llama_oracle reference",
+    ),
+    Fault(
+        "rope not of keys",
+        "model/transformer.py",
+        "k_BSKH = rotate(project(x_BLD, self.k_DKH), *cos_sin)",
+        "k_BSKH = project(x_BLD, self.k_DKH)",
+        "llama_oracle reference",
+    ),
+    Fault(
+        "rope rotates the second half back",
+        "model/rope.py",
+        "second * cos + first * sin",
+        "second * cos - first * sin",
+        "model llama_oracle",
+    ),
+    Fault(
+        "norm takes the variance",
+        "model/layers.py",
+        "jnp.mean(x * x, axis=-1, keepdims=True)",
+        "jnp.var(x, axis=-1, keepdims=True)",
+        "llama_oracle reference",
+    ),
+    Fault(
+        "swiglu gate and up swapped",
+        "model/layers.py",
+        "jax.nn.silu(project(x_BLD, self.gate_DF)) * project(x_BLD, self.up_DF)",
+        "project(x_BLD, self.gate_DF) * jax.nn.silu(project(x_BLD, self.up_DF))",
+        "llama_oracle reference",
+    ),
+    Fault(
+        "mlp under the norm of attention",
+        "model/transformer.py",
+        "self.mlp(self.mlp_norm(x_BLD))",
+        "self.mlp(self.attention_norm(x_BLD))",
+        "llama_oracle reference",
+    ),
+    Fault(
+        "residual of the normed stream",
+        "model/transformer.py",
+        "x_BLD = x_BLD + out_BLD",
+        "x_BLD = self.attention_norm(x_BLD) + out_BLD",
+        "llama_oracle reference",
+    ),
+    Fault(
+        "no final norm in training",
+        "model/transformer.py",
+        "return self.norm(x_BLD)\n",
+        "return x_BLD\n",
+        "model llama_oracle",
+    ),
+    Fault(
+        "logits rounded to bfloat16",
+        "model/layers.py",
+        "product(x, kernel_DV.astype(x.dtype), dtype=jnp.float32)",
+        "product(x, kernel_DV.astype(x.dtype)).astype(jnp.float32)",
+        "model objective training",
+    ),
+    Fault(
+        "text losses in the order of chunks",
+        "model/losses.py",
+        "jnp.moveaxis(loss, 0, 2)",
+        "jnp.moveaxis(loss, 0, 1)",
+        "objective",
+    ),
+    Fault(
+        "image loss is a sum",
+        "model/losses.py",
+        "return jnp.mean(jnp.square(predicted_BMhwc - target_BMhwc)",
+        "return jnp.sum(jnp.square(predicted_BMhwc - target_BMhwc)",
+        "objective",
+    ),
+    Fault(
+        "patches are strips of rows",
+        "model/patches/grid.py",
+        "return jnp.swapaxes(x, -4, -3).reshape(*lead, (h // patch)",
+        "return x.reshape(*lead, (h // patch)",
+        "model",
+    ),
+    Fault(
+        "predictions read one position late",
+        "model/transfusion.py",
+        "at_BQ = self._patch_positions(batch)\n        hidden_BQD",
+        "at_BQ = self._patch_positions(batch) + 1\n        hidden_BQD",
+        "model reference",
+    ),
+    Fault(
+        "timesteps scaled to one",
+        "model/patches/timestep.py",
+        "t_BM[..., None].astype(jnp.float32)",
+        "t_BM[..., None].astype(jnp.float32) / 1000",
+        "reference",
+    ),
+    Fault(
+        "learned patch positions unused",
+        "model/patches/linear.py",
+        "self.position_PD[...].astype(self.dtype)[None, None]",
+        "0.0 * self.position_PD[...].astype(self.dtype)[None, None]",
+        "model",
+    ),
+    Fault(
+        "ffn width rounded down",
+        "config/model.py",
+        "-(-8 * self.width // 3 // 256) * 256",
+        "(8 * self.width // 3 // 256) * 256",
+        "model::test_presets_have_the_sizes_of_table_2",
+    ),
+)

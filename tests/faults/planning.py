@@ -1,0 +1,118 @@
+"""Faults of planning: the arithmetic of compiled programs, of rows, of chips, and the search."""
+
+from faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "a product is one operation",
+        "planning/flops.py",
+        "2.0 * math.prod(dot.result[0].dims)",
+        "1.0 * math.prod(dot.result[0].dims)",
+        "program",
+    ),
+    Fault(
+        "padding is multiplied",
+        "planning/flops.py",
+        "(at >= 0) & ",
+        "",
+        "program",
+    ),
+    Fault(
+        "all reduce sends half",
+        "planning/collectives.py",
+        '"all-reduce": lambda n: 2 * (n - 1) / n',
+        '"all-reduce": lambda n: (n - 1) / n',
+        "program",
+    ),
+    Fault(
+        "nested loops add",
+        "planning/loop_counts.py",
+        "times[name] += times[caller.name] * (",
+        "times[name] += (",
+        "program",
+    ),
+    Fault(
+        "loops counted from nought",
+        "planning/loop_counts.py",
+        "(limit - ahead - start) / step",
+        "(limit - ahead) / step",
+        "program",
+    ),
+    Fault(
+        "slices read all of their operand",
+        "planning/traffic.py",
+        "        return elements(user)\n",
+        "        return elements(computation.instructions[user.operands[0]])\n",
+        "program",
+    ),
+    Fault(
+        "memory on the chip counts as main memory",
+        "planning/hlo.py",
+        "0.0 if self.space else self.bytes",
+        "self.bytes",
+        "program",
+    ),
+    Fault(
+        "backward pass of attention forgotten",
+        "planning/rows.py",
+        "12.0 * attention",
+        "4.0 * attention",
+        "plan",
+    ),
+    Fault(
+        "logits of all positions are model flops",
+        "planning/rows.py",
+        '"target": work.targets',
+        '"target": experiment.data.row_length',
+        "plan",
+    ),
+    Fault(
+        "pairs of blocks counted as rows of them",
+        "planning/rows.py",
+        "some.sum() / count * block**2",
+        "some.sum() / count * block",
+        "plan",
+    ),
+    Fault(
+        "arguments alone must fit",
+        "planning/plan.py",
+        "self.memory.peak <= self.memory.memory",
+        "self.memory.arguments <= self.memory.memory",
+        "plan",
+    ),
+    Fault(
+        "times of a step added",
+        "planning/plan.py",
+        "max(self.costs.seconds.values())",
+        "sum(self.costs.seconds.values())",
+        "plan",
+    ),
+    Fault(
+        "one chip computes all",
+        "planning/plan.py",
+        "flops / topology.chips / chip.flops",
+        "flops / chip.flops",
+        "plan",
+    ),
+    Fault(
+        "every axis is a ring",
+        "planning/topology.py",
+        "2 if size == len(set(all_along)) >= self.chip.ring else 1",
+        "2",
+        "plan",
+    ),
+    Fault(
+        "parts need not divide the rows",
+        "planning/search.py",
+        "if rows % parts == 0]",
+        "if parts <= rows]",
+        "plan",
+    ),
+    Fault(
+        "plans that do not fit ranked first",
+        "planning/describe.py",
+        "(not plan.fits, plan.step_seconds",
+        "(plan.fits, plan.step_seconds",
+        "plan",
+    ),
+)

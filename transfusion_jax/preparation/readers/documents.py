@@ -1,0 +1,147 @@
+"""Documents that JSON describes; nothing that names a picture becomes a document without it.
+
+{"text": "..."}                                                         text
+{"file": "a.jpg", "caption": "..."}  or  "captions": ["...", "..."]     a pair
+{"spans": [{"image": "a.png"}, {"text": "remove it"}, {"image": "b.png"}]}     any mix; here an edit
+
+`image` and `file_name` mean `file`, and beside a picture `text` means `caption`. Other keys are
+metadata, unless they seem to hold a picture: then the object is rejected.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Set
+from typing import Any
+
+from transfusion_jax.preparation.readers.folder import Folder
+from transfusion_jax.preparation.readers.raw import (
+    Picture,
+    Raw,
+    Rejected,
+    is_picture,
+    string_of,
+    text_of,
+)
+
+FILE_KEYS = ("file", "file_name", "image")
+TEXT_KEYS = ("caption", "captions", "text")
+PICTURE_KEYS = frozenset(
+    "files file_names filename filenames images image_file image_files image_path image_paths "
+    "image_url image_urls image_bytes img imgs img_path img_url picture pictures photo photos jpg "
+    "jpeg png webp gif bmp pixel_values".split()
+)
+"""Keys that mean pictures elsewhere, whatever their values look like."""
+
+
+def json_of(content: bytes, name: str) -> Any:
+    """The value of a JSON text; raises Rejected if it is none."""
+    text = text_of(content, name)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Rejected("invalid JSON", name, content) from error
+
+
+def document_of(content: bytes, name: str, folder: Folder, at: str, ignored: Set[str]) -> Raw:
+    """The document of one JSON object.
+
+    Args:
+      name: of the item.
+      at: the folder within `folder` that the names of files are relative to.
+      ignored: keys that are as good as absent.
+
+    Raises:
+      Rejected: it is none, it is more than one, or it seems to hold a picture that is not in it.
+    """
+    value = json_of(content, name)
+    if not isinstance(value, dict):
+        raise Rejected("not a document", name, content)
+    value = _present(value, ignored)
+    files = [key for key in FILE_KEYS if key in value]
+    texts = [key for key in TEXT_KEYS if key in value]
+    spans = value.get("spans")
+    if len(files) > 1 or len(texts) > 1 or (spans is not None and files + texts):
+        raise Rejected("ambiguous keys", name, content)
+    metadata = {key: v for key, v in value.items() if key not in (*files, *texts, "spans")}
+    if _holds_picture(metadata, urls=not files and spans is None):
+        raise Rejected("unknown key with a picture", name, content)
+    if files:
+        picture = _picture(value[files[0]], name, folder, at, content)
+        return Raw(value[files[0]], (picture,), captions_of(value, value[files[0]]))
+    if isinstance(spans, list) and spans:
+        return Raw(name, tuple(_span(span, name, folder, at, ignored, content) for span in spans))
+    if texts == ["text"]:
+        return Raw(name, (string_of(value["text"], name),))
+    raise Rejected("not a document", name, content)
+
+
+def captions_of(value: Any, name: str) -> tuple[str, ...]:
+    """The captions of an object with `caption`, `captions` or `text`: a string or a list of them.
+
+    Raises:
+      Rejected: it has none, it has several of these keys, or a caption is no text.
+    """
+    value = value if isinstance(value, dict) else {}
+    found = [value[key] for key in TEXT_KEYS if value.get(key) is not None]
+    if len(found) > 1:
+        raise Rejected("ambiguous keys", name)
+    if not found or found == [[]]:
+        raise Rejected("no caption", name)
+    captions = found[0] if isinstance(found[0], list) else found
+    return tuple(string_of(caption, name) for caption in captions)
+
+
+def _span(
+    value: Any, name: str, folder: Folder, at: str, ignored: Set[str], content: bytes
+) -> str | Picture:
+    if isinstance(value, str):
+        return value
+    value = _present(value, ignored) if isinstance(value, dict) else {}
+    known = [key for key in (*FILE_KEYS, "text") if key in value]
+    metadata = {key: v for key, v in value.items() if key not in known}
+    if len(known) != 1 or _holds_picture(metadata, urls=known == ["text"]):
+        raise Rejected("not a document", name, content)
+    if known == ["text"]:
+        return string_of(value["text"], name)
+    return _picture(value[known[0]], name, folder, at, content)
+
+
+def _picture(file: Any, name: str, folder: Folder, at: str, content: bytes) -> Picture:
+    if not isinstance(file, str) or not file:
+        raise Rejected("not a document", name, content)
+    path = os.path.join(at, file)
+    return Picture(functools.partial(folder.read, path, file), path)
+
+
+def _present(value: dict, ignored: Set[str]) -> dict:
+    return {key: v for key, v in value.items() if v is not None and key not in ignored}
+
+
+def _holds_picture(metadata: dict, urls: bool) -> bool:
+    """Whether a value seems to be a picture or the name of one; `urls` says whether a URL counts.
+
+    With a picture, its URL usually says where it came from; with text alone, it was not fetched.
+    """
+    for key, value in metadata.items():
+        for text in _strings(value):
+            if "://" in text and not urls:
+                continue
+            if key.lower() in PICTURE_KEYS and text:
+                return True
+            if text.startswith("data:image/") or is_picture(text.partition("?")[0]):
+                return True
+    return False
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, however deep."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, str):
+            yield found
+        elif isinstance(found, dict):
+            waiting += found.values()
+        elif isinstance(found, list):
+            waiting += found

@@ -1,0 +1,32 @@
+"""Splits: which documents are for training and which are held out, from their content alone.
+
+Names, order and number of the documents do not matter, so no shard has to know of another. A hash
+of its pixels puts every picture on one side, and a document is where all its pictures are. Where
+they disagree, as those of an edit may, it straddles the split and is in neither part: either choice
+would put a picture on both sides. So no picture of a held-out document is in a training document.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from transfusion_jax.data.sources.records import HELD_OUT, STRADDLING, TRAIN
+
+HASHED_ROWS = 8  # of a picture, every eighth row tells it from others
+
+
+def split_of(spans: Sequence[str | np.ndarray], share: float) -> int:
+    """The split of a document of text and pictures, uint8 [h, w, c]; `share` is held out."""
+    pictures = [span for span in spans if isinstance(span, np.ndarray)]
+    if not pictures:
+        return _side([span.encode() for span in spans], share)
+    sides = {_side([np.ascontiguousarray(x[::HASHED_ROWS])], share) for x in pictures}
+    return sides.pop() if len(sides) == 1 else STRADDLING
+
+
+def _side(content: Sequence[bytes | np.ndarray], share: float) -> int:
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    return HELD_OUT if int.from_bytes(digest.digest()[:8]) < share * 2**64 else TRAIN
