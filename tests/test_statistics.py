@@ -126,6 +126,23 @@ def test_steps_draw_anew_and_a_seed_repeats():
     assert image_loss(1) == found[1]
 
 
+def test_the_seed_draws_the_weights():
+    """Every matrix of two seeds is independent, and a seed repeats."""
+    experiment = tiny.small()
+
+    def weights(seed: int):
+        seeded = replace(experiment, train=replace(experiment.train, seed=seed))
+        parameters = tiny.planned(seeded).initialise().parameters
+        return jax.tree.leaves(jax.device_get(parameters))
+
+    first, again, other = weights(3), weights(3), weights(4)
+    drawn = [n for n, x in enumerate(first) if x.std() > 0]  # norms are ones, the last layer 0
+    assert len(drawn) > 10
+    for n in drawn:
+        np.testing.assert_array_equal(first[n], again[n])
+        assert_uncorrelated(first[n], other[n], "seeds")
+
+
 # What the data pipeline draws.
 
 
