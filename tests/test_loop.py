@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import line
@@ -111,6 +112,26 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
         *("step", "read 4", "after 4"),
     ]
     assert run.step._cache_size() == 1  # compiled once
+
+
+def test_rates_are_since_the_last_logged_step(tmp_path, monkeypatch):
+    """Of a resumed run, by a clock that is set by hand."""
+    now = [100.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("transfusion_jax.training.monitor.time", clock)
+    feed = line.open_run(LINE, tmp_path / "line", lambda said: None).feed
+    settings = replace(LINE.train, log_every=3)
+    metrics = {"loss": 1.0, "skipped_in_a_row": 0}
+    with Monitor(tmp_path / "line", settings, 4, feed) as monitor:
+        for step in range(5, 10):
+            with monitor.waiting():
+                now[0] += 0.25
+            now[0] += 1.75
+            monitor.read(step, metrics)
+    rows = read_metrics(tmp_path / "line")
+    assert [row["step"] for row in rows] == [6, 9]
+    assert [row["points_per_second"] for row in rows] == [8 / 2, 8 / 2]
+    assert [row["data_wait_share"] for row in rows] == [0.125, 0.125]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def failing_tests(copy: Path, tests: list[str], *options: str) -> list[str]:
     found = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if run.returncode != 0 and (run.returncode not in FAILED or not found):
         raise RuntimeError(f"pytest cannot run {' '.join(tests)}:\n{run.stdout}\n{run.stderr}")
-    return [line.split(" - ")[0] for line in found]
+    return [line.split(" - ")[0].split(" ", 1)[1] for line in found]
 
 
 def caught_by(fault: Fault, nearest_only: bool) -> str | None:
@@ -91,15 +91,13 @@ def check_without_faults(faults: list[Fault]) -> None:
 
 
 def table(results: dict[str, str | None]) -> str:
-    """Faults caught, by list."""
-    lines = []
-    for name, faults in faults_by_list().items():
-        known = [fault.name for fault in faults if fault.name in results]
-        caught = sum(results[fault] is not None for fault in known)
-        lines.append(f"{name:14} {caught:4} of {len(known)}")
-    known = [fault.name for faults in faults_by_list().values() for fault in faults]
-    found = [results[name] is not None for name in known if name in results]
-    return "\n".join([*lines, f"{'all':14} {sum(found):4} of {len(found)}"])
+    """Faults caught of those that were run, by list and in all."""
+    rows = {
+        name: [results[fault.name] is not None for fault in faults if fault.name in results]
+        for name, faults in faults_by_list().items()
+    }
+    rows["all"] = [caught for found in rows.values() for caught in found]
+    return "\n".join(f"{name:14}{sum(x):4} of {len(x):3}" for name, x in rows.items() if x)
 
 
 def parsed() -> argparse.Namespace:

@@ -64,14 +64,14 @@ FAULTS = (
         "diffusion/process.py",
         "jax.random.randint(t_key, limit_M.shape, 0, limit_M)",
         "jax.random.randint(t_key, limit_M.shape, 0, limit_M + 1)",
-        "diffusion statistics",
+        "diffusion::test_training_noise_is_standard_and_keeps_the_limit",
     ),
     Fault(
         "all rows draw the same noise",
         "diffusion/process.py",
         "jax.random.split(jax.random.fold_in(key, b))",
         "jax.random.split(key)",
-        "diffusion statistics",
+        "diffusion::test_training_noise_is_standard_and_keeps_the_limit",
     ),
     Fault(
         "all images of a row draw the same noise",
@@ -80,35 +80,35 @@ FAULTS = (
         "jnp.broadcast_to(\n"
         "            jax.random.normal(noise_key, latents_Mhwc.shape[1:]), latents_Mhwc.shape\n"
         "        )",
-        "diffusion statistics",
+        "diffusion::test_each_image_has_its_own_training_noise",
     ),
     Fault(
         "noise not recomputed after clipping",
         "diffusion/sampler.py",
         "noise = (x_t - alpha_t * clean) / sigma_t",
         "pass",
-        "diffusion reference",
+        "diffusion::test_a_clipped_image_has_the_noise_that_leads_to_it",
     ),
     Fault(
         "ancestral noise too large",
         "diffusion/sampler.py",
         "1.0 - ratio**2, 0.0",
         "1.0 - ratio**4, 0.0",
-        "diffusion",
+        "diffusion::test_ancestral_step_is_the_posterior",
     ),
     Fault(
         "fresh noise comes on top",
         "diffusion/sampler.py",
         "sigma_s**2 - c**2, 0.0",
         "sigma_s**2, 0.0",
-        "diffusion",
+        "diffusion::test_ancestral_step_is_the_posterior",
     ),
     Fault(
         "sampling ends at timestep 0",
         "diffusion/sampler.py",
         "np.linspace(training_steps - 1, -1, sampling_steps + 1)",
         "np.linspace(training_steps - 1, 0, sampling_steps + 1)",
-        "diffusion",
+        "diffusion::test_timesteps_end_at_the_clean_image",
     ),
     Fault(
         "ddim and ddpm swapped",
