@@ -22,7 +22,7 @@ from transfusion_jax.config import DataConfig, DiffusionConfig, SourceConfig
 from transfusion_jax.data.documents import Document, Image, Text, sequence
 from transfusion_jax.data.packing import pack
 from transfusion_jax.data.pipeline import Data, stack
-from transfusion_jax.data.sources.dataset import open_dataset
+from transfusion_jax.data.sources.dataset import image_config, open_dataset
 from transfusion_jax.diffusion.process import draw_training_noise
 from transfusion_jax.generation.engine import Engine
 from transfusion_jax.preparation.prepare import Preparation, prepare
@@ -259,10 +259,9 @@ def latents(tmp_path_factory) -> Path:
 
 def test_latents_are_sampled_anew_in_every_epoch(latents, experiment):
     """Pictures told apart by their captions, each of which has a latent of every epoch."""
-    dataset = open_dataset(latents)
     data = DataConfig(sources=(SourceConfig(str(latents)),), row_length=96, batch_rows=4)
-    experiment = replace(experiment, image=dataset.image_config(), data=data)
-    epochs = epochs_of(Data(experiment, dataset.tokenizer))
+    experiment = replace(experiment, image=image_config(latents), data=data)
+    epochs = epochs_of(Data(experiment, open_dataset(latents).tokenizer))
     found: dict[tuple, list[np.ndarray]] = {}
     for pair in (pair for epoch in epochs for row in epoch for pair in row):
         found.setdefault(pair.caption, []).append(pair.latent)
