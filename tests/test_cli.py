@@ -128,7 +128,7 @@ def test_config_survives_json_and_says_what_differs():
     experiment = load_experiment(DIGITS)
     assert stored_config.loads(stored_config.dumps(experiment), "x") == experiment
     other = load_experiment(DIGITS, ["--data.sources.0.weight", "3", "--mesh.fsdp", "2"])
-    assert stored_config.differences(experiment, other) == ["data.sources.0.weight: 1.0 -> 3.0"]
+    assert stored_config.differences(experiment, other) == ["data.sources.0.weight: 2.0 -> 3.0"]
     with pytest.raises(ValueError, match=r"broken\.json does not hold an experiment"):
         stored_config.loads("{}", "broken.json")
     later = json.loads(stored_config.dumps(experiment))

@@ -193,17 +193,8 @@ def test_generate_asks_as_it_is_told(engine, tmp_path, capsys):
     options = {"guidance": 1.5, "steps": 3, "temperature": 0.5, "max_tokens": 77}
     words = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     image = ("--image", str(tmp_path / "white.png"))
-    line = (
-        "generate",
-        "run",
-        "--prompt",
-        "a",
-        "--num",
-        "2",
-        *image,
-        "--out",
-        str(tmp_path / "out"),
-    )
+    out = tmp_path / "out"
+    line = ("generate", "run", "--prompt", "a", "--num", "2", *image, "--out", str(out))
     said = printed(capsys, *line, *words)
     (call,) = engine.calls
     assert call.sampler == replace(engine.experiment.sampler, **options)
@@ -211,18 +202,17 @@ def test_generate_asks_as_it_is_told(engine, tmp_path, capsys):
     white, text = call.requests[0]
     assert text == "a" and white.shape == (8, 8, 1) and (white == 1).all()
 
-    stored = (tmp_path / "out" / "outputs.jsonl").read_text(encoding="utf-8")
+    stored = (out / "outputs.jsonl").read_text(encoding="utf-8")
     assert said.startswith(stored)
     assert [json.loads(line) for line in stored.splitlines()] == [
         {"prompt": "a", "spans": [{"text": "ünd"}, {"image": f"{i}.png"}]} for i in range(2)
     ]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "0.png",
-        "1.png",
-        "outputs.jsonl",
-    ]
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "outputs.jsonl"]
 
-    printed(capsys, "generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"))
+    printed(capsys, *line, "--temperature", "0", "--guidance", "0")
+    none = replace(engine.experiment.sampler, temperature=0.0, guidance=0.0)
+    assert engine.calls[-1].sampler == none
+    printed(capsys, *line)
     assert engine.calls[-1].sampler == engine.experiment.sampler
 
 

@@ -111,7 +111,7 @@ def test_another_family_trains_and_generates(painter, experiment, tokenizer):
     work = row_work(rows_of(batches[0], experiment.image.patches, "by hand"), 0)
     assert model_flops(nnx.merge(planned.graph, state.parameters), experiment, work) > 0
 
-    parameters = jax.device_get(state.parameters)
+    parameters = jax.tree.map(np.array, jax.device_get(state.parameters))
     parameters["embedding_VD"] += 1.0
     parameters["head_DV"][:, tokenizer.boi] = 1.0
     engine = Engine(experiment, tokenizer, planned.graph, parameters)

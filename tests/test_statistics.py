@@ -22,7 +22,7 @@ from transfusion_jax.config import DataConfig, DiffusionConfig, SourceConfig
 from transfusion_jax.data.documents import Document, Image, Text, sequence
 from transfusion_jax.data.packing import pack
 from transfusion_jax.data.pipeline import Data, stack
-from transfusion_jax.data.sources.dataset import image_config, open_dataset
+from transfusion_jax.data.sources.dataset import open_dataset
 from transfusion_jax.diffusion.process import draw_training_noise
 from transfusion_jax.generation.engine import Engine
 from transfusion_jax.preparation.prepare import Preparation, prepare
@@ -124,6 +124,23 @@ def test_steps_draw_anew_and_a_seed_repeats():
     found = [image_loss(n) for n in (0, 1, 2, 3, 1000)]
     assert len(set(found)) == len(found)
     assert image_loss(1) == found[1]
+
+
+def test_the_seed_draws_the_weights():
+    """Every matrix of two seeds is independent, and a seed repeats."""
+    experiment = tiny.small()
+
+    def weights(seed: int):
+        seeded = replace(experiment, train=replace(experiment.train, seed=seed))
+        parameters = tiny.planned(seeded).initialise().parameters
+        return jax.tree.leaves(jax.device_get(parameters))
+
+    first, again, other = weights(3), weights(3), weights(4)
+    drawn = [n for n, x in enumerate(first) if x.std() > 0]  # norms are ones, the last layer 0
+    assert len(drawn) > 10
+    for n in drawn:
+        np.testing.assert_array_equal(first[n], again[n])
+        assert_uncorrelated(first[n], other[n], "seeds")
 
 
 # What the data pipeline draws.
@@ -260,7 +277,7 @@ def latents(tmp_path_factory) -> Path:
 def test_latents_are_sampled_anew_in_every_epoch(latents, experiment):
     """Pictures told apart by their captions, each of which has a latent of every epoch."""
     data = DataConfig(sources=(SourceConfig(str(latents)),), row_length=96, batch_rows=4)
-    experiment = replace(experiment, image=image_config(latents), data=data)
+    experiment = replace(experiment, image=open_dataset(latents).image_config(), data=data)
     epochs = epochs_of(Data(experiment, open_dataset(latents).tokenizer))
     found: dict[tuple, list[np.ndarray]] = {}
     for pair in (pair for epoch in epochs for row in epoch for pair in row):

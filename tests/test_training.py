@@ -14,7 +14,7 @@ from transfusion_jax.parallel.rules import batch_sharding, partition_spec
 from transfusion_jax.planning.hlo import parse
 from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.planning.program import read_program
-from transfusion_jax.pretraining.objective import total
+from transfusion_jax.pretraining.objective import batch_losses
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
 from transfusion_jax.training.checkpoint import Checkpoints
@@ -202,17 +202,17 @@ def test_timesteps_and_noise_are_drawn_anew_at_every_step(one, batch):
 NAN_GRADIENT, NAN_LOSS = 7.0, 8.0  # marks of a batch
 
 
-def marked_total(text_BL, image_BM, part, whole, image_weight):
+def marked_losses(model, microbatch, batch, noise, train):
     """The objective; for a marked batch, either the loss or its gradients are NaN."""
-    losses = total(text_BL, image_BM, part, whole, image_weight)
-    mark = whole.latents_BMhwc[0, 0, 0, 0, 0]
+    losses = batch_losses(model, microbatch, batch, noise, train)
+    mark = batch.latents_BMhwc[0, 0, 0, 0, 0]
     root = jnp.sqrt(jnp.where(mark == NAN_GRADIENT, 0.0 * losses.total, 1.0)) - 1.0
     missing = jnp.where(mark == NAN_LOSS, jnp.nan, 0.0)
     return replace(losses, total=losses.total + root + missing)
 
 
 def test_a_step_that_is_not_finite_in_loss_or_gradients_is_skipped(experiment, batch, monkeypatch):
-    monkeypatch.setattr("transfusion_jax.pretraining.step.total", marked_total)
+    monkeypatch.setattr("transfusion_jax.pretraining.step.batch_losses", marked_losses)
     mesh, planned = build(experiment)
 
     def marked(mark):

@@ -107,9 +107,7 @@ def table(results: dict[str, str | None]) -> str:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lists", nargs="+", metavar="NAME", choices=LISTS, default=LISTS)
-    parser.add_argument(
-        "--only", nargs="+", metavar="PART", help="faults whose names hold one of these"
-    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="those whose names hold a part")
     parser.add_argument("--nearest", action="store_true", help="run the nearest tests only")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
     parser.add_argument(

@@ -104,8 +104,8 @@ FAULTS = (
     Fault(
         "parts need not divide the rows",
         "planning/search.py",
-        "if rows % parts == 0]",
-        "if parts <= rows]",
+        "if rows % number == 0",
+        "if number <= rows",
         "plan",
     ),
     Fault(

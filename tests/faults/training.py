@@ -99,7 +99,7 @@ FAULTS = (
         "pretraining/state.py",
         "build(experiment, experiment.train.seed)",
         "build(experiment, 0)",
-        "training",
+        "statistics::test_the_seed_draws_the_weights",
     ),
     Fault(
         "raw weights loaded as the average",
