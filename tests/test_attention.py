@@ -87,7 +87,8 @@ def test_chunked_equals_dense_forward_and_backward(block, kv_heads):
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 @pytest.mark.parametrize("axes", [dict(sequence=4), dict(fsdp=2, sequence=2, tensor=2)], ids=str)
 def test_rows_cut_over_devices_equal_whole_ones(implementation, axes):
-    """Context parallelism, forward and backward: every device holds some positions and gathers the keys of all."""
+    """Context parallelism, forward and backward: every device holds some positions and gathers the
+    keys of all."""
     batch, seen = all_packings()
     intervals = row_intervals(batch, packings.P)
     rows = 8  # of the nine
@@ -115,7 +116,8 @@ def test_rows_cut_over_devices_equal_whole_ones(implementation, axes):
 
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 def test_arbitrary_intervals_over_a_longer_cache(implementation):
-    """Queries and keys of different lengths, intervals that no packing would give, some of them empty."""
+    """Queries and keys of different lengths, intervals that no packing would give, some of them
+    empty."""
     rng = np.random.default_rng(0)
     start = rng.integers(0, 50, (3, 7)).astype(np.int32)
     end = (start + rng.integers(-5, 40, start.shape)).clip(0, 50).astype(np.int32)
@@ -140,7 +142,8 @@ def test_bfloat16_accumulates_in_float32():
 
 
 def test_chunked_memory_grows_linearly():
-    """The dense reference's temporaries grow fourfold when the row doubles, the chunked one's about twofold."""
+    """The dense reference's temporaries grow fourfold when the row doubles, the chunked one's about
+    twofold."""
 
     def temporaries(implementation, length):
         def loss(q, k, v):

@@ -37,7 +37,8 @@ from transfusion_jax.planning.topology import find_topology
 
 @functools.cache
 def program(*blocks: int):
-    """The output and the gradients of its weighted sum: the kernels' with these blocks, or else the reference's."""
+    """The output and the gradients of its weighted sum: the kernels' with these blocks, or else the
+    reference's."""
 
     def loss(q, k, v, weight, k_start_BL, k_end_BL):
         intervals = Intervals(k_start_BL, k_end_BL)
@@ -68,7 +69,8 @@ def test_equals_dense_forward_and_backward_over_random_packings(N, K, blocks):
 
 @pytest.mark.parametrize("H", [64, 128])
 def test_blocks_and_heads_as_on_a_tpu(H):
-    """Blocks of 128, a row that is no multiple of them, a document that spans several, an image, padding."""
+    """Blocks of 128, a row that is no multiple of them, a document that spans several, an image,
+    padding."""
     index = np.arange(300)
     start, end = np.where(index < 270, 0, 270), index + 1
     end[20:60] = 60
@@ -92,7 +94,8 @@ def test_bfloat16_accumulates_in_float32():
 
 
 def test_padding_gets_zeros_and_documents_do_not_leak():
-    """The gradients of one document's output touch neither another document nor padding, and padding has none."""
+    """The gradients of one document's output touch neither another document nor padding, and
+    padding has none."""
     *arrays, weight = inputs()
     document = np.zeros((ROWS, LENGTH), bool)
     document[0, 8:16] = True
@@ -163,7 +166,8 @@ def test_pairs_are_the_visible_blocks_sorted(by, intervals):
     ids=["heads", "positions"],
 )
 def test_sharded_equals_dense(mesh):
-    """Over rows and heads of eight devices, which exchange nothing; and over positions, whose keys are gathered."""
+    """Over rows and heads of eight devices, which exchange nothing; and over positions, whose keys
+    are gathered."""
     arrays, intervals = inputs(), packed(random_packings())
     expected = values(arrays, intervals)
     mesh = make_mesh(mesh)
@@ -196,7 +200,8 @@ def test_rows_that_the_mesh_does_not_divide():
 
 
 def test_in_the_transformer_under_a_mesh(monkeypatch):
-    """Scanned and rematerialised layers give the loss and gradients that they give with the reference."""
+    """Scanned and rematerialised layers give the loss and gradients that they give with the
+    reference."""
     config = ModelConfig(
         layers=2,
         width=32,
@@ -314,7 +319,8 @@ def test_mosaic_compiles_at_full_length(tpu_mesh, topology, dtype, H, block):
 
 @pytest.mark.slow
 def test_memory_is_linear_in_the_row(tpu_mesh):
-    """It keeps no more than the output, lse, delta and the list of pairs; the reference keeps all the scores."""
+    """It keeps no more than the output, lse, delta and the list of pairs; the reference keeps all
+    the scores."""
 
     def temporaries(implementation, length):
         _, program = compiled(

@@ -73,7 +73,8 @@ def test_bfloat16_accumulates_in_float32():
 
 
 def test_padding_gets_zeros_and_documents_do_not_leak():
-    """The gradients of one document's output touch neither another document nor padding, and padding has none."""
+    """The gradients of one document's output touch neither another document nor padding, and
+    padding has none."""
     *arrays, weight = inputs()
     seen = np.zeros((ROWS, LENGTH), bool)
     seen[0, 8:16] = True
@@ -91,7 +92,8 @@ def test_padding_gets_zeros_and_documents_do_not_leak():
 
 @pytest.mark.parametrize("rows", [ROWS, 3])
 def test_sharded_equals_dense(rows):
-    """Over rows and heads of eight devices, which exchange nothing; rows that they do not divide are on all of them."""
+    """Over rows and heads of eight devices, which exchange nothing; rows that they do not divide
+    are on all of them."""
     arrays, intervals = [x[:rows] for x in inputs()], packed(random_packings()[:rows])
     expected = values(arrays, intervals, "dense")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -144,7 +146,8 @@ TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu"
     ids=lambda x: x.device_kind.split()[1][:4] if isinstance(x, Gpu) else None,
 )
 def test_it_lowers_to_kernels_for_a_gpu_that_is_not_there(monkeypatch, gpu, dtype, kernel, other):
-    """Forward and backward, without scores outside the kernels: what is L x S is at most the mask."""
+    """Forward and backward, without scores outside the kernels: what is L x S is at most the
+    mask."""
     monkeypatch.setattr(backend, "get_default_device", lambda: gpu)
     L, N, H = 384, 4, 64
     q, k = (jax.ShapeDtypeStruct((2, L, heads, H), dtype) for heads in (N, 2))

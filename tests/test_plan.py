@@ -1,4 +1,5 @@
-"""Plans for TPUs: compiled where libtpu is at hand. `python tests/test_plan.py` writes the golden files anew."""
+"""Plans for TPUs: compiled where libtpu is at hand. `python tests/test_plan.py` writes the golden
+files anew."""
 
 import importlib.util
 import json
@@ -131,7 +132,8 @@ def test_every_kind_of_chip_makes_a_mesh(kind):
 
 @needs_libtpu
 def test_links_of_a_group_are_those_along_its_axes():
-    """A dimension of 4 is a ring on v5p and a line on v5e; a group uses the dimensions in which its members differ."""
+    """A dimension of 4 is a ring on v5p and a line on v5e; a group uses the dimensions in which its
+    members differ."""
     ring, line = find_topology("v5p:4x4x4"), find_topology("v5e:4x4")
     assert ring.link_bandwidth(range(64), ring.devices) == 6 * 100e9
     along = [i for i, device in enumerate(ring.devices) if tuple(device.coords[1:]) == (0, 0)]
@@ -176,7 +178,8 @@ def test_work_of_rows_is_counted_from_their_intervals():
 
 
 def test_rows_that_a_device_has_together_walk_over_the_blocks_between():
-    """One sees the first block of three, the other the last, so chunked attention walks over all of them for both."""
+    """One sees the first block of three, the other the last, so chunked attention walks over all of
+    them for both."""
     start = jnp.asarray([[0] * 6, [4] * 6], jnp.int32)
     rows = Rows(Intervals(start, start + 1), 0.0, 0.0, "by hand")
     assert (row_work(rows, 2, 1).loop_blocks, row_work(rows, 2, 2).loop_blocks) == (1, 3)
@@ -245,9 +248,11 @@ def test_plan_of_a_small_experiment(capsys, small, tmp_path):
         < memory["memory"]
         == 15.75 * 2**30
     )
-    # float32 parameters, average and two moments, cut in four; heads of 64 are padded to the 128 lanes.
+    # float32 parameters, average and two moments, cut in four; heads of 64 are padded to the 128
+    # lanes.
     assert 1 < memory["arguments"] / (16 * plan["parameters"] / 4) < 1.5
-    # Layers and the vocabulary's chunks are computed twice forward; blocks hold more pairs than are seen.
+    # Layers and the vocabulary's chunks are computed twice forward; blocks hold more pairs than are
+    # seen.
     ratio = plan["hardware_flops_per_step"] / plan["model_flops_per_step"]
     assert 4 / 3 < ratio < 2
     assert set(plan["collective_bytes"]) & {"all-gather", "all-reduce", "collective-permute"}
@@ -355,7 +360,8 @@ def test_remedies_are_tried_one_by_one():
 
 
 def shardings(size: str) -> dict:
-    """Mesh axes of every parameter of a size, on the mesh of its experiment file, and what a device holds of it."""
+    """Mesh axes of every parameter of a size, on the mesh of its experiment file, and what a device
+    holds of it."""
     experiment = paper_experiment(size)
     count = np.prod([int(n) for n in experiment.mesh.topology.partition(":")[2].split("x")])
     axes = {k: int(count) if n == -1 else n for k, n in experiment.mesh.axes.items()}

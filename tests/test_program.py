@@ -198,7 +198,8 @@ def test_a_loop_reads_and_writes_slices():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, w)
 
     program = read_program(text(scanned, f32(16, 16), f32(layers, 16, 16)))
-    # At least the weights are read and the results written; every array may be copied a few times on its way.
+    # At least the weights are read and the results written; every array may be copied a few times
+    # on its way.
     assert 2 * layers * sliced < program.hbm_bytes < 20 * layers * sliced
 
 
@@ -294,7 +295,8 @@ def test_a_kernel_in_a_loop_on_a_tpu(tpu_mesh):
 
 @pytest.fixture(scope="module")
 def tpu_gradient(tpu_mesh) -> str:
-    """Of a scan over six layers whose weights are gathered from two and from four devices, and gathered again."""
+    """Of a scan over six layers whose weights are gathered from two and from four devices, and
+    gathered again."""
     along, across = P(None, "b"), P(None, ("a", "b"))
 
     def loss(weights, x):
@@ -318,7 +320,8 @@ def tpu_gradient(tpu_mesh) -> str:
 def test_a_scanned_gradient_on_a_tpu(tpu_gradient):
     program = read_program(tpu_gradient)
     weight = 1024 * 4096
-    # Two products a layer, forward, once more, and backward to the input and to the weight; 1,024 rows a device.
+    # Two products a layer, forward, once more, and backward to the input and to the weight; 1,024
+    # rows a device.
     assert program.flops == pytest.approx(6 * 2 * 4 * 2 * 1024 * weight, rel=0.01)
     stacks = 6 * 2 * weight * (1 / 2 + 1 / 4)
     assert (

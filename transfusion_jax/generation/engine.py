@@ -1,7 +1,7 @@
 """The engine: a trained model that continues documents with text and images, on one cache.
 
-Reading the prompts, writing text and drawing images (section 3.4) are a compiled program each; the loop
-here runs them on all rows of a batch until every row is done.
+Reading the prompts, writing text and drawing images (section 3.4) are a compiled program each; the
+loop here runs them on all rows of a batch until every row is done.
 """
 
 import functools
@@ -107,7 +107,8 @@ class Engine:
         self._read(requests)
 
     def using(self, **changes: object) -> "Engine":
-        """The same model with other sampler settings; raises ValueError for those that cannot work."""
+        """The same model with other sampler settings; raises ValueError for those that cannot
+        work."""
         changed = replace(self.experiment.sampler, **changes)
         return replace(self, experiment=replace(self.experiment, sampler=changed))
 

@@ -1,4 +1,5 @@
-"""Classifier-free guidance: an image is drawn away from what the model would draw without a prompt."""
+"""Classifier-free guidance: an image is drawn away from what the model would draw without a
+prompt."""
 
 import jax.numpy as jnp
 

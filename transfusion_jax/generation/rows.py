@@ -1,9 +1,9 @@
 """The rows of a batch: what each has in the cache, and what it does next.
 
-A row is a request that is being answered. In TEXT it samples tokens until EOS or BOI. In IMAGE, after
-BOI, it draws one image, then adds EOI and is back in TEXT. Then it is DONE. Rows move through these
-states at their own pace: a phase runs on all rows, but changes only those in its state. Whatever it
-writes into the cache of the others lies past their length, where no interval reaches.
+A row is a request that is being answered. In TEXT it samples tokens until EOS or BOI. In IMAGE,
+after BOI, it draws one image, then adds EOI and is back in TEXT. Then it is DONE. Rows move through
+these states at their own pace: a phase runs on all rows, but changes only those in its state.
+Whatever it writes into the cache of the others lies past their length, where no interval reaches.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,8 @@ class Rows(NamedTuple):
 def start(
     model: Model, batch: Batch, length_B: Array, key_B: Array, *, capacity: int, timestep: int
 ) -> Rows:
-    """Reads the prompts, whose images are seen at `timestep`, into a cache of `capacity` positions."""
+    """Reads the prompts, whose images are seen at `timestep`, into a cache of `capacity`
+    positions."""
     t_BM = jnp.full_like(batch.image_start_BM, timestep)
     hidden_BLD, cache = model.read(batch, t_BM, model.new_cache(len(length_B), capacity))
     last_B1D = jnp.take_along_axis(hidden_BLD, (length_B - 1)[:, None, None], axis=1)

@@ -30,7 +30,8 @@ class Context(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) away from an image of anything."""
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) away from an image of
+    anything."""
 
     empty: Context
     """`<s> BOI`: nothing comes before the image."""
@@ -48,7 +49,8 @@ class Model(Protocol):
     # Training
 
     def losses(self, batch: Batch, noise: Noise, vocab_chunk: int) -> dict[str, Array]:
-        """Losses of single examples, by name: "text" and "image", which are reported, and any others.
+        """Losses of single examples, by name: "text" and "image", which are reported, and any
+        others.
 
         Args:
           noise: timesteps and noise of the image slots, for families that diffuse images.
@@ -68,10 +70,12 @@ class Model(Protocol):
         """An empty cache of `length` positions."""
 
     def read(self, batch: Batch, t_BM: BM, cache: KVCache) -> tuple[BLD, KVCache]:
-        """Hidden states of rows that start at position 0 of an empty cache, images at timestep t."""
+        """Hidden states of rows that start at position 0 of an empty cache, images at timestep
+        t."""
 
     def extend(self, tokens_BT: Array, context: Context) -> tuple[Array, KVCache]:
-        """Hidden states [B, T, D] of T more tokens of each row, and the cache that holds them too."""
+        """Hidden states [B, T, D] of T more tokens of each row, and the cache that holds them
+        too."""
 
     def logits(self, hidden_BLD: Array) -> Array:
         """Of the next token, [B, L, V], in float32."""

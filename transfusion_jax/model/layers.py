@@ -1,4 +1,5 @@
-"""The parts of a Llama block: linear maps, RMSNorm, SwiGLU. Every parameter names its logical axes."""
+"""The parts of a Llama block: linear maps, RMSNorm, SwiGLU. Every parameter names its logical
+axes."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ def parameter(
     """A float32 normal parameter with a logical axis name for each dimension; `parallel/rules.py`
     places it by these.
 
-    Kernels with fan-in n start at a scale of n^-1/2, so their outputs start at the same scale whatever
-    the width or the size of a patch.
+    Kernels with fan-in n start at a scale of n^-1/2, so their outputs start at the same scale
+    whatever the width or the size of a patch.
     """
     value = scale * jax.random.normal(key, tuple(shape), jnp.float32)
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
@@ -32,7 +33,8 @@ def ones(shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
 
 
 def project(x: Array, kernel: nnx.Param, contracted: int = 1) -> Array:
-    """Contracts the last `contracted` dimensions of x with the first ones of a kernel, in x's dtype."""
+    """Contracts the last `contracted` dimensions of x with the first ones of a kernel, in x's
+    dtype."""
     return product(x, gathered(kernel, x.dtype), contracted)
 
 
@@ -41,9 +43,9 @@ def product(
 ) -> Array:
     """[B, L, D] with [D, N, H] gives [B, L, N, H], in `dtype` (default: that of x).
 
-    Done as a product of two matrices: XLA's CPU backend takes twice as long over the gradient of the
-    same product with its dimensions kept apart. They are kept apart where positions are sharded, or
-    every device would compute all of them.
+    Done as a product of two matrices: XLA's CPU backend takes twice as long over the gradient of
+    the same product with its dimensions kept apart. They are kept apart where positions are
+    sharded, or every device would compute all of them.
     """
     if jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1:
         return jnp.tensordot(x, kernel, contracted, preferred_element_type=dtype)
@@ -54,14 +56,14 @@ def product(
 
 
 def float32_product(x: Array, kernel_DV: Array) -> Array:
-    """[B, L, D] with a float32 [D, V] gives [B, L, V] in float32: factors in x's dtype, sums and result
-    in float32.
+    """[B, L, D] with a float32 [D, V] gives [B, L, V] in float32: factors in x's dtype, sums and
+    result in float32.
 
     In the backward pass the gradient of the result is rounded to x's dtype, its two products have
-    float32 sums, and the kernel's gradient stays float32. Rounding the gradient halves what is written
-    and read of it, the largest array of a training step, and costs no accuracy on a TPU, whose matrix
-    unit rounds float32 factors to bfloat16 in any case. Rounding the result instead would put an error
-    of up to 2^-9 of a logit into the loss.
+    float32 sums, and the kernel's gradient stays float32. Rounding the gradient halves what is
+    written and read of it, the largest array of a training step, and costs no accuracy on a TPU,
+    whose matrix unit rounds float32 factors to bfloat16 in any case. Rounding the result instead
+    would put an error of up to 2^-9 of a logit into the loss.
     """
     if x.dtype == jnp.float32:
         return product(x, kernel_DV)

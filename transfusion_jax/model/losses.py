@@ -14,10 +14,10 @@ def text_loss(
 ) -> FloatBL:
     """Next-token cross-entropy of every position, in nats.
 
-    `logits` projects hidden states to the vocabulary. It is applied to `chunk` positions of each row
-    at a time, and once more in the backward pass, so the [B, L, V] logits never exist. Of C chunks,
-    chunk c is the positions c, c + C, c + 2C, ...: devices that each hold a part of a row (mesh axis
-    `sequence`) have an equal share of every chunk.
+    `logits` projects hidden states to the vocabulary. It is applied to `chunk` positions of each
+    row at a time, and once more in the backward pass, so the [B, L, V] logits never exist. Of C
+    chunks, chunk c is the positions c, c + C, c + 2C, ...: devices that each hold a part of a row
+    (mesh axis `sequence`) have an equal share of every chunk.
     """
     B, L, D = hidden_BLD.shape
     chunk = min(chunk, L)

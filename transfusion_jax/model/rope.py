@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864, equation 34), the half-split layout of Llama."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864, equation 34), the half-split layout
+of Llama."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,7 +15,8 @@ def rotation(position_BL: BL, head_dim: int, theta: float) -> tuple[Array, Array
 
 
 def rotate(x_BLNH: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the pairs (x_i, x_{i + H/2}) of every head; computed in float32, returned in the input's dtype."""
+    """Rotates the pairs (x_i, x_{i + H/2}) of every head; computed in float32, returned in the
+    input's dtype."""
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
         x_BLNH.dtype

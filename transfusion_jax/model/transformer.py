@@ -47,7 +47,8 @@ class KVCache:
 
 
 def _write(cache_BSKH: Array, new_BTKH: Array, start_B: Array) -> Array:
-    """Puts T new entries at each row's own start; positions past the end of the cache are dropped."""
+    """Puts T new entries at each row's own start; positions past the end of the cache are
+    dropped."""
     at_BT = start_B[:, None] + jnp.arange(new_BTKH.shape[1])[None, :]
     return jax.vmap(lambda cache, at, new: cache.at[at].set(new, mode="drop"))(
         cache_BSKH, at_BT, new_BTKH
@@ -93,7 +94,8 @@ class Block(nnx.Module):
     """Pre-norm: h = x + attention(norm(x)); h + mlp(norm(h))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        # Residual branches start small, so that the depth does not set the scale of the output (GPT-2).
+        # Residual branches start small, so that the depth does not set the scale of the output
+        # (GPT-2).
         out_gain = (2 * config.layers) ** -0.5
         self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
         self.attention = Attention(config, out_gain, rngs=rngs)
@@ -107,7 +109,8 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """All blocks, with their parameters stacked along a leading `layers` axis, and the final norm."""
+    """All blocks, with their parameters stacked along a leading `layers` axis, and the final
+    norm."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.layers)
@@ -139,8 +142,8 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, KVCache]:
         """Runs T new positions of each row, which take the cache entries [start, start + T).
 
-        Entries that are there already are overwritten: so an image is denoised in place. The intervals are in
-        cache positions.
+        Entries that are there already are overwritten: so an image is denoised in place. The
+        intervals are in cache positions.
         """
         graph, parameters = nnx.split(self.blocks)
         cos_sin = rotation(position_BT, self.config.head_dim, self.config.rope_theta)

@@ -96,7 +96,8 @@ class Transfusion(nnx.Module):
         )
 
     def denoise(self, x_Bhwc: Array, t: Array, context: Context) -> tuple[Array, KVCache]:
-        """Runs one image of every row after the context: the prediction, and the cache with it in."""
+        """Runs one image of every row after the context: the prediction, and the cache with it
+        in."""
         start_B = context.length_B
         t_B1 = jnp.broadcast_to(t, (len(start_B), 1))
         x_B1PD, carried = self.patches.encode(x_Bhwc[:, None], t_B1)

@@ -1,4 +1,5 @@
-"""What devices send each other: the collectives of a compiled program, each with its size and one group of devices."""
+"""What devices send each other: the collectives of a compiled program, each with its size and one
+group of devices."""
 
 import itertools
 import math
@@ -35,8 +36,9 @@ class Collective:
 def continues(instruction: Instruction, computation: Computation) -> bool:
     """Whether this collective goes on with one that another fusion has started.
 
-    A TPU runs a collective beside its computations in steps, and the text repeats it in the fusion that starts it, in
-    those beside which it runs, which hand it on together with its operands, and in the one that ends it.
+    A TPU runs a collective beside its computations in steps, and the text repeats it in the fusion
+    that starts it, in those beside which it runs, which hand it on together with its operands, and
+    in the one that ends it.
     """
     return computation.fused and any(
         user.attribute("custom_call_target") == "AsyncCollectiveDone"
@@ -72,7 +74,8 @@ def read_collective(
 
 
 def read_transfer(send: Instruction, computation: Computation, times: float) -> Collective:
-    """A collective between slices: TPUs hand its operand to their host, and a `recv` brings what comes of it."""
+    """A collective between slices: TPUs hand its operand to their host, and a `recv` brings what
+    comes of it."""
     kind = send.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
     slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', send.attributes)[1]
     ends = [integers(part) for part in slices.split(",")]  # each a slice, or first:last
@@ -96,7 +99,8 @@ def first_group(instruction: Instruction) -> tuple[int, ...]:
 
 
 def mesh_group(axes: str, order: str, names: str) -> tuple[int, ...]:
-    """The devices at the first place of all axes but the named ones, which may be parts of axes, `'a':(before)size`."""
+    """The devices at the first place of all axes but the named ones, which may be parts of axes,
+    `'a':(before)size`."""
     sizes = {name: int(size) for name, size in re.findall(r"([\w.]+)'?=(\d+)", axes)}
     devices = device_order(order) if order else range(math.prod(sizes.values()))
     strides = {name: math.prod(list(sizes.values())[i + 1 :]) for i, name in enumerate(sizes)}

@@ -1,4 +1,5 @@
-"""Multiply-adds of the two operations that a TPU's matrix unit runs, counted as two floating-point operations each."""
+"""Multiply-adds of the two operations that a TPU's matrix unit runs, counted as two floating-point
+operations each."""
 
 import math
 import re
@@ -28,8 +29,8 @@ def dot_flops(dot: Instruction, computation: Computation) -> float:
 def convolution_flops(convolution: Instruction, computation: Computation) -> float:
     """Padding and holes count nothing.
 
-    XLA for TPU writes a dot as a convolution, and a batched one with a window of the size of the batch that slides over
-    so much padding that each output position meets one element.
+    XLA for TPU writes a dot as a convolution, and a batched one with a window of the size of the
+    batch that slides over so much padding that each output position meets one element.
     """
     source, kernel = (
         computation.instructions[name].result[0].dims for name in convolution.operands
@@ -55,7 +56,8 @@ def convolution_flops(convolution: Instruction, computation: Computation) -> flo
 
 
 def window_fields(convolution: Instruction) -> dict[str, list[int]]:
-    """`{size=12x2 pad=11_11x0_0 rhs_reversal=1x0}`: each field by axis; of the padding the low side."""
+    """`{size=12x2 pad=11_11x0_0 rhs_reversal=1x0}`: each field by axis; of the padding the low
+    side."""
     fields = dict(re.findall(r"(\w+)=([\d_x-]+)", convolution.attribute("window")))
     return {
         name: [int(value.split("_")[0]) for value in values.split("x")]
@@ -74,6 +76,7 @@ def meetings(
     rhs_dilate: int = 1,
     rhs_reversal: int = 0,
 ) -> int:
-    """In how many pairs of output and window position the window meets an element of the source, along one axis."""
+    """In how many pairs of output and window position the window meets an element of the source,
+    along one axis."""
     at = np.arange(output)[:, None] * stride + np.arange(size) * rhs_dilate - pad
     return int(np.sum((at >= 0) & (at < source * lhs_dilate) & (at % lhs_dilate == 0)))

@@ -1,7 +1,9 @@
-"""Compiled programs as text, taken apart: computations of instructions, each with its arrays, operands and attributes.
+"""Compiled programs as text, taken apart: computations of instructions, each with its arrays,
+operands and attributes.
 
-The text is that of `jax.stages.Compiled.as_text()`: scheduled, so what an instruction uses stands above it, and what a
-computation calls stands above the computation; partitioned, so shapes are those of one device.
+The text is that of `jax.stages.Compiled.as_text()`: scheduled, so what an instruction uses stands
+above it, and what a computation calls stands above the computation; partitioned, so shapes are
+those of one device.
 """
 
 import functools

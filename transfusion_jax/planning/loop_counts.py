@@ -1,7 +1,7 @@
 """How often each computation of a compiled program runs.
 
-A loop's count is written beside it (on a CPU) or follows from a counter of its state: where it starts, what the body
-adds, and what the condition compares it with.
+A loop's count is written beside it (on a CPU) or follows from a counter of its state: where it
+starts, what the body adds, and what the condition compares it with.
 """
 
 import math
@@ -9,7 +9,8 @@ import re
 
 from transfusion_jax.planning.hlo import Computation, Computations, Instruction
 
-# The operations that run other computations, and the attributes that name those. Reducers are part of their operation.
+# The operations that run other computations, and the attributes that name those. Reducers are part
+# of their operation.
 CALLING = {
     "fusion": ("calls",),
     "call": ("to_apply", "calls"),
@@ -24,7 +25,8 @@ Scalar = tuple[int | None, int]
 
 
 def run_counts(program: Computations, unknown_trips: float) -> dict[str, float]:
-    """By name. Every branch of a conditional counts as taken; a loop of unknown length runs `unknown_trips` times."""
+    """By name. Every branch of a conditional counts as taken; a loop of unknown length runs
+    `unknown_trips` times."""
     times = dict.fromkeys(program, 0.0)
     *_, entry = program
     times[entry] = 1.0

@@ -1,9 +1,9 @@
 """Plans: the training step compiled for TPUs you do not have, and what it takes there.
 
-The step is the one that training runs (`pretraining/step.py`), on the shapes of its state and batch. It fits if
-the compiler's figure for its memory does. Its time is a roofline: the longest of computing, of memory traffic
-and of traffic between chips, each at the published rate, as if all three overlapped. That is a lower bound, not
-a forecast.
+The step is the one that training runs (`pretraining/step.py`), on the shapes of its state and
+batch. It fits if the compiler's figure for its memory does. Its time is a roofline: the longest of
+computing, of memory traffic and of traffic between chips, each at the published rate, as if all
+three overlapped. That is a lower bound, not a forecast.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from transfusion_jax.planning.topology import HOST, Topology
 from transfusion_jax.pretraining.state import Blueprint, blueprint
 from transfusion_jax.pretraining.step import compiled_step
 
-# FLOPs of a kernel for each pair of a query and a key and each value of a head: two for each product
-# with them.
+# FLOPs of a kernel for each pair of a query and a key and each value of a head: two for each
+# product with them.
 KERNEL_FLOPS = {"interval_attention": 4, "interval_attention_dq": 6, "interval_attention_dkv": 8}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -58,8 +58,8 @@ class Costs:
     collective_bytes: dict[str, float]
     """Sent by one chip, by kind of collective."""
     seconds: dict[str, float]
-    """At published rates: compute, memory, interconnect, network between slices, and transfers to the
-    host's memory and back."""
+    """At published rates: compute, memory, interconnect, network between slices, and transfers to
+    the host's memory and back."""
 
 
 @dataclass(frozen=True)

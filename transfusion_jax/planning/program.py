@@ -1,4 +1,5 @@
-"""What one run of a compiled program does on one device: arithmetic, memory traffic, collectives and kernels.
+"""What one run of a compiled program does on one device: arithmetic, memory traffic, collectives
+and kernels.
 
 XLA's own `cost_analysis()` counts the body of a loop once; here it counts as often as it runs.
 """
@@ -25,7 +26,8 @@ class Program:
 def read_program(text: str, unknown_trips: float = 1.0) -> Program:
     """From `jax.stages.Compiled.as_text()`.
 
-    Each branch of a conditional counts once; a loop whose length depends on data runs `unknown_trips` times.
+    Each branch of a conditional counts once; a loop whose length depends on data runs
+    `unknown_trips` times.
     """
     program = parse(text)
     total_flops, hbm_bytes, collectives, kernels = 0.0, 0.0, [], Counter()

@@ -1,4 +1,5 @@
-"""The work that the rows of an experiment give the model: images, text targets, and query-key pairs."""
+"""The work that the rows of an experiment give the model: images, text targets, and query-key
+pairs."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +63,8 @@ def rows_of(batch: Batch, patches: int, origin: str) -> Rows:
 def sample_rows(experiment: Experiment) -> Rows:
     """The run's first rows.
 
-    Where its data are missing, rows of the `synthetic` source stand in for them, and `origin` says so.
+    Where its data are missing, rows of the `synthetic` source stand in for them, and `origin` says
+    so.
     """
     try:
         data = Data(experiment, tokenizer_of(experiment, Path("runs") / experiment.name))
@@ -77,7 +79,8 @@ def sample_rows(experiment: Experiment) -> Rows:
 
 
 def row_work(rows: Rows, block: int, together: int = 1) -> RowWork:
-    """Counts for attention in blocks of `block` positions; 0 is one block, as in the dense reference.
+    """Counts for attention in blocks of `block` positions; 0 is one block, as in the dense
+    reference.
 
     Args:
       together: rows that a device works on at a time.
@@ -101,8 +104,8 @@ def row_work(rows: Rows, block: int, together: int = 1) -> RowWork:
 
 
 def _loop_blocks(some: np.ndarray, together: int) -> float:
-    """Key blocks from the first to the last that is seen, summed over query blocks; a mean over groups of
-    rows."""
+    """Key blocks from the first to the last that is seen, summed over query blocks; a mean over
+    groups of rows."""
     groups = np.stack([some[i : i + together].any(0) for i in range(0, len(some), together)])
     from_first = np.logical_or.accumulate(groups, axis=2)
     to_last = np.logical_or.accumulate(groups[..., ::-1], axis=2)[..., ::-1]
@@ -113,9 +116,10 @@ def model_flops(model: Model, experiment: Experiment, work: RowWork) -> float:
     """FLOPs that a step, forward and backward, cannot do without.
 
     6 for every weight and vector that it is multiplied with: blocks with every position, the
-    vocabulary projection with positions that have a text target, patch layers with patches. 12 H for
-    every head, layer and pair of positions that may see each other. Not counted are recomputation,
-    pairs that are computed but not seen, and logits, computed or not, that enter no loss.
+    vocabulary projection with positions that have a text target, patch layers with patches. 12 H
+    for every head, layer and pair of positions that may see each other. Not counted are
+    recomputation, pairs that are computed but not seen, and logits, computed or not, that enter no
+    loss.
     """
     config = experiment.model
     counts = {

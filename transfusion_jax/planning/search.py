@@ -1,4 +1,5 @@
-"""Other plans for the same training: what would fit where a plan does not, and what would be fastest.
+"""Other plans for the same training: what would fit where a plan does not, and what would be
+fastest.
 
 All of them keep the global batch and the model, so they train the same.
 """
@@ -17,7 +18,8 @@ POLICIES = ("none", "minimal", "attention", "full", "offload")
 
 
 def remedies(planner: Planner, failed: Plan) -> Iterator[tuple[str, Plan]]:
-    """Plans with one change each, as (what to say on the command line, plan): each kind of change until one fits."""
+    """Plans with one change each, as (what to say on the command line, plan): each kind of change
+    until one fits."""
     for kind in (_policies, _parts, _more_chips):
         for change, experiment, topology in kind(failed):
             try:
@@ -61,7 +63,8 @@ def parts_of(experiment: Experiment, mesh: dict[str, int]) -> list[int]:
 
 
 def search(planner: Planner, first: Plan) -> Iterator[Plan]:
-    """Plans in three steps, each from the best so far: mesh shapes, then remat policies, then parts of the batch."""
+    """Plans in three steps, each from the best so far: mesh shapes, then remat policies, then parts
+    of the batch."""
     best, tried = first, {_what_varies(first.experiment, first.mesh)}
     for step in (_meshes, _remats, _accumulations):
         for changed in step(best):

@@ -1,4 +1,5 @@
-"""TPU slices: what their chips can do, and their devices for the compiler, none of which need be there."""
+"""TPU slices: what their chips can do, and their devices for the compiler, none of which need be
+there."""
 
 import importlib.util
 import math
@@ -12,7 +13,8 @@ from jax.experimental import topologies
 
 GIB = 2**30
 HOST = 15e9
-"""Bytes per second between a chip and its host, one way (PCIe; Austin et al. 2025, "How to Scale Your Model")."""
+"""Bytes per second between a chip and its host, one way (PCIe; Austin et al. 2025, "How to Scale
+Your Model")."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ CHIPS = {
     "v6e": Chip(int(31.24 * GIB), 918e12, 1.638e12, 100e9, 12.5e9, torus=2, ring=16),
     "tpu7x": Chip(int(189.48 * GIB), 2307e12, 7.38e12, 100e9, 12.5e9, torus=3, ring=4),
 }
-# libtpu asks a machine for its TPUs, of which it has none, and locks them. What it is told instead does not matter to a
-# topology with a name.
+# libtpu asks a machine for its TPUs, of which it has none, and locks them. What it is told instead
+# does not matter to a topology with a name.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -70,11 +72,13 @@ class Topology:
 
     @property
     def devices_per_chip(self) -> int:
-        """2 where the compiler knows the halves of a chip, each with half its memory, as devices of their own."""
+        """2 where the compiler knows the halves of a chip, each with half its memory, as devices of
+        their own."""
         return len(self.devices) // self.chips
 
     def link_bandwidth(self, group: Sequence[int], order: Sequence[jax.Device]) -> float:
-        """Bytes per second that a device can send, one way, to the others of a group, over the links inside a slice.
+        """Bytes per second that a device can send, one way, to the others of a group, over the
+        links inside a slice.
 
         Args:
           group: indices into `order`, the devices as the program numbers them.

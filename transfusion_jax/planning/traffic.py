@@ -1,8 +1,9 @@
 """Bytes that a compiled program reads from and writes to main memory.
 
-Between instructions all arrays are in memory, most of them in main memory; inside a fusion none is. What is read or
-written in part counts in part: a loop over layers slices stacked parameters and updates stacked results in place.
-A kernel's operands count once, however often it fetches their blocks, and arrays count without the padding of tiles.
+Between instructions all arrays are in memory, most of them in main memory; inside a fusion none is.
+What is read or written in part counts in part: a loop over layers slices stacked parameters and
+updates stacked results in place. A kernel's operands count once, however often it fetches their
+blocks, and arrays count without the padding of tiles.
 """
 
 import math
@@ -85,7 +86,8 @@ def elements_read(
 
 
 def elements_used(name: str, called: Computation, program: Computations) -> int:
-    """How much of a value the rest of a fusion needs, which computes nothing else; never more than all."""
+    """How much of a value the rest of a fusion needs, which computes nothing else; never more than
+    all."""
     made, needed = called.instructions[name], 0
     if made in outputs(called):
         return 0 if handed_on(made, called) else elements(made)
@@ -116,7 +118,8 @@ def behind(name: str, computation: Computation) -> Instruction:
 
 
 def updates_in_place(instruction: Instruction, computation: Computation) -> bool:
-    """Whether it changes a part of an array that stays where it is: in a fusion, of a parameter that is a result."""
+    """Whether it changes a part of an array that stays where it is: in a fusion, of a parameter
+    that is a result."""
     if instruction.operation not in UPDATES or not computation.fused:
         return instruction.operation in UPDATES
     updated = behind(instruction.operands[0], computation)
@@ -128,7 +131,8 @@ def update(instruction: Instruction, computation: Computation) -> Instruction:
 
 
 def handed_on(output: Instruction, computation: Computation) -> bool:
-    """Whether this result belongs to a collective that goes on beside the fusion, which does not touch it."""
+    """Whether this result belongs to a collective that goes on beside the fusion, which does not
+    touch it."""
     beside = any(goes_on(other, computation) for other in computation.instructions.values())
     return goes_on(output, computation) or (beside and output.operation == "parameter")
 

@@ -19,7 +19,8 @@ from transfusion_jax.shapes import Scalar
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Losses:
-    """`total` is minimised; `text` and `image` are the means of these names, 0 where a model has none."""
+    """`total` is minimised; `text` and `image` are the means of these names, 0 where a model has
+    none."""
 
     total: Scalar
     text: Scalar
@@ -31,8 +32,8 @@ def batch_losses(
 ) -> Losses:
     """The share that a microbatch has in the losses of its global batch.
 
-    Sums of losses over the microbatch, divided by the weights of the whole batch: the losses, and the
-    gradient, of a batch are the sum of those of its microbatches. A mean over nothing is 0.
+    Sums of losses over the microbatch, divided by the weights of the whole batch: the losses, and
+    the gradient, of a batch are the sum of those of its microbatches. A mean over nothing is 0.
     """
     means = weighted_means(
         model.losses(microbatch, noise, train.vocab_chunk),
@@ -47,7 +48,8 @@ def batch_losses(
 def weighted_means(
     losses: dict[str, Array], weights: dict[str, Array], all_weights: dict[str, Array]
 ) -> dict[str, Array]:
-    """For every name, the sum of loss * weight over the sum of all weights, or over 1 if that is less."""
+    """For every name, the sum of loss * weight over the sum of all weights, or over 1 if that is
+    less."""
     return {
         name: jnp.sum(loss * weights[name]) / jnp.maximum(jnp.sum(all_weights[name]), 1.0)
         for name, loss in losses.items()

@@ -1,7 +1,7 @@
 """Attention over intervals: query i sees the keys [k_start_i, k_end_i) and no others.
 
-Two integers per position describe packing, causality and the bidirectional attention inside images exactly
-(`intervals.py`); only the dense reference builds an L x L array.
+Two integers per position describe packing, causality and the bidirectional attention inside images
+exactly (`intervals.py`); only the dense reference builds an L x L array.
 """
 
 import functools
@@ -35,13 +35,15 @@ def attention(
 ) -> BLNH:
     """Softmax attention of every query over its interval of keys, scaled by 1 / sqrt(H).
 
-    Query heads are grouped: heads [k * G, (k + 1) * G) share key head k, G = N / K. A query whose interval is
-    empty gets zeros. Softmax is in float32, the result in q's dtype. Under a mesh every device works on its own rows,
-    positions and heads. "auto" is the implementation for the default backend. Blocks have `block` positions; 0 is the
-    implementation's default. `interpret` lets "pallas" and "tokamax" run anywhere, slowly, for tests.
+    Query heads are grouped: heads [k * G, (k + 1) * G) share key head k, G = N / K. A query whose
+    interval is empty gets zeros. Softmax is in float32, the result in q's dtype. Under a mesh every
+    device works on its own rows, positions and heads. "auto" is the implementation for the default
+    backend. Blocks have `block` positions; 0 is the implementation's default. `interpret` lets
+    "pallas" and "tokamax" run anywhere, slowly, for tests.
 
     Raises:
-      ValueError: the implementation is unknown or not installed, or, when lowered, it does not run on that platform.
+      ValueError: the implementation is unknown or not installed, or, when lowered, it does not run
+        on that platform.
     """
     if implementation == "auto":
         # A training step knows its platform and names one (`platforms.for_platform`).

@@ -1,8 +1,9 @@
 """The pairs of blocks that a kernel computes, listed from the intervals before it starts.
 
-A pair (block of queries, block of keys) is on the list if some query in it sees some key in it, so blocks outside
-every interval are neither computed nor fetched. The list is sorted by query block where the kernel sums over keys
-(the output, dq), and by key block where it sums over queries (dk, dv): the pairs of one sum are neighbours.
+A pair (block of queries, block of keys) is on the list if some query in it sees some key in it, so
+blocks outside every interval are neither computed nor fetched. The list is sorted by query block
+where the kernel sums over keys (the output, dq), and by key block where it sums over queries (dk,
+dv): the pairs of one sum are neighbours.
 """
 
 from typing import NamedTuple
@@ -18,8 +19,8 @@ LAST = 8  # of its sum
 
 
 class BlockPairs(NamedTuple):
-    """Four int32 arrays of one length, of which the first `count` entries are pairs: the row, its two blocks, and
-    flags."""
+    """Four int32 arrays of one length, of which the first `count` entries are pairs: the row, its
+    two blocks, and flags."""
 
     row: Array
     query: Array
@@ -32,8 +33,8 @@ def visible_blocks(
 ) -> tuple[Array, Array]:
     """[B, query blocks, key blocks]: whether any query sees any key, and whether all see all.
 
-    The block divides L. For the intervals [0, 1) [0, 2) [0, 4) [0, 4) and blocks of 2, 2 any is [[1, 0], [1, 1]] and
-    all is [[0, 0], [1, 1]].
+    The block divides L. For the intervals [0, 1) [0, 2) [0, 4) [0, 4) and blocks of 2, 2 any is
+    [[1, 0], [1, 1]] and all is [[0, 0], [1, 1]].
     """
     B, L = k_start_BL.shape
     start, end = (x.reshape(B, L // block_q, block_q, 1) for x in (k_start_BL, k_end_BL))
@@ -44,10 +45,11 @@ def visible_blocks(
 
 
 def block_pairs(some: Array, every: Array, *, by: str) -> tuple[BlockPairs, Array]:
-    """The pairs and their number, sorted by row, then by the block of `by` ("query" or "key"), then by the other.
+    """The pairs and their number, sorted by row, then by the block of `by` ("query" or "key"), then
+    by the other.
 
-    A block that is in no pair still gets one, without VISIBLE, since its (zero) sum has to be written. That pair names
-    the block that the row fetched last, so nothing is fetched for it.
+    A block that is in no pair still gets one, without VISIBLE, since its (zero) sum has to be
+    written. That pair names the block that the row fetched last, so nothing is fetched for it.
     """
     if by == "key":
         some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)

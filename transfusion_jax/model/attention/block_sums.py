@@ -1,7 +1,9 @@
-"""Sums over the pairs of each block, as a Pallas TPU kernel: what output, dq, and dk with dv have in common.
+"""Sums over the pairs of each block, as a Pallas TPU kernel: what output, dq, and dk with dv have
+in common.
 
-Arrays are [B, heads, rows, positions]: queries, or what belongs to a query (rows = 1), have N heads, keys and values
-have K. A sum stays in VMEM, in float32, while the grid goes through the pairs of its block, which are neighbours.
+Arrays are [B, heads, rows, positions]: queries, or what belongs to a query (rows = 1), have N
+heads, keys and values have K. A sum stays in VMEM, in float32, while the grid goes through the
+pairs of its block, which are neighbours.
 """
 
 from typing import NamedTuple
@@ -37,12 +39,13 @@ def block_sums(name, by, bounds, operands, results, sums, add, finish, blocks):
     """One kernel; returns its results.
 
     Args:
-      by: whose blocks have sums: "query" (over keys), or "key" (over queries and the heads that share a key head).
+      by: whose blocks have sums: "query" (over keys), or "key" (over queries and the heads that
+        share a key head).
       bounds: k_start and k_end, [B, L].
       operands, results: ("query" or "key", array or its shape); the first two operands are q and k.
       sums: (rows, initial value) of each.
-      add: called for a pair with a function that masks scores [keys, queries], the operands' blocks and the sums; adds
-        to these.
+      add: called for a pair with a function that masks scores [keys, queries], the operands' blocks
+        and the sums; adds to these.
       finish: called with the results' blocks and the sums; writes the results.
 
     Raises:

@@ -1,12 +1,13 @@
 """Interval attention in blocks: online softmax, memory linear in L, in plain XLA.
 
-The forward pass walks over blocks of queries and, for each, over the blocks of keys that lie between the
-least `k_start` and the greatest `k_end` of the block (taken over the batch), so blocks outside every interval
-are never computed. It keeps the log-sum-exp of each query; the backward pass recomputes the probabilities
-from it, block by block (Dao et al. 2022, "FlashAttention", algorithms 1 and 4). Accumulation is in float32.
+The forward pass walks over blocks of queries and, for each, over the blocks of keys that lie
+between the least `k_start` and the greatest `k_end` of the block (taken over the batch), so blocks
+outside every interval are never computed. It keeps the log-sum-exp of each query; the backward pass
+recomputes the probabilities from it, block by block (Dao et al. 2022, "FlashAttention", algorithms
+1 and 4). Accumulation is in float32.
 
-Inside this file queries are [C, B, K, R, H]: C blocks, and R = G * block rows, the G query heads that share
-a key head laid one after the other, so every product is a plain batched matrix product.
+Inside this file queries are [C, B, K, R, H]: C blocks, and R = G * block rows, the G query heads
+that share a key head laid one after the other, so every product is a plain batched matrix product.
 """
 
 import functools
@@ -93,7 +94,8 @@ def _forward(q, k, v, k_start, k_end, block_k):
         def step(j, carry):
             peak, total, acc = carry
             s = _scores(q, _block(k, j, block_k), j, k_start, k_end)
-            # At least MASKED / 2, so that masked scores vanish even in a row without a visible key so far.
+            # At least MASKED / 2, so that masked scores vanish even in a row without a visible key
+            # so far.
             new_peak = jnp.maximum(peak, s.max(-1))
             p = jnp.exp(s - new_peak[..., None])
             decay = jnp.exp(peak - new_peak)

@@ -1,4 +1,5 @@
-"""The reference: builds the whole mask and all the scores. Short rows, single steps of decoding, and tests."""
+"""The reference: builds the whole mask and all the scores. Short rows, single steps of decoding,
+and tests."""
 
 import jax.numpy as jnp
 from jax import Array

@@ -19,10 +19,11 @@ class Intervals:
 
 
 def row_intervals(batch: Batch, patches: int) -> Intervals:
-    """Intervals of packed rows: from the start of one's document to oneself, or to the end of one's image.
+    """Intervals of packed rows: from the start of one's document to oneself, or to the end of one's
+    image.
 
-    The recipe: causal everywhere, bidirectional among the patches of one image (section 3.1). For the row
-    `<s> BOI p p EOI </s> <s> hi </s> pad` the intervals are
+    The recipe: causal everywhere, bidirectional among the patches of one image (section 3.1). For
+    the row `<s> BOI p p EOI </s> <s> hi </s> pad` the intervals are
 
         k_start  0 0 0 0 0 0  6 6 6  0
         k_end    1 2 4 4 5 6  7 8 9  0

@@ -4,18 +4,20 @@ With scores s_ij = q_i . k_j / sqrt(H) over the keys j of query i's interval,
 
     lse_i = log sum_j exp(s_ij)      p_ij = exp(s_ij - lse_i)       o_i = sum_j p_ij v_j
 
-are found in one pass over blocks of keys by an online softmax. The backward pass computes p again from lse:
+are found in one pass over blocks of keys by an online softmax. The backward pass computes p again
+from lse:
 
-    delta_i = do_i . o_i             ds_ij = p_ij (do_i . v_j - delta_i)
-    dq_i = sum_j ds_ij k_j / sqrt(H)        dk_j = sum_i ds_ij q_i / sqrt(H)        dv_j = sum_i p_ij do_i
+    delta_i = do_i . o_i             ds_ij = p_ij (do_i . v_j - delta_i) dq_i = sum_j ds_ij k_j /
+    sqrt(H)        dk_j = sum_i ds_ij q_i / sqrt(H)        dv_j = sum_i p_ij do_i
 
-A kernel goes through a list of pairs of blocks (`block_pairs.py`), prefetched as scalars: the grid is as long as the
-list, and blocks outside every interval cost nothing. Sums are kept in VMEM, in float32, from the first pair of a block
-to its last (`block_sums.py`). dk and dv of a key head also sum over the query heads that share it.
+A kernel goes through a list of pairs of blocks (`block_pairs.py`), prefetched as scalars: the grid
+is as long as the list, and blocks outside every interval cost nothing. Sums are kept in VMEM, in
+float32, from the first pair of a block to its last (`block_sums.py`). dk and dv of a key head also
+sum over the query heads that share it.
 
-Inside these files positions come last, [B, N, H, L] and [B, K, H, S], and scores are [keys, queries]. A head of 64 then
-fills the lanes of a register as well as one of 128, and whatever belongs to a query (its interval, maximum, lse, delta)
-is a row that broadcasts over keys as it is.
+Inside these files positions come last, [B, N, H, L] and [B, K, H, S], and scores are [keys,
+queries]. A head of 64 then fills the lanes of a register as well as one of 128, and whatever
+belongs to a query (its interval, maximum, lse, delta) is a row that broadcasts over keys as it is.
 """
 
 import functools
@@ -43,10 +45,12 @@ def pallas_attention(
 
     Args:
       block_q, block_k: queries and keys in one block, multiples of 128.
-      interpret: run the kernels' Python as plain XLA, on any platform and with any block. Slow; for tests.
+      interpret: run the kernels' Python as plain XLA, on any platform and with any block. Slow; for
+        tests.
 
     Raises:
-      ValueError: a block is no multiple of 128, or, when lowered without `interpret`, the platform is not a TPU.
+      ValueError: a block is no multiple of 128, or, when lowered without `interpret`, the platform
+        is not a TPU.
     """
     if not interpret and (block_q % LANES or block_k % LANES):
         raise ValueError(f"{block_q=} and {block_k=} must be multiples of {LANES}")
@@ -94,7 +98,8 @@ def _output(k_start, k_end, q, k, v, *, blocks):
     """o and lse, [B, N, H, L] and [B, N, 1, L]."""
     B, N, H, L = q.shape
     results = ("query", q), ("query", jax.ShapeDtypeStruct((B, N, 1, L), jnp.float32))
-    # At least MASKED / 2, so that masked scores vanish even in a query without a visible key so far.
+    # At least MASKED / 2, so that masked scores vanish even in a query without a visible key so
+    # far.
     sums = (1, MASKED / 2), (1, 0.0), (H, 0.0)
 
     def add(masked, q, k, v, peak, total, acc):

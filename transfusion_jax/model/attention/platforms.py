@@ -1,8 +1,8 @@
 """The platforms of each implementation of attention, checked when a computation is lowered for one.
 
 Only then is the platform known: a process on a CPU can compile for a TPU that it does not have
-(`jax.experimental.topologies`), whatever its default backend. The check is the lowering rule of a primitive that
-returns its operand.
+(`jax.experimental.topologies`), whatever its default backend. The check is the lowering rule of a
+primitive that returns its operand.
 """
 
 import importlib.util
@@ -47,7 +47,8 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
 
 
 def automatic(platform: str, block: int) -> tuple[str, int]:
-    """(implementation, block) that "auto" stands for; a block that the kernel cannot have becomes its default."""
+    """(implementation, block) that "auto" stands for; a block that the kernel cannot have becomes
+    its default."""
     if platform == "tpu":
         return "pallas", 0 if block % 128 else block
     on_gpu = platform in ("gpu", "cuda") and importlib.util.find_spec("tokamax") is not None
@@ -55,7 +56,8 @@ def automatic(platform: str, block: int) -> tuple[str, int]:
 
 
 def require_platform(implementation: str, platform: str) -> None:
-    """Raises ValueError, naming the implementations that do, unless this one runs on the platform."""
+    """Raises ValueError, naming the implementations that do, unless this one runs on the
+    platform."""
     # A device says "gpu" where lowering says "cuda".
     platform = "cuda" if platform == "gpu" else platform
 

@@ -1,4 +1,5 @@
-"""What a rematerialised layer may keep of attention, so that only the products around it are done again."""
+"""What a rematerialised layer may keep of attention, so that only the products around it are done
+again."""
 
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -7,5 +8,6 @@ KEPT = "attention"
 
 
 def kept(out: Array, logsumexp: Array) -> tuple[Array, Array]:
-    """Names the residuals for `model.remat = "attention"`; with them the backward pass need not run attention again."""
+    """Names the residuals for `model.remat = "attention"`; with them the backward pass need not run
+    attention again."""
     return checkpoint_name(out, KEPT), checkpoint_name(logsumexp, KEPT)

@@ -1,8 +1,8 @@
 """Attention on a mesh: every device works on its own rows, positions and heads.
 
-Where the positions of a row are cut (mesh axis `sequence`: context parallelism), keys and values are gathered first,
-and their gradients summed and scattered back. Intervals count positions of the whole row, so a device's queries find
-their keys as they are.
+Where the positions of a row are cut (mesh axis `sequence`: context parallelism), keys and values
+are gathered first, and their gradients summed and scattered back. Intervals count positions of the
+whole row, so a device's queries find their keys as they are.
 """
 
 import math
@@ -23,13 +23,15 @@ def on_shards(
     v_BSKH: Array,
     intervals: Intervals,
 ) -> Array:
-    """`attend(q, k, v, intervals)` by all devices of the current mesh; without a mesh, `attend` itself."""
+    """`attend(q, k, v, intervals)` by all devices of the current mesh; without a mesh, `attend`
+    itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(q_BLNH, k_BSKH, v_BSKH, intervals)
 
     def placed(axis: str, *sizes: int):
-        """Mesh axes of a logical axis; None if they do not cut or divide it (as the few rows of a generation)."""
+        """Mesh axes of a logical axis; None if they do not cut or divide it (as the few rows of a
+        generation)."""
         devices = math.prod(mesh.shape[name] for name in mesh_axes(axis))
         return None if devices == 1 or any(size % devices for size in sizes) else mesh_axes(axis)
 

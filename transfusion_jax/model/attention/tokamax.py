@@ -1,8 +1,10 @@
-"""Interval attention on GPU: tokamax's kernels, whose mask knows intervals, though its public function does not.
+"""Interval attention on GPU: tokamax's kernels, whose mask knows intervals, though its public
+function does not.
 
-Which kernel runs is chosen here and never falls back: Mosaic for bfloat16 on Hopper and on Blackwell of the data
-centre, else Triton, from Ampere on. In the forward pass both skip the blocks that lie outside every interval of a block
-of queries. In the backward pass neither does, and Triton reads the mask as booleans, [B, L, S] of them.
+Which kernel runs is chosen here and never falls back: Mosaic for bfloat16 on Hopper and on
+Blackwell of the data centre, else Triton, from Ampere on. In the forward pass both skip the blocks
+that lie outside every interval of a block of queries. In the backward pass neither does, and Triton
+reads the mask as booleans, [B, L, S] of them.
 """
 
 import contextlib
@@ -26,8 +28,8 @@ def tokamax_attention(
     """Same contract as `attention`, on one device.
 
     Args:
-      implementation: tokamax's name of a kernel, "mosaic_gpu" or "triton"; None takes the one for this GPU. "xla"
-        runs on any platform and builds all the scores; for tests.
+      implementation: tokamax's name of a kernel, "mosaic_gpu" or "triton"; None takes the one for
+        this GPU. "xla" runs on any platform and builds all the scores; for tests.
 
     Raises:
       ValueError: tokamax is not installed.
@@ -35,8 +37,9 @@ def tokamax_attention(
     """
     L, S = q_BLNH.shape[1], k_BSKH.shape[1]
     start, end = (jnp.clip(bound, 0, S) for bound in (intervals.k_start_BL, intervals.k_end_BL))
-    # A query without keys gets an average from tokamax, or, with neighbours like it, a gradient that is not a number.
-    # So it sees one key, near which those around it look, and what it saw is thrown away.
+    # A query without keys gets an average from tokamax, or, with neighbours like it, a gradient
+    # that is not a number. So it sees one key, near which those around it look, and what it saw is
+    # thrown away.
     empty = start >= end
     near = jnp.minimum(jnp.arange(L, dtype=start.dtype), S - 1)[None, :]
     start, end = jnp.where(empty, near, start), jnp.where(empty, near + 1, end)
@@ -92,7 +95,8 @@ _attention.defvjp(_forward, _backward)
 
 @contextlib.contextmanager
 def _as_tokamax_expects():
-    """jax's usual promotion; and a process without a GPU may trace for one, as the platform is checked on lowering."""
+    """jax's usual promotion; and a process without a GPU may trace for one, as the platform is
+    checked on lowering."""
     compiling_for_another = _tokamax()[0].config.cross_compile(jax.default_backend() != "gpu")
     with (
         jax.numpy_dtype_promotion("standard"),

@@ -21,7 +21,8 @@ class LinearPatches(nnx.Module):
     """A `PatchEncoder` of two linear layers and a D-wide MLP for the timestep.
 
     `model.timestep` says where the timestep goes: "before" adds its Z-wide projection to the patch
-    before the linear layer, as in the paper; "after" adds the D-wide embedding to the layer's output.
+    before the linear layer, as in the paper; "after" adds the D-wide embedding to the layer's
+    output.
     """
 
     def __init__(self, config: ModelConfig, image: ImageConfig, *, rngs: nnx.Rngs):

@@ -12,7 +12,8 @@ FASTEST = 0.1
 def sinusoid(t_BM: Array, width: int = WIDTH) -> Array:
     """[cos(t f), sin(t f)], shape [B, M, width], in float32.
 
-    The frequencies f_i = FASTEST * 10,000^(-i / (width / 2)) are those of Vaswani et al. 2017, scaled.
+    The frequencies f_i = FASTEST * 10,000^(-i / (width / 2)) are those of Vaswani et al. 2017,
+    scaled.
     """
     half = width // 2
     frequency = FASTEST * jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
