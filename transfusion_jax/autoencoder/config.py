@@ -110,7 +110,7 @@ class LossConfig:
     identity: float = 0.2
     """Distance of the features of a self-supervised ResNet-50 (MoCo v2)."""
     identity_weights: str = ""
-    """Its weights, a torch or safetensors file; without one, training says so and goes on without the term."""
+    """Its weights, a safetensors file; without one, training says so and goes on without the term."""
     kl: float = 1e-6
     commitment: float = 0.25
     """Beta of the codebook loss, which takes the place of the KL term."""
