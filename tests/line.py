@@ -3,7 +3,8 @@
 All that is its own: a config, a state (the common one), a step, its data, its description.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import optax
 from flax import nnx
 
 from transfusion_jax.config import MeshConfig, OptimizerConfig
+from transfusion_jax.data.pipeline import batched
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.training.directory import check_directory, open_directory
@@ -61,12 +63,12 @@ def parameters() -> nnx.State:
     return nnx.State({"kernel": kernel, "offset": offset})
 
 
-def points(experiment: Line, block: int = 0, blocks: int = 1) -> grain.MapDataset:
-    """Batches of (x, y) [rows, 2]; one of NaN where the slope is NaN."""
+def points(experiment: Line, rows: Sequence[int] = range(ROWS)) -> grain.MapDataset:
+    """These rows of batches of (x, y) [rows, 2], which are NaN where the slope is NaN."""
     x = np.linspace(-1, 1, 64, dtype=np.float32)
     pairs = np.stack([x, np.float32(experiment.slope) * x + 1], axis=1)
     stream = grain.MapDataset.source(pairs).seed(0).shuffle().repeat()
-    return stream.batch(ROWS // blocks)[block::blocks]
+    return batched(stream, ROWS, rows, np.stack)
 
 
 def train_step(experiment: Line, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
@@ -98,7 +100,7 @@ def open_run(experiment: Line, directory: Path, report: Callable[[str], None]) -
     shapes = jax.eval_shape(initial_state)
     abstract = place(shapes, parameter_shardings(parameters(), mesh), optimizer, mesh)
     feed = Feed(
-        batches=lambda block, blocks: points(experiment, block, blocks),
+        batches=functools.partial(points, experiment),
         rows=ROWS,
         prefetch=2,
         fingerprints=(("points", f"slope {experiment.slope}"),),

@@ -54,9 +54,9 @@ def copied() -> Iterator[Path]:
         yield copy
 
 
-def failing_test(copy: Path, tests: list[str]) -> str | None:
-    """The first of these tests that fails in a copy of the project; None if all pass."""
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header"]
+def failing_tests(copy: Path, tests: list[str], *options: str) -> list[str]:
+    """Those of these tests that fail in a copy of the project."""
+    options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", *options]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     try:
@@ -64,13 +64,11 @@ def failing_test(copy: Path, tests: list[str]) -> str | None:
             command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        return f"none, but it hangs: {' '.join(tests)}"
-    if run.returncode == 0:
-        return None
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if run.returncode not in FAILED or not failed:
+        return [f"(hangs) {' '.join(tests)}"]
+    found = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if run.returncode != 0 and (run.returncode not in FAILED or not found):
         raise RuntimeError(f"pytest cannot run {' '.join(tests)}:\n{run.stdout}\n{run.stderr}")
-    return failed[0].split(" - ")[0]
+    return [line.split(" - ")[0] for line in found]
 
 
 def caught_by(fault: Fault, nearest_only: bool) -> str | None:
@@ -78,18 +76,18 @@ def caught_by(fault: Fault, nearest_only: bool) -> str | None:
     with copied() as copy:
         file = copy / "transfusion_jax" / fault.file
         file.write_text(fault.planted(file.read_text()))
-        seen = failing_test(copy, fault.nearest())
-        if seen or nearest_only:
-            return seen
-        return failing_test(copy, ["--deselect", "tests/test_faults.py"])
+        seen = failing_tests(copy, fault.nearest(), "-x")
+        if not seen and not nearest_only:
+            seen = failing_tests(copy, [], "-x", "--deselect", "tests/test_faults.py")
+        return seen[0] if seen else None
 
 
 def check_without_faults(faults: list[Fault]) -> None:
-    """Ends the program if one of the nearest tests fails anyway."""
+    """Ends the program if some of the nearest tests fail anyway."""
     tests = sorted({test for fault in faults for test in fault.nearest()})
     with copied() as copy:
-        if tests and (failing := failing_test(copy, tests)):
-            sys.exit(f"without a fault, {failing}")
+        if tests and (failing := failing_tests(copy, tests)):
+            sys.exit("without any fault:\n" + "\n".join(failing))
 
 
 def table(results: dict[str, str | None]) -> str:
