@@ -144,8 +144,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a safetensors file, by name."""
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"loss.identity_weights: {path} is no safetensors file; a torch checkpoint is a pickle, "
-            f"which may run any code when it is read, so convert one that you trust: {CONVERSION}"
+            f"loss.identity_weights: {path} is no safetensors file; a torch checkpoint is a pickle "
+            f"that may run any code when it is read: convert one that you trust: {CONVERSION}"
         )
     try:
         return load_file(path)
