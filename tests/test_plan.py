@@ -149,7 +149,7 @@ def test_what_is_refused_for_another_memory_is_not_a_verdict_on_hbm():
         _bytes_asked_for("the total memory required for HLO temporaries (2.00M) exceeds", 5)
         == 5 + 2**21
     )
-    with pytest.raises(ValueError, match="not for the size of HBM"):
+    with pytest.raises(ValueError, match="for another reason than HBM"):
         _bytes_asked_for("Ran out of memory in memory space vmem. Used 24.00M of 16.00M vmem.", 1)
 
 

@@ -668,7 +668,8 @@ def test_rows_hold_every_training_document(uninterrupted, experiment):
     dataset = open_dataset(uninterrupted)
     image = dataset.image_config()
     data = DataConfig(sources=(SourceConfig(str(uninterrupted)),), row_length=256, batch_rows=4)
-    experiment = replace(experiment, image=image, data=data)
+    sampler = replace(experiment.sampler, max_tokens=image.span)
+    experiment = replace(experiment, image=image, data=data, sampler=sampler)
     for split in ("train", "held_out"):
         packed = Data(experiment, dataset.tokenizer, split)
         chosen = dataset.numbers(split)
