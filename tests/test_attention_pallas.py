@@ -66,7 +66,8 @@ def values(arrays, intervals, *blocks):
     "N, K, blocks", [(4, 2, (16, 8)), (2, 2, (8, 16)), (3, 1, (5, 7))], ids=["GQA", "MHA", "MQA"]
 )
 def test_equals_dense_forward_and_backward_over_random_packings(N, K, blocks):
-    arrays, intervals = inputs(N=N, K=K), packed(random_packings())
+    arrays = inputs(N=N, K=K)
+    intervals = packed(random_packings())
     assert_close(values(arrays, intervals, *blocks), values(arrays, intervals))
 
 
@@ -84,12 +85,14 @@ def test_blocks_and_heads_as_on_a_tpu(H):
 
 
 def test_any_intervals_over_a_longer_cache():
-    arrays, intervals = inputs(3, 7, S=50), any_intervals((3, 7), 50)
+    arrays = inputs(3, 7, S=50)
+    intervals = any_intervals((3, 7), 50)
     assert_close(values(arrays, intervals, 4, 16), values(arrays, intervals))
 
 
 def test_bfloat16_accumulates_in_float32():
-    arrays, intervals = inputs(dtype=jnp.bfloat16), packed(random_packings())
+    arrays = inputs(dtype=jnp.bfloat16)
+    intervals = packed(random_packings())
     results = values(arrays, intervals, 16, 8)
     assert {x.dtype for x in results} == {jnp.dtype(jnp.bfloat16)}
     exact = values([x.astype(jnp.float32) for x in arrays], intervals)
@@ -172,7 +175,8 @@ def test_pairs_are_the_visible_blocks_sorted(by, intervals):
 )
 def test_sharded_equals_dense(mesh):
     """Rows and heads are cut without any exchange; positions with an all-gather of the keys."""
-    arrays, intervals = inputs(), packed(random_packings())
+    arrays = inputs()
+    intervals = packed(random_packings())
     expected = values(arrays, intervals)
     mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
@@ -187,7 +191,8 @@ def test_sharded_equals_dense(mesh):
 
 
 def test_rows_that_the_mesh_does_not_divide():
-    arrays, intervals = inputs(), packed(random_packings())
+    arrays = inputs()
+    intervals = packed(random_packings())
     expected, *_ = values(arrays, intervals)
     few = Intervals(intervals.k_start_BL[:3], intervals.k_end_BL[:3])
     function = functools.partial(attention, implementation="pallas", block=16, interpret=True)

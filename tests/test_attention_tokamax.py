@@ -47,13 +47,15 @@ def values(arrays, intervals, *which):
 
 @pytest.mark.parametrize("N, K", [(4, 2), (2, 2), (3, 1)], ids=["GQA", "MHA", "MQA"])
 def test_equals_dense_forward_and_backward_over_random_packings(N, K):
-    arrays, intervals = inputs(N=N, K=K), packed(random_packings())
+    arrays = inputs(N=N, K=K)
+    intervals = packed(random_packings())
     assert_close(values(arrays, intervals), values(arrays, intervals, "dense"))
 
 
 def test_any_intervals_over_a_longer_cache():
     """Some are empty, some reach past the keys."""
-    arrays, intervals = inputs(3, 7, S=50), any_intervals((3, 7), 50)
+    arrays = inputs(3, 7, S=50)
+    intervals = any_intervals((3, 7), 50)
     expected = values(arrays, intervals, "dense")
     assert_close(values(arrays, intervals), expected)
     end = jnp.where(intervals.k_end_BL == 50, 90, intervals.k_end_BL)
@@ -62,7 +64,8 @@ def test_any_intervals_over_a_longer_cache():
 
 
 def test_bfloat16_accumulates_in_float32():
-    arrays, intervals = inputs(dtype=jnp.bfloat16), packed(random_packings())
+    arrays = inputs(dtype=jnp.bfloat16)
+    intervals = packed(random_packings())
     with jax.numpy_dtype_promotion("standard"):  # "xla" mixes types when lowered
         results = values(arrays, intervals)
     assert {x.dtype for x in results} == {jnp.dtype(jnp.bfloat16)}
@@ -89,7 +92,8 @@ def test_padding_gets_zeros_and_documents_do_not_leak():
 @pytest.mark.parametrize("rows", [ROWS, 3])
 def test_sharded_equals_dense(rows):
     """Rows and heads are cut without any exchange; three rows are replicated instead."""
-    arrays, intervals = [x[:rows] for x in inputs()], packed(random_packings()[:rows])
+    arrays = [x[:rows] for x in inputs()]
+    intervals = packed(random_packings()[:rows])
     expected = values(arrays, intervals, "dense")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):

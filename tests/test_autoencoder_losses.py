@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -144,7 +146,7 @@ def torch_resnet(torch):
     return model
 
 
-def test_the_resnet_is_torchs_and_reads_moco_checkpoints(tmp_path):
+def test_the_resnet_is_torchs_and_reads_converted_moco_checkpoints(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is the oracle")
     import safetensors.numpy
 
@@ -168,7 +170,11 @@ def test_the_resnet_is_torchs_and_reads_moco_checkpoints(tmp_path):
             ).numpy()
             for x in (a, b)
         ]
-    for file in ("moco.pth.tar", "plain.safetensors"):
+    with pytest.raises(ValueError, match="is no safetensors file; a torch checkpoint is a pickle"):
+        resnet.load_resnet(tmp_path / "moco.pth.tar")
+    conversion = resnet.CONVERSION.replace("python", sys.executable, 1)
+    subprocess.run(conversion, shell=True, cwd=tmp_path, check=True)
+    for file in ("moco.safetensors", "plain.safetensors"):
         weights = resnet.load_resnet(tmp_path / file)
         found = jax.jit(resnet.features)(weights, a)
         np.testing.assert_allclose(found, wanted[0], atol=1e-4 * np.abs(wanted[0]).max(), rtol=1e-4)
@@ -186,11 +192,11 @@ def test_the_resnet_is_torchs_and_reads_moco_checkpoints(tmp_path):
         ValueError, match=r"does not hold a ResNet-50: it lacks layer3\.2\.bn1\.running_var"
     ):
         resnet.load_resnet(tmp_path / "broken.safetensors")
-    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="cannot read"):
-        resnet.load_resnet(tmp_path / "text.pth")
+        resnet.load_resnet(tmp_path / "text.safetensors")
     with pytest.raises(ValueError, match="there is no file"):
-        resnet.load_resnet(tmp_path / "none.pth")
+        resnet.load_resnet(tmp_path / "none.safetensors")
 
 
 def test_the_discriminator_is_isolas_with_batch_statistics():

@@ -144,7 +144,8 @@ def single(experiment):
 
 def test_one_device_trains_like_eight_and_skips_what_is_not_finite(tiny, trained):
     _, step, state = single(tiny)
-    data, found = batches(tiny), []
+    data = batches(tiny, range(tiny.train.batch))
+    found = []
     for s in range(STEPS):
         old = state
         state, metrics = step(state, Judges(), data[s])
@@ -180,7 +181,7 @@ def test_the_gradients_are_those_of_the_weighted_sum(tiny):
     """
     experiment = replace(tiny, loss=replace(tiny.loss, gan_start=0, kl=0.1))
     planned, step, state = single(experiment)
-    image = jnp.asarray(batches(experiment)[0])
+    image = jnp.asarray(batches(experiment, range(experiment.train.batch))[0])
     key = jax.random.fold_in(jax.random.key(0), 0)
     discriminator = nnx.merge(planned.discriminator_graph, state.discriminator)
 
@@ -231,7 +232,7 @@ def test_steps_draw_anew_and_are_skipped_unless_loss_and_gradients_are_finite(ti
     monkeypatch.setattr(losses, "weighted", marked)
     experiment = replace(tiny, loss=replace(tiny.loss, gan=0.0))
     _, step, state = single(experiment)
-    image = jnp.asarray(batches(experiment)[0])
+    image = jnp.asarray(batches(experiment, range(experiment.train.batch))[0])
     found = []
     for number in (0, 1, 0):
         copy = replace(jax.tree.map(jnp.copy, state), step=jnp.int32(number))
@@ -252,7 +253,7 @@ def test_vq_logs_its_codes_and_revives_dead_ones(tiny, tmp_path):
     loss = replace(tiny.loss, revive_codes=True, gan=0.0)
     experiment = replace(tiny, model=replace(tiny.model, kind="vq"), loss=loss, mesh=ONE)
     _, step, state = single(experiment)
-    data = batches(experiment)
+    data = batches(experiment, range(experiment.train.batch))
     state, first = step(state, Judges(), data[0])
     used, before = (
         np.asarray(state.counts) > 0,

@@ -18,8 +18,12 @@ def config():
     return Experiment(
         name="tiny",
         image=ImageConfig(8, 8, 1, 2),
-        model=ModelConfig(layers=1, width=32, heads=2, mlp_width=32, vocab_size=512, compute_dtype="float32"),
-        data=DataConfig(sources=(SourceConfig("digits"), SourceConfig("sums")), row_length=64, batch_rows=4),
+        model=ModelConfig(
+            layers=1, width=32, heads=2, mlp_width=32, vocab_size=512, compute_dtype="float32"
+        ),
+        data=DataConfig(
+            sources=(SourceConfig("digits"), SourceConfig("sums")), row_length=64, batch_rows=4
+        ),
         tokenizer=TokenizerConfig(vocab_size=480),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
         train=TrainConfig(steps=120, vocab_chunk=64, log_every=1, checkpoint_every=20),

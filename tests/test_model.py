@@ -25,9 +25,17 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 @functools.cache
 def model(attention: str = "chunked", remat: str = "none"):
     config = ModelConfig(
-        layers=2, width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=32, compute_dtype="float32",
-        attention=attention, attention_block=16, remat=remat,
-    )  # fmt: skip
+        layers=2,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        mlp_width=48,
+        vocab_size=32,
+        compute_dtype="float32",
+        attention=attention,
+        attention_block=16,
+        remat=remat,
+    )
     built = build(Experiment("test", image=ImageConfig(4, 4, 1, 2), model=config), 0)
     # Fresh output layers predict zero; random ones, so that every path carries a signal.
     built.patches.out_DZ[...] = jax.random.normal(jax.random.key(1), built.patches.out_DZ.shape)

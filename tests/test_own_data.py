@@ -170,7 +170,10 @@ def test_data_that_changed_or_does_not_fit_is_named(folder, tmp_path, monkeypatc
     assert "has changed since it was trained: data/mine" in capsys.readouterr().err
 
     for overrides, message in (
-        (("--image.height", "64"), "--image.height 32 --image.width 32 --image.channels 3"),
+        (
+            ("--image.height", "64", "--sampler.max-tokens", "40"),
+            "--image.height 32 --image.width 32 --image.channels 3",
+        ),
         (("--data.sources.0.name", "data/none"), "nor a directory of prepared data"),
         (("--data.sources.0.name", "other"), "other is no prepared data set"),
         (("--model.vocab-size", "64"), "model.vocab_size=64"),

@@ -1,4 +1,5 @@
-"""Preparation: nothing is lost, killed and parallel runs make the same bytes, and what is wrong is named."""
+"""Preparation: nothing is lost, killed and parallel runs make the same bytes, and what is wrong is
+named."""
 
 import hashlib
 import io
@@ -37,8 +38,17 @@ from transfusion_jax.preparation.shards import ENCODED
 
 PICTURES = 60
 SHARD_BYTES = 6700  # which makes 13 shards of the 89 items
-DAMAGES = ("decompression bomb", "empty caption", "empty image file", "huge caption", "invalid JSON", "invalid UTF-8",
-           "missing file", "not an image", "truncated image")  # fmt: skip
+DAMAGES = (
+    "decompression bomb",
+    "empty caption",
+    "empty image file",
+    "huge caption",
+    "invalid JSON",
+    "invalid UTF-8",
+    "missing file",
+    "not an image",
+    "truncated image",
+)
 
 
 def encoded(picture: Image.Image, kind: str) -> bytes:
@@ -62,9 +72,13 @@ def inputs(tmp_path_factory) -> Path:
         pairs += [{"file": f"{i}.jpg", "caption": f"the other words of {i}"}] * (i % 3 == 0)
     jpeg = (photos / "1.jpg").read_bytes()
     damaged = {
-        "none.jpg": b"", "text.jpg": b"no picture", "cut.jpg": jpeg[:-80],
-        "bomb.png": encoded(Image.new("1", (20_000, 20_000)), "PNG"), "blank.jpg": jpeg, "huge.jpg": jpeg,
-    }  # fmt: skip
+        "none.jpg": b"",
+        "text.jpg": b"no picture",
+        "cut.jpg": jpeg[:-80],
+        "bomb.png": encoded(Image.new("1", (20_000, 20_000)), "PNG"),
+        "blank.jpg": jpeg,
+        "huge.jpg": jpeg,
+    }
     for name, content in damaged.items():
         (photos / name).write_bytes(content)
     pairs += [{"file": name, "caption": "a caption"} for name in (*list(damaged)[:4], "gone.jpg")]
@@ -93,9 +107,14 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def settings(inputs) -> Preparation:
     return Preparation(
-        (str(inputs / "photos"), str(inputs / "mixed.jsonl")), height=16, width=16, vocab_size=400, shard_bytes=SHARD_BYTES,
-        reject_limit=0.5, held_out=0.2,
-    )  # fmt: skip
+        (str(inputs / "photos"), str(inputs / "mixed.jsonl")),
+        height=16,
+        width=16,
+        vocab_size=400,
+        shard_bytes=SHARD_BYTES,
+        reject_limit=0.5,
+        held_out=0.2,
+    )
 
 
 def run(settings: Preparation, out: Path, part=None, finish: bool = False, said=None):
@@ -129,9 +148,24 @@ def tree(out: Path) -> dict[Path, tuple]:
 
 def flags(settings: Preparation, out: Path) -> list[str]:
     return [
-        *settings.inputs, "--out", str(out), "--height", "16", "--width", "16", "--vocab-size", "400", "--shard-bytes",
-        str(SHARD_BYTES), "--reject-limit", "0.5", "--held-out", "0.2", "--workers", "1",
-    ]  # fmt: skip
+        *settings.inputs,
+        "--out",
+        str(out),
+        "--height",
+        "16",
+        "--width",
+        "16",
+        "--vocab-size",
+        "400",
+        "--shard-bytes",
+        str(SHARD_BYTES),
+        "--reject-limit",
+        "0.5",
+        "--held-out",
+        "0.2",
+        "--workers",
+        "1",
+    ]
 
 
 def process(*arguments: str) -> subprocess.Popen:
@@ -387,7 +421,8 @@ def test_a_writer_that_finds_the_disk_full(
         def fail(self, where):
             if self.number == 2 and where == method:
                 raise RuntimeError(
-                    "write() failed: No space left on device; writing x; Failed to close chunk_writer"
+                    "write() failed: No space left on device; writing x; Failed to close "
+                    "chunk_writer"
                 )
 
     writer = shards.ArrayRecordWriter
@@ -522,9 +557,13 @@ def test_a_given_tokenizer_is_used_as_it_is(settings, tokenizer, tmp_path):
 def test_a_tokenizer_without_its_marks_is_refused(settings, tmp_path, lacking):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["some words to train on"]), model_writer=model, vocab_size=30, hard_vocab_limit=False,
-        minloglevel=2, **{lacking: -1},
-    )  # fmt: skip
+        sentence_iterator=iter(["some words to train on"]),
+        model_writer=model,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{lacking: -1},
+    )
     (tmp_path / "x.model").write_bytes(model.getvalue())
     with pytest.raises(ValueError, match="x.model has no BOS or EOS entry"):
         run(replace(settings, tokenizer=str(tmp_path / "x.model")), tmp_path / "out")
@@ -629,7 +668,8 @@ def test_rows_hold_every_training_document(uninterrupted, experiment):
     dataset = open_dataset(uninterrupted)
     image = dataset.image_config()
     data = DataConfig(sources=(SourceConfig(str(uninterrupted)),), row_length=256, batch_rows=4)
-    experiment = replace(experiment, image=image, data=data)
+    sampler = replace(experiment.sampler, max_tokens=image.span)
+    experiment = replace(experiment, image=image, data=data, sampler=sampler)
     for split in ("train", "held_out"):
         packed = Data(experiment, dataset.tokenizer, split)
         chosen = dataset.numbers(split)

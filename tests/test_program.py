@@ -194,14 +194,15 @@ to_apply=%add
 
 
 def test_a_loop_reads_and_writes_slices():
-    layers, sliced = 200, 4 * 16 * 16
+    layers = 200
+    layer_bytes = 4 * 16 * 16
 
     def scanned(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, w)
 
     program = read_program(text(scanned, f32(16, 16), f32(layers, 16, 16)))
     # The weights are read and the results written; each array may also be copied a few times.
-    assert 2 * layers * sliced < program.hbm_bytes < 20 * layers * sliced
+    assert 2 * layers * layer_bytes < program.hbm_bytes < 20 * layers * layer_bytes
 
 
 def test_memory_of_a_product():

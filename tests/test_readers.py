@@ -1,4 +1,5 @@
-"""Readers: inputs of every kind, made on the spot, and every kind of damage with the reason it is counted under."""
+"""Readers: inputs of every kind, made on the spot, and every kind of damage with the reason it is
+counted under."""
 
 import functools
 import io
@@ -86,9 +87,17 @@ def test_captions_of_one_picture_are_merged_wherever_they_stand(tmp_path):
     )
     reader = the_reader(tmp_path)
     assert items(reader) == [
-        (("one", "four"), (png(),)), (("two", "three"), (png(),)), "invalid JSON", "missing file", "no caption",
-        "no caption", "invalid UTF-8", "missing file", "not a document", "missing file",
-    ]  # fmt: skip
+        (("one", "four"), (png(),)),
+        (("two", "three"), (png(),)),
+        "invalid JSON",
+        "missing file",
+        "no caption",
+        "no caption",
+        "invalid UTF-8",
+        "missing file",
+        "not a document",
+        "missing file",
+    ]
     (found,) = find_inputs(str(tmp_path), PLAIN, MAX_BYTES)
     assert found.missing == (3, ("\0.png", "gone.png", "\ud800.png"))
 
@@ -112,8 +121,11 @@ def test_json_lines_of_every_kind(tmp_path):
     )
     got = items(the_reader(path))
     assert got[:4] == [
-        ((), ("first",)), ((), (png(), "remove it", "now", png())), (("a pair",), (png(),)), ((), ("x" * 3_000_000,)),
-    ]  # fmt: skip
+        ((), ("first",)),
+        ((), (png(), "remove it", "now", png())),
+        (("a pair",), (png(),)),
+        ((), ("x" * 3_000_000,)),
+    ]
     assert got[4:] == [*["not a document"] * 2, "not text", *["invalid JSON"] * 2, ((), ("last",))]
     reader = the_reader(path)
     with pytest.raises(Rejected, match="x.jsonl:6"):  # the line, blank ones counted
@@ -191,10 +203,13 @@ def test_every_picture_in_a_folder_is_an_item(tmp_path):
     assert found == {
         str(tmp_path): [(("one",), (png(),))],
         f"{tmp_path} (pictures)": [
-            "no caption", "unsupported picture format", "no caption", (("two",), (png(),)),
+            "no caption",
+            "unsupported picture format",
+            "no caption",
+            (("two",), (png(),)),
         ],
         f"{tmp_path}/sub/x.jsonl": [((), (png(), png()))],
-    }  # fmt: skip
+    }
     first, *_ = find_inputs(str(tmp_path), PLAIN, MAX_BYTES)
     assert first.unread == ((".md", 1),)
     # As an input of its own, a file stands for its lines alone.
@@ -217,9 +232,13 @@ def test_pictures_with_text_beside_them_and_other_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({}, "no pair found"), ({"a.png": b"x"}, "no pair found.*1 pictures"), (None, "there is no input"),
-     ({"a.csv": b""}, "no pair found")],
-)  # fmt: skip
+    [
+        ({}, "no pair found"),
+        ({"a.png": b"x"}, "no pair found.*1 pictures"),
+        (None, "there is no input"),
+        ({"a.csv": b""}, "no pair found"),
+    ],
+)
 def test_folders_without_pairs(tmp_path, content, message):
     folder = tmp_path / "in"
     if content is not None:
@@ -266,16 +285,37 @@ def headers(path: Path) -> dict[str, int]:
 def test_tar_samples(tmp_path):
     path = tar(
         tmp_path / "x.tar",
-        ("a/1.png", png()), ("a/1.txt", b"one"), ("b/1.JPG", png()), ("b/1.json", b'{"caption": "two"}'),
-        ("3.png", png()), ("3.cls", b"7"), ("4.txt", b"no picture"), ("5.png", png()), ("5.json", b"{"),
-        ("6.png", png()), ("6.txt", b"\xff"), (f"{'long' * 50}.png", png()), (f"{'long' * 50}.txt", b"long"),
-        ("7.png", png()), ("7.json", b'{"captions": ["x", "y"]}'), ("a/1.png", png()), ("a/1.txt", b"again"),
-        format=tarfile.PAX_FORMAT, pax_headers={"comment": "for all members"},
-    )  # fmt: skip
+        ("a/1.png", png()),
+        ("a/1.txt", b"one"),
+        ("b/1.JPG", png()),
+        ("b/1.json", b'{"caption": "two"}'),
+        ("3.png", png()),
+        ("3.cls", b"7"),
+        ("4.txt", b"no picture"),
+        ("5.png", png()),
+        ("5.json", b"{"),
+        ("6.png", png()),
+        ("6.txt", b"\xff"),
+        (f"{'long' * 50}.png", png()),
+        (f"{'long' * 50}.txt", b"long"),
+        ("7.png", png()),
+        ("7.json", b'{"captions": ["x", "y"]}'),
+        ("a/1.png", png()),
+        ("a/1.txt", b"again"),
+        format=tarfile.PAX_FORMAT,
+        pax_headers={"comment": "for all members"},
+    )
     assert items(the_reader(path)) == [
-        (("one",), (png(),)), (("two",), (png(),)), "no caption", "no image", "invalid JSON", "invalid UTF-8",
-        (("long",), (png(),)), (("x", "y"), (png(),)), (("again",), (png(),)),
-    ]  # fmt: skip
+        (("one",), (png(),)),
+        (("two",), (png(),)),
+        "no caption",
+        "no image",
+        "invalid JSON",
+        "invalid UTF-8",
+        (("long",), (png(),)),
+        (("x", "y"), (png(),)),
+        (("again",), (png(),)),
+    ]
     with pytest.raises(ValueError, match="compressed"):
         the_reader(tar(tmp_path / "z.tar", *SAMPLES, mode="w:gz"))
 
@@ -283,9 +323,17 @@ def test_tar_samples(tmp_path):
 def test_tar_samples_with_several_pictures_are_rejected(tmp_path):
     path = tar(
         tmp_path / "x.tar",
-        ("1.before.png", png()), ("1.after.png", png()), ("1.txt", b"edit"), ("2.jpg", png()), ("2.tiff", b"x"),
-        ("2.txt", b"two"), ("3.tiff", b"x"), ("3.txt", b"three"), ("4.png", png()), ("4.txt", b"four"),
-    )  # fmt: skip
+        ("1.before.png", png()),
+        ("1.after.png", png()),
+        ("1.txt", b"edit"),
+        ("2.jpg", png()),
+        ("2.tiff", b"x"),
+        ("2.txt", b"two"),
+        ("3.tiff", b"x"),
+        ("3.txt", b"three"),
+        ("4.png", png()),
+        ("4.txt", b"four"),
+    )
     several = ["several images"] * 2
     expected = [*several, "unsupported picture format", (("four",), (png(),))]
     assert items(the_reader(path)) == expected
@@ -562,9 +610,15 @@ def test_the_orientation_of_the_camera_is_applied(orientation):
     pixels = np.zeros((6, 6), np.uint8)
     pixels[:2, :3], pixels[4:, :2] = 250, 120
     stored = {
-        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.T, 6: np.rot90(pixels, 1),
-        7: pixels[::-1, ::-1].T, 8: np.rot90(pixels, -1),
-    }[orientation]  # fmt: skip
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.T,
+        6: np.rot90(pixels, 1),
+        7: pixels[::-1, ::-1].T,
+        8: np.rot90(pixels, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
@@ -589,7 +643,8 @@ def test_the_crop_is_centred_and_the_resize_averages(w, h, width, height):
 
 
 def cubic(centres: np.ndarray, size: int, scale: float) -> np.ndarray:
-    """Weights [outputs, inputs] of the cubic convolution (a = -0.5) whose support grows with the reduction."""
+    """Weights [outputs, inputs] of the cubic convolution (a = -0.5) whose support grows with the
+    reduction."""
     x = np.abs((np.arange(size) + 0.5)[None] - centres[:, None]) / scale
     near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))

@@ -23,11 +23,11 @@ torch = pytest.importorskip("torch")
 import reference  # noqa: E402  (needs torch)
 
 # Documents of packed rows, without BOS and EOS. t: text, I: an image, i: one under the noise limit,
-# -: no text is learned.
+# /: only the text that follows is learned.
 ROWS = (
     "ttttttt|tttI|ttt|ittttt",
-    "tittttI|-I|tt",
-    "Ittt|tttIttit",
+    "tittttI|I/|tt",
+    "Ittt|ttIt/tit",
     "tttttttttttttttttttt",
 )
 
@@ -66,18 +66,19 @@ def to_torch(tree) -> dict:
     return {name: torch.from_numpy(np.asarray(x, np.float64)) for name, x in flat.items()}
 
 
-def documents(row: str, rng: np.random.Generator) -> list[tuple[list, bool]]:
-    """The items of every document (ids, and images with their limit), and whether it is learned."""
+def documents(row: str, rng: np.random.Generator) -> list[tuple[list, int]]:
+    """The items of every document (ids, and images with their limit), and how many are silent."""
     made = []
     for letters in row.split("|"):
         items = [tiny.TOKENIZER.bos]
-        for letter in letters.lstrip("-"):
+        for letter in letters.replace("/", ""):
             if letter == "t":
                 items.append(int(rng.integers(3, tiny.TOKENIZER.boi)))
             else:
                 pixels = rng.uniform(-1, 1, tiny.IMAGE.shape).astype(np.float32)
                 items.append((pixels, 50 if letter == "i" else 100))
-        made.append(([*items, tiny.TOKENIZER.eos], not letters.startswith("-")))
+        silent = letters.index("/") + 1 if "/" in letters else 0
+        made.append(([*items, tiny.TOKENIZER.eos], silent))
     return made
 
 
@@ -85,13 +86,9 @@ def our_batch(rows: list):
     packed = []
     for row in rows:
         pieces = []
-        for items, learned in row:
+        for items, silent in row:
             spans = tuple(Text([x]) if isinstance(x, int) else Image(*x) for x in items)
-            made = sequence(
-                Document(spans, 0 if learned else len(spans) - 1),
-                tiny.TOKENIZER,
-                tiny.IMAGE.patches,
-            )
+            made = sequence(Document(spans, silent), tiny.TOKENIZER, tiny.IMAGE.patches)
             pieces.append((made, 0, len(made.tokens)))
         packed.append(pack(pieces, 48, tiny.IMAGE))
     return jax.tree.map(jnp.asarray, stack(packed))
@@ -102,18 +99,20 @@ def their_batch(rows: list, config, t_BM, noise_BMhwc) -> list[list]:
     batch = []
     for b, row in enumerate(rows):
         slot, made = 0, []
-        for items, learned in row:
-            new = []
-            for item in items:
+        for items, silent in row:
+            new, silent_new = [], 0
+            for number, item in enumerate(items):
                 if isinstance(item, int):
                     new.append(item)
-                    continue
-                noise = torch.from_numpy(np.asarray(noise_BMhwc[b, slot], np.float64))
-                clean = torch.from_numpy(item[0].astype(np.float64))
-                image = reference.noised(config, clean, int(t_BM[b, slot]), noise)
-                new += [config.boi, image, config.eoi]
-                slot += 1
-            made.append(reference.Document(new, float(learned)))
+                else:
+                    noise = torch.from_numpy(np.asarray(noise_BMhwc[b, slot], np.float64))
+                    clean = torch.from_numpy(item[0].astype(np.float64))
+                    image = reference.noised(config, clean, int(t_BM[b, slot]), noise)
+                    new += [config.boi, image, config.eoi]
+                    slot += 1
+                if number < silent:
+                    silent_new = len(new)
+            made.append(reference.Document(new, silent_new))
         batch.append(made)
     return batch
 

@@ -25,6 +25,8 @@ from transfusion_jax.data.documents import Document, Image, Text, sequence
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources import comparisons, digits, sums
 from transfusion_jax.data.sources.dataset import open_dataset
+from transfusion_jax.data.sources.prepared import Prepared
+from transfusion_jax.data.sources.records import STRADDLING
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -252,20 +254,27 @@ def prepared(path: Path, split: str, **data) -> Source:
     return source
 
 
-def test_prepared_splits_share_no_document_and_leave_none_out(pixels):
+def edits_of(source: Prepared) -> np.ndarray:
+    """The documents of two images."""
+    return np.flatnonzero(source.dataset.index.images[source.numbers] == 2)
+
+
+def test_prepared_splits_share_no_document_and_leave_out_those_that_straddle_them(pixels):
     tokenizer = open_dataset(pixels).tokenizer
     train, held_out = (
         contents(prepared(pixels, split, caption_dropout=0.0), tokenizer)
         for split in ("train", "held_out")
     )
     assert set().union(*train).isdisjoint(set().union(*held_out))
-    assert len(train) + len(held_out) == 100 and 5 < len(held_out) < 40  # a fifth, by a hash
+    straddling = int((open_dataset(pixels).index.split == STRADDLING).sum())
+    assert len(train) + len(held_out) + straddling == 100
+    assert 5 < len(held_out) < 40 and straddling < 30  # a fifth of the pictures, by a hash
 
 
 def test_latents_are_sampled_and_not_their_means(latents):
     source = prepared(latents, "train", caption_dropout=0.0)
     tokenizer = source.assets.tokenizer
-    edit = int(np.flatnonzero(source.images == 2)[0])
+    edit = int(edits_of(source)[0])
     rng = np.random.default_rng(0)
     drawn = [
         [x.latent_hwc for x in document.spans if isinstance(x, Image)]
@@ -283,7 +292,7 @@ def test_latents_are_sampled_and_not_their_means(latents):
 def test_prepared_edits_are_limited_and_dropped_as_edits_are(pixels):
     source = prepared(pixels, "train")
     tokenizer = source.assets.tokenizer
-    edits = np.flatnonzero(source.images == 2).tolist()
+    edits = edits_of(source).tolist()
     lengths = source.lengths(tokenizer)
     left = []
     for seed in range(60):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY = f".{secrets.token_hex(4)}.partial"
-"""Suffix of this process's temporary files. Random, because processes on other machines may share its number."""
+"""Suffix of this process's temporary files. Random, because processes on other machines may share
+its number."""
 
 
 def temporary_of(path: Path) -> Path:
@@ -18,7 +19,8 @@ def temporary_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; on success it is synced to disk and renamed to `path`, else removed."""
+    """Yields a temporary path to write to; on success it is synced to disk and renamed to `path`,
+    else removed."""
     temporary = temporary_of(path)
     try:
         yield temporary

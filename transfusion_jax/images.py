@@ -8,18 +8,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MODES = {1: "L", 3: "RGB"}
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-"""Of all that Pillow reads; among the others is EPS, which it hands to Ghostscript, an interpreter."""
+"""Of all that Pillow reads; among the others is EPS, which it hands to Ghostscript, an
+interpreter."""
 MAX_PIXELS = 89_478_485
-"""Pictures that claim more pixels are taken for decompression bombs (a quarter of a GiB in RGB, as Pillow warns)."""
+"""Pictures that claim more pixels are taken for decompression bombs (a quarter of a GiB in RGB, as
+Pillow warns)."""
 
 
 def decode(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
-    """An encoded picture as uint8 [height, width, channels]: centre crop, then an antialiased resize.
+    """An encoded picture as uint8 [height, width, channels]: centre crop, then an antialiased
+    resize.
 
-    The largest centred box of the wanted shape is resized with Pillow's bicubic filter, its support widened by the
-    reduction (so it averages, not skips); one more than six times too large is first averaged over whole pixels
-    (`reducing_gap`), and a JPEG while it is decoded. The camera's orientation is applied, and what is transparent
-    becomes white.
+    The largest centred box of the wanted shape is resized with Pillow's bicubic filter, its support
+    widened by the reduction (so it averages, not skips); one more than six times too large is first
+    averaged over whole pixels (`reducing_gap`), and a JPEG while it is decoded. The camera's
+    orientation is applied, and what is transparent becomes white.
 
     Raises:
       ValueError: one short reason, such as "truncated image".
@@ -63,7 +66,8 @@ def _flat(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def read_image(path: Path, height: int, width: int, channels: int) -> np.ndarray:
-    """A picture file as float32 [height, width, channels] in [-1, 1], black -1, white 1; resized as by `decode`.
+    """A picture file as float32 [height, width, channels] in [-1, 1], black -1, white 1; resized as
+    by `decode`.
 
     Raises:
       ValueError: the file cannot be read, or pictures have another number of channels.

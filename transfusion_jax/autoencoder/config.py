@@ -117,7 +117,7 @@ class LossConfig:
     identity: float = 0.2
     """Weight of the distance between features of a self-supervised ResNet-50 (MoCo v2)."""
     identity_weights: str = ""
-    """The ResNet-50, a torch or safetensors file; without it training warns and omits the term."""
+    """The ResNet-50, a safetensors file; without it training warns and omits the term."""
     kl: float = 1e-6
     """Weight of the KL divergence of the latents from a unit Gaussian."""
     commitment: float = 0.25

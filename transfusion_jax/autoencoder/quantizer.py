@@ -1,6 +1,7 @@
 """Vector quantisation: each latent becomes the nearest entry of a codebook.
 
-Van den Oord et al. 2017, arXiv 1711.00937. Entries are called codes, and so are their indices.
+Van den Oord et al. 2017, arXiv 1711.00937. Entries are called codes, and so are their indices. In
+array names C counts chunks of the codebook, and K the codes of a chunk.
 """
 
 from typing import NamedTuple

@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
         rows = ROWS if arguments.max_rows is None else _rows(arguments.max_rows)
         engine, step = load_engine(arguments.run_dir, note)
         names = names or engine.experiment.evaluation
-        if not names:
-            raise ValueError(f"{arguments.run_dir} names no suite: give --suite NAME")
         check_suites(engine, names)
+    if not names:
+        note(f"{arguments.run_dir} names no suite to run; --suite NAME does")
     metrics = evaluate(engine, names, arguments.run_dir / "samples", note, rows)
     metrics["step"] = step
     if arguments.out:

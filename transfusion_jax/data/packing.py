@@ -90,7 +90,8 @@ class Plan:
 
 
 def plan(lengths: np.ndarray, row_length: int, splittable: bool | np.ndarray) -> Plan:
-    """Packs documents of these lengths; only those that are `splittable` may be cut at a row's end."""
+    """Packs documents of these lengths; only those that are `splittable` may be cut at a row's
+    end."""
     lengths = np.asarray(lengths)
     splittable = np.broadcast_to(splittable, lengths.shape)
     rejected = {"empty": lengths < 1, "longer than a row": ~splittable & (lengths > row_length)}
@@ -111,7 +112,8 @@ def plan(lengths: np.ndarray, row_length: int, splittable: bool | np.ndarray) ->
 def _concatenate(
     document: np.ndarray, lengths: np.ndarray, row_length: int
 ) -> tuple[np.ndarray, ...]:
-    """Row starts, documents, begins and ends when documents follow one another and rows cut freely."""
+    """Row starts, documents, begins and ends when documents follow one another and rows cut
+    freely."""
     length = lengths[document].astype(np.int64)
     stop = np.cumsum(length)
     start = stop - length

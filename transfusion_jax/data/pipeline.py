@@ -141,7 +141,8 @@ class Data:
         return {s.name: float(n / len(s)) for s, n in zip(self.sources, rows, strict=True)}
 
     def fingerprints(self) -> list[str]:
-        """A digest of each source's documents and plan: another means that the data changed under a run."""
+        """A digest of each source's documents and plan: another means that the data changed under a
+        run."""
         return [source.fingerprint for source in self.sources]
 
 

@@ -3,8 +3,8 @@
 FOLDER/rows-4096-v1/plan.json     counts, the fingerprint, and the size of each array; written last
 FOLDER/rows-4096-v1/*.npy         the arrays of the plan, and the documents rejected for each reason
 
-FOLDER stands for a split of a data set and for how many positions its images take, so nothing has to
-be read to know which plan is the right one.
+FOLDER stands for a split of a data set and for how many positions its images take, so nothing has
+to be read to know which plan is the right one.
 """
 
 import contextlib

@@ -6,9 +6,10 @@ import numpy as np
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance of the Gaussians fitted to two sets of features [n, f].
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, equation 6), where
-    tr (A B)^(1/2) is the sum of the singular values of the product of square roots of A and B, which
-    spares the root of a product that is not symmetric.
+        |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))    (Heusel et al. 2017, equation 6)
+
+    tr (A B)^(1/2) is the sum of the singular values of the product of square roots of A and B; that
+    avoids the root of a product that is not symmetric.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     # The triangle of a QR decomposition of centred features is a root of their covariance:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from safetensors.numpy import load_file
 
 Weights = dict[str, dict[str, Array]]
 
@@ -21,18 +22,21 @@ STAGES = (3, 4, 6, 3)
 # ImageNet's mean and deviation for pictures in [0, 1].
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EPSILON = 1e-5  # torch's batch norm
+CONVERSION = (
+    'python -c "import sys, torch; from safetensors.torch import save_file; '
+    "save_file(torch.load(sys.argv[1], weights_only=True)['state_dict'], sys.argv[2])\" "
+    "moco.pth.tar moco.safetensors"
+)
 
 
 def load_resnet(path: Path) -> Weights:
-    """Weights from a torch checkpoint of MoCo v2 (`.pth`, `.pt`, `.tar`), or from the same names in
-    safetensors.
+    """Weights of MoCo v2 from a safetensors file with the names of its torch checkpoint.
 
     The prefix `module.encoder_q.` is dropped, and so is the projection `fc`. Every batch norm
     becomes the scale and shift that it is at evaluation.
 
     Raises:
-      ValueError: the file, or the package that reads it, is missing, or it does not hold a
-        ResNet-50.
+      ValueError: the file is missing, or it does not hold a ResNet-50.
     """
     if not path.is_file():
         raise ValueError(f"loss.identity_weights: there is no file {path}")
@@ -137,25 +141,13 @@ def _layers() -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file, by name."""
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.numpy import load_file
-        except ImportError:
-            raise ValueError(f"reading {path} needs safetensors: pip install safetensors") from None
-        try:
-            return load_file(path)
-        except Exception as error:  # the package has its own kind of error
-            raise ValueError(f"cannot read {path}: {error}") from error
-    try:
-        import torch
-    except ImportError:
+    """All arrays of a safetensors file, by name."""
+    if path.suffix != ".safetensors":
         raise ValueError(
-            f"reading {path} needs torch: pip install torch, or convert it to safetensors"
-        ) from None
+            f"loss.identity_weights: {path} is no safetensors file; a torch checkpoint is a pickle "
+            f"that may run any code when it is read: convert one that you trust: {CONVERSION}"
+        )
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle that is no checkpoint fails in many ways
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
-    stored = stored.get("state_dict", stored)
-    return {name: x.numpy() for name, x in stored.items() if hasattr(x, "numpy")}
+        return load_file(path)
+    except Exception as error:  # the package has its own kind of error
+        raise ValueError(f"cannot read {path}: {error}") from error

@@ -154,8 +154,7 @@ def _terms(
 def _revived(
     experiment: AutoencoderExperiment, codes: Codes, state: State, new: dict[str, Any], key: Array
 ) -> dict[str, Any]:
-    """Every `revive_every` steps, moves unused codes, and their average, to latents of the
-    batch."""
+    """Every `revive_every` steps, moves unused codes and their averages to latents of a batch."""
     counts = state.counts + quantizer.count(codes.indices, experiment.model.codes)
     due = (state.step + 1) % experiment.loss.revive_every == 0
     considered = jnp.where(due, counts, 1)

@@ -21,7 +21,8 @@ from transfusion_jax.errors import require
 from transfusion_jax.images import from_uint8
 
 FORMAT = 2
-"""Of dataset.json. In format 1 there are neither `splits/` nor documents that straddle the split."""
+"""Of dataset.json. In format 1 there are neither `splits/` nor documents that straddle the
+split."""
 READABLE = (1, 2)
 ROUNDED = 128  # embedding rows are a multiple of this, so that a mesh divides them
 ROW_STEP = 8  # row lengths that are tried are multiples of this
@@ -94,14 +95,16 @@ class Dataset:
         return records.Index(*np.load(self.path / "index.npy", mmap_mode="r"))
 
     def numbers(self, split: str) -> np.ndarray:
-        """The records of "train" or "held_out", in order; memory-mapped where `prepare` stored them."""
+        """The records of "train" or "held_out", in order; memory-mapped where `prepare` stored
+        them."""
         name = f"splits/{split}.npy"
         if name in self.info.get("files", {}):
             return np.load(self.path / name, mmap_mode="r")
         return np.flatnonzero(self.index.split == records.SPLITS[split])
 
     def verify(self) -> None:
-        """Compares the index and the splits with their checksums; raises ValueError if they differ."""
+        """Compares the index and the splits with their checksums; raises ValueError if they
+        differ."""
         for name in self.info.get("files", {"index.npy": None}):
             self._check(name)
 
@@ -133,13 +136,15 @@ class Dataset:
         )
 
     def image(self, stored: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """A stored image as float32 [h, w, c] for the model: a latent sampled with `rng` or its mean, or pixels."""
+        """A stored image as float32 [h, w, c] for the model: a latent sampled with `rng` or its
+        mean, or pixels."""
         return self.images([stored], rng)[0]
 
     def images(
         self, stored: Sequence[np.ndarray], rng: np.random.Generator | None = None
     ) -> np.ndarray:
-        """Stored images as float32 [n, h, w, c]; in few operations: threads wait for each other at each."""
+        """Stored images as float32 [n, h, w, c]; in few operations: threads wait for each other at
+        each."""
         if not self.is_latent:
             return from_uint8(np.stack(stored))
         mean, std = np.stack(stored, axis=1).astype(np.float32)
@@ -155,7 +160,8 @@ class Dataset:
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """The lengths of the training documents that have images, as far as row lengths depend on them."""
+    """The lengths of the training documents that have images, as far as row lengths depend on
+    them."""
 
     documents: int
     text: int
@@ -195,9 +201,8 @@ def open_dataset(path: str | Path) -> Dataset:
     file = path / "dataset.json"
     if not file.is_file():
         unfinished = (path / "identity.json").is_file()
-        raise ValueError(
-            f"{path} is {'not finished: run prepare again' if unfinished else 'no prepared data set'}"
-        )
+        state = "not finished: run prepare again" if unfinished else "no prepared data set"
+        raise ValueError(f"{path} is {state}")
     try:
         info = json.loads(file.read_text())
         shards = {shard["name"]: shard["bytes"] for shard in info["shards"]}
@@ -207,7 +212,8 @@ def open_dataset(path: str | Path) -> Dataset:
     known = info.get("format")
     require(
         known in READABLE,
-        f"{path} was prepared in format {known}; this version reads {' and '.join(map(str, READABLE))}",
+        f"{path} was prepared in format {known}; this version reads "
+        f"{' and '.join(map(str, READABLE))}",
     )
     _check_sizes(path, shards, path / "shards", "shard")
     for name, size in files.items():

@@ -1,9 +1,9 @@
 """Records: a prepared document as bytes, and the index that packing is planned from.
 
-A record is a msgpack array `[captions, spans]`. Token ids are little-endian unsigned integers of the data set's id
-type. `captions` are alternatives; a document that has them is a pair, and its one span is the picture. A span is
-`[0, ids]` or `[1, image]`. An image is its pixels, uint8 [h, w, c], or the posterior of its latent: the mean and the
-standard deviation, float16 [2, h, w, c].
+A record is a msgpack array `[captions, spans]`. Token ids are little-endian unsigned integers of
+the data set's id type. `captions` are alternatives; a document that has them is a pair, and its one
+span is the picture. A span is `[0, ids]` or `[1, image]`. An image is its pixels, uint8 [h, w, c],
+or the posterior of its latent: the mean and the standard deviation, float16 [2, h, w, c].
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,8 @@ def encode(record: Record, ids: np.dtype) -> bytes:
 
 
 def decode(data: bytes, ids: np.dtype, image: np.dtype, shape: Sequence[int]) -> Record:
-    """The inverse of `encode`, for images of this type and shape; the arrays are views of `data`."""
+    """The inverse of `encode`, for images of this type and shape; the arrays are views of
+    `data`."""
     captions, spans = msgpack.unpackb(data)
     return Record(
         tuple(np.frombuffer(caption, ids) for caption in captions),
