@@ -56,7 +56,7 @@ def copied() -> Iterator[Path]:
 
 def failing_tests(copy: Path, tests: list[str], *options: str) -> list[str]:
     """Those of these tests that fail in a copy of the project."""
-    options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", *options]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=line", *options]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     try:
