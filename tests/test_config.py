@@ -15,6 +15,7 @@ from transfusion_jax.config import (
     Experiment,
     ImageConfig,
     OptimizerConfig,
+    SamplerConfig,
     TrainConfig,
     paper,
 )
@@ -142,3 +143,10 @@ def test_a_config_stored_before_the_noise_limit_was_off_keeps_its_limit():
 def test_shares_are_between_0_and_1(name, value):
     with pytest.raises(ValueError, match=rf"data\.{name}={value} must be in 0\.\.1"):
         DataConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["guidance", "clip", "temperature"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"sampler.{name}={value} must be a finite number"):
+        SamplerConfig(**{name: value})

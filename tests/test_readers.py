@@ -17,6 +17,7 @@ from PIL import Image
 from transfusion_jax.images import decode
 from transfusion_jax.preparation.readers import texts
 from transfusion_jax.preparation.readers.inputs import find_inputs
+from transfusion_jax.preparation.readers.listing import list_files
 from transfusion_jax.preparation.readers.raw import Columns, Picture, Reader, Rejected
 
 
@@ -152,6 +153,13 @@ WITH_PICTURES = (
     ({"text": "t", "images": ["a.png"]}, "unknown key with a picture"),
     ({"texts": ["t"], "images": ["a.png"]}, "unknown key with a picture"),
     ({"text": "t", "picture": "QUJD"}, "unknown key with a picture"),
+    ({"text": "t", "pixel_values": [[0.1, 0.2]]}, "unknown key with a picture"),
+    ({"text": "t", "IMAGE": {"bytes": "QUJD"}}, "unknown key with a picture"),
+    ({"text": "t", "imageName": "q0"}, "unknown key with a picture"),
+    ({"text": "t", "data": "iVBORw0KGgo"}, "unknown key with a picture"),
+    ({"image": "a.png", "text": "t", "data": {"x": "/9j/4AAQ"}}, "unknown key with a picture"),
+    ({"text": "t", "media": "q0.JPEG#frag"}, "unknown key with a picture"),
+    ({"text": "t", "media": " q0.jpg\n"}, "unknown key with a picture"),
     ({"text": "t", "x": {"y": ["data:image/png;base64,QUJD"]}}, "unknown key with a picture"),
     ({"text": "t", "x": [[{"y": "b.TIFF"}]]}, "unknown key with a picture"),
     ({"text": "t", "url": "http://x/a.jpg?w=3"}, "unknown key with a picture"),
@@ -170,6 +178,52 @@ WITH_PICTURES = (
 def test_no_line_with_a_picture_becomes_text(tmp_path, value, expected):
     (tmp_path / "a.png").write_bytes(png())
     assert items(the_reader(lines(tmp_path / "x.jsonl", value))) == [expected]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"image": "a.png", "image": "b.png", "text": "t"}',
+        '{"text": "t", "text": "u"}',
+        '{"spans": [{"image": "a.png", "image": "b.png"}]}',
+    ],
+)
+def test_a_key_that_occurs_twice_hides_nothing(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line)
+    assert items(the_reader(tmp_path / "x.jsonl")) == ["ambiguous keys"]
+
+
+def test_a_link_to_itself_is_an_item_like_others(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("t")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    names = list_files(tmp_path).names
+    assert names == ["a.png", "a.txt", "loop.png"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+        pyarrow.list_(pyarrow.uint8()),
+        pyarrow.list_(pyarrow.binary()),
+        pyarrow.binary(3),
+        pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+    ],
+    ids=str,
+)
+def test_columns_that_may_hold_pictures_are_never_left_out(tmp_path, kind):
+    schema = pyarrow.schema([("x", kind), ("text", pyarrow.string())])
+    pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="columns that would be left out: x;"):
+        the_reader(tmp_path / "x.parquet")
+
+
+def test_a_column_called_after_pictures_is_never_left_out(tmp_path):
+    table = pyarrow.table({"img": ["a.png"], "text": ["t"]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="columns that would be left out: img;"):
+        the_reader(tmp_path / "x.parquet")
 
 
 def test_keys_can_be_ignored(tmp_path):

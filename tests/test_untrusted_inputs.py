@@ -17,7 +17,7 @@ from PIL import EpsImagePlugin, Image
 
 from transfusion_jax.data.sources.dataset import open_dataset
 from transfusion_jax.data.tokenizer import train_tokenizer
-from transfusion_jax.images import decode
+from transfusion_jax.images import decode, read_image
 from transfusion_jax.preparation.config import Preparation
 from transfusion_jax.preparation.finish import PreparationFailed
 from transfusion_jax.preparation.prepare import prepare
@@ -409,3 +409,11 @@ def test_random_bytes_are_refused_or_counted(tmp_path, model, name):
         open_dataset(out).verify()
         outcomes["made"] += 1
     assert outcomes["made"] > 3
+
+
+@pytest.mark.usefixtures("a_minute")
+def test_a_prompt_s_picture_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ValueError, match="it is not a regular file"):
+            read_image(path, 4, 4, 3)

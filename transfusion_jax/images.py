@@ -74,6 +74,8 @@ def read_image(path: Path, height: int, width: int, channels: int) -> np.ndarray
     """
     if channels not in MODES:
         raise ValueError(f"images of {channels} channels are no pixels; they need an autoencoder")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"cannot read the image {path}: it is not a regular file")
     try:
         return from_uint8(decode(path.read_bytes(), height, width, channels))
     except OSError as error:

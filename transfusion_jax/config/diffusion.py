@@ -1,5 +1,6 @@
 """How images are corrupted in training, and drawn from noise."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,9 @@ class SamplerConfig:
 
     def __post_init__(self):
         require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
+        for name in ("guidance", "clip", "temperature"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"sampler.{name}={value} must be a finite number")
         require(self.guidance >= 0, f"sampler.guidance={self.guidance} must not be negative")
         require(self.clip >= 0, f"sampler.clip={self.clip} must not be negative")
         require(

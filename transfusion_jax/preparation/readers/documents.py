@@ -11,6 +11,7 @@ metadata, unless they seem to hold a picture: then the object is rejected.
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -26,21 +27,36 @@ from transfusion_jax.preparation.readers.raw import (
 
 FILE_KEYS = ("file", "file_name", "image")
 TEXT_KEYS = ("caption", "captions", "text")
-PICTURE_KEYS = frozenset(
-    "files file_names filename filenames images image_file image_files image_path image_paths "
-    "image_url image_urls image_bytes img imgs img_path img_url picture pictures photo photos jpg "
-    "jpeg png webp gif bmp pixel_values".split()
+PICTURE_WORDS = frozenset(
+    "image images img imgs picture pictures photo photos pixel pixels pic pics jpg jpeg png webp "
+    "gif bmp".split()
 )
-"""Keys that mean pictures elsewhere, whatever their values look like."""
+FILE_NAME_KEYS = frozenset("files file_names filename filenames".split())
+BASE64_STARTS = ("iVBORw0KG", "/9j/", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WebP
 
 
 def json_of(content: bytes, name: str) -> Any:
-    """The value of a JSON text; raises Rejected if it is none."""
+    """The value of a JSON text; raises Rejected if it is none, or names a key twice."""
     text = text_of(content, name)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
+    except KeyError as error:
+        raise Rejected("ambiguous keys", name, content) from error
     except (ValueError, RecursionError) as error:
         raise Rejected("invalid JSON", name, content) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise KeyError("a key occurs twice")
+    return value
+
+
+def names_picture(key: str) -> bool:
+    """Whether a key or column is called after pictures: `img`, `image_id`, `photoURL`."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
+    return key.lower() in FILE_NAME_KEYS or any(word.lower() in PICTURE_WORDS for word in words)
 
 
 def document_of(content: bytes, name: str, folder: Folder, at: str, ignored: Set[str]) -> Raw:
@@ -64,7 +80,7 @@ def document_of(content: bytes, name: str, folder: Folder, at: str, ignored: Set
     if len(files) > 1 or len(texts) > 1 or (spans is not None and files + texts):
         raise Rejected("ambiguous keys", name, content)
     metadata = {key: v for key, v in value.items() if key not in (*files, *texts, "spans")}
-    if _holds_picture(metadata, urls=not files and spans is None):
+    if _holds_picture(metadata, beside_picture=bool(files) or spans is not None):
         raise Rejected("unknown key with a picture", name, content)
     if files:
         picture = _picture(value[files[0]], name, folder, at, content)
@@ -100,7 +116,7 @@ def _span(
     value = _present(value, ignored) if isinstance(value, dict) else {}
     known = [key for key in (*FILE_KEYS, "text") if key in value]
     metadata = {key: v for key, v in value.items() if key not in known}
-    if len(known) != 1 or _holds_picture(metadata, urls=known == ["text"]):
+    if len(known) != 1 or _holds_picture(metadata, beside_picture=known != ["text"]):
         raise Rejected("not a document", name, content)
     if known == ["text"]:
         return string_of(value["text"], name)
@@ -118,18 +134,22 @@ def _present(value: dict, ignored: Set[str]) -> dict:
     return {key: v for key, v in value.items() if v is not None and key not in ignored}
 
 
-def _holds_picture(metadata: dict, urls: bool) -> bool:
-    """Whether a value seems to be a picture or the name of one; `urls` says whether a URL counts.
+def _holds_picture(metadata: dict, beside_picture: bool) -> bool:
+    """Whether a value seems to be a picture or the name of one.
 
-    With a picture, its URL usually says where it came from; with text alone, it was not fetched.
+    Beside a picture, keys such as `image_id` and `image_url` describe it, and only what looks like
+    another picture counts. With text alone, whatever is called after pictures does: it would be
+    left out.
     """
     for key, value in metadata.items():
-        for text in _strings(value):
-            if "://" in text and not urls:
+        named = not beside_picture and names_picture(key)
+        if named and value and isinstance(value, str | list | dict):  # a number is metadata
+            return True
+        for text in map(str.strip, _strings(value)):
+            if beside_picture and "://" in text:
                 continue
-            if key.lower() in PICTURE_KEYS and text:
-                return True
-            if text.startswith("data:image/") or is_picture(text.partition("?")[0]):
+            file = text.partition("?")[0].partition("#")[0].strip()
+            if text.startswith(("data:image/", *BASE64_STARTS)) or is_picture(file):
                 return True
     return False
 

@@ -45,7 +45,7 @@ def list_files(root: Path) -> Listing:
             name = os.path.join(folder, entry.name)
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(name)
-            elif entry.is_dir():
+            elif _leads_to_folder(entry):
                 raise ValueError(
                     f"{root} holds a link to a folder, {name}, which is not followed: remove it, "
                     "and name that folder as an input of its own"
@@ -56,6 +56,13 @@ def list_files(root: Path) -> Listing:
     names = [name for name, _, _ in found]
     sizes = np.asarray([size for _, size, _ in found], np.int64)
     return Listing(names, sizes, np.asarray([time for _, _, time in found], np.int64))
+
+
+def _leads_to_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from transfusion_jax.preparation.readers.collection import Scanned
-from transfusion_jax.preparation.readers.documents import captions_of
+from transfusion_jax.preparation.readers.documents import captions_of, names_picture
 from transfusion_jax.preparation.readers.folder import Folder
 from transfusion_jax.preparation.readers.raw import (
     Columns,
@@ -51,13 +52,17 @@ class Parquet:
         """
         opened = _open_parquet(folder, file)
         schema = opened.schema_arrow
-        pictures = [field.name for field in schema if _holds_picture(field.type)]
+        pictures = [
+            field.name
+            for field in schema
+            if _holds_picture(field.type)
+            or (columns.image not in schema.names and names_picture(field.name))
+        ]
         _check_columns(f"{folder.root / file}", "column", schema.names, pictures, columns)
         metadata = opened.metadata
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         starts = np.cumsum([0, *rows], dtype=np.int64)
-        digest = digest_of(str(schema), metadata.to_dict())
-        return Scanned({"starts": starts}, int(starts[-1]), digest)
+        return Scanned({"starts": starts}, int(starts[-1]), _footer_digest(folder, file, metadata))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -80,12 +85,10 @@ class Parquet:
         return value
 
     def _value(self, column: str, index: int, name: str) -> Any:
-        import pyarrow
-
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
             value = _column(self._file, group, column)[int(index - self._starts[group])].as_py()
-        except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        except Exception as error:  # decoders raise whatever they like
             raise Rejected("unreadable row group", name) from error
         if isinstance(value, str | bytes) and len(value) > self._max_bytes:
             raise Rejected("too large", name)
@@ -188,11 +191,29 @@ def _holds_picture(kind: Any) -> bool:
     """Whether a column of this Arrow type may hold encoded pictures: bytes, also inside others."""
     import pyarrow.types as types
 
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if types.is_dictionary(kind):
         return _holds_picture(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return types.is_uint8(kind.value_type) or _holds_picture(kind.value_type)
     if types.is_struct(kind):
         return any(_holds_picture(field.type) for field in kind)
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return (
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind)
+        or types.is_binary_view(kind)
+    )
+
+
+def _footer_digest(folder: Folder, file: str, metadata: Any) -> str:
+    """Of the bytes at the end of a Parquet file that describe all the others.
+
+    `metadata.to_dict()` would end the process for some damaged files.
+    """
+    with folder.open(file, file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        opened.seek(max(size - metadata.serialized_size - 8, 0))  # 8: their length, and a mark
+        return digest_of(size, opened.read())
 
 
 def _open_parquet(folder: Folder, file: str) -> Any:
