@@ -165,6 +165,7 @@ WITH_PICTURES = (
     ({"text": "t", "url": "http://x/a.jpg?w=3"}, "unknown key with a picture"),
     ({"image": "a.png", "text": "t", "edited": "b.png"}, "unknown key with a picture"),
     ({"spans": [{"text": "t"}], "images": ["a.png"]}, "unknown key with a picture"),
+    ({"spans": [{"text": "t"}], "photo": "abc"}, "unknown key with a picture"),
     ({"spans": [{"text": "t", "image": "a.png"}]}, "not a document"),
     ({"spans": [{"text": "t", "picture": "a.png"}]}, "not a document"),
     ({"spans": [{"file": "a.png"}, "t"]}, ((), (png(), "t"))),

@@ -104,7 +104,7 @@ FAULTS = (
     Fault(
         "pictures that json names left out",
         "preparation/readers/documents.py",
-        "if _holds_picture(metadata, urls=not files and spans is None):",
+        "if _holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):",
         "if False:",
         "readers",
     ),

@@ -80,7 +80,7 @@ def document_of(content: bytes, name: str, folder: Folder, at: str, ignored: Set
     if len(files) > 1 or len(texts) > 1 or (spans is not None and files + texts):
         raise Rejected("ambiguous keys", name, content)
     metadata = {key: v for key, v in value.items() if key not in (*files, *texts, "spans")}
-    if _holds_picture(metadata, beside_picture=bool(files) or spans is not None):
+    if _holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):
         raise Rejected("unknown key with a picture", name, content)
     if files:
         picture = _picture(value[files[0]], name, folder, at, content)
@@ -106,6 +106,11 @@ def captions_of(value: Any, name: str) -> tuple[str, ...]:
         raise Rejected("no caption", name)
     captions = found[0] if isinstance(found[0], list) else found
     return tuple(string_of(caption, name) for caption in captions)
+
+
+def _has_picture(spans: Any) -> bool:
+    spans = spans if isinstance(spans, list) else []
+    return any(isinstance(span, dict) and any(key in span for key in FILE_KEYS) for span in spans)
 
 
 def _span(
