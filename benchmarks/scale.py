@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,11 +133,26 @@ def bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
+class Peak(threading.Thread):
+    """The most memory of its own that this process holds at a time, mapped files left out."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = self.most = memory("RssAnon")
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.02):
+            self.most = max(self.most, memory("RssAnon"))
+
+
 def measure(folder: Path) -> dict[str, float]:
     """Opens both splits, as a run does, and reads a batch of each."""
     data = DataConfig(sources=(SourceConfig(str(folder)),), row_length=4096, batch_rows=8)
     experiment = Experiment(name="scale", image=IMAGE, data=data)
-    before, at, begin = memory("VmRSS"), bytes_read(), time.perf_counter()
+    peak = Peak()
+    peak.start()
+    at, begin = bytes_read(), time.perf_counter()
     tokenizer = open_dataset(folder).tokenizer
     training = Data(experiment, tokenizer)
     held_out = Data(experiment, tokenizer, "held_out")
@@ -146,11 +162,12 @@ def measure(folder: Path) -> dict[str, float]:
     opened = time.perf_counter() - begin
     batch = next(read(training.batches(), 0, data.prefetch))
     next(held_out.once(data.batch_rows, 512))
+    peak.done.set()
     return {
         "opened": opened,
         "seconds": time.perf_counter() - begin,
         "read": bytes_read() - at,
-        "added": memory("VmHWM") - before,
+        "added": peak.most - peak.first,
         "images": int((batch.image_start_BM < data.row_length).sum()),
     }
 
@@ -182,7 +199,7 @@ def main() -> None:
             print(
                 f"start {number + 1}: open after {found['opened']:.1f} s, first batches after "
                 f"{found['seconds']:.1f} s; {found['read'] / GIB:.3f} GiB read from storage, "
-                f"{found['added'] / GIB:.2f} GiB of memory added at most; "
+                f"{found['added'] / GIB:.2f} GiB of memory added at most (mapped files apart); "
                 f"{found['images']} images in the batch",
                 flush=True,
             )

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from transfusion_jax.config import ImageConfig, SourceConfig
+from transfusion_jax.data import packing
 from transfusion_jax.data.documents import Document, Image, Text, sequence
 from transfusion_jax.data.packing import pack, plan
 from transfusion_jax.data.pipeline import Data, read
@@ -53,6 +54,33 @@ def test_plan_loses_nothing_and_is_no_worse_than_best_fit(seed):
     assert pieces == [(i, 0, n) for i, n in enumerate(lengths)] and not packed.rejected
     assert max(used) <= capacity
     assert len(packed) <= len(best_fit_decreasing(lengths.tolist(), capacity)) + 1
+
+
+@pytest.mark.parametrize("splittable", [False, True])
+def test_a_plan_of_many_blocks_is_the_plans_of_the_blocks(splittable, monkeypatch):
+    monkeypatch.setattr(packing, "BLOCK", 100)
+    lengths = np.random.default_rng(0).integers(0, 30, 250)
+    lengths[[7, 140, 249]] = 50  # longer than a row
+    packed = plan(lengths, 40, splittable)
+    firsts = range(0, 250, 100)
+    parts = [plan(lengths[first : first + 100], 40, splittable) for first in firsts]
+    covered = [
+        sorted((d + first, b, e) for d, b, e in held(part)[0])
+        for first, part in zip(firsts, parts, strict=True)
+    ]
+    assert held(packed)[0] == sum(covered, [])
+    assert len(packed) == sum(map(len, parts))
+    ledger = packed.ledger()
+    for reason in packed.rejected:
+        found = [
+            part.rejected[reason] + first
+            for first, part in zip(firsts, parts, strict=True)
+            if reason in part.rejected
+        ]
+        np.testing.assert_array_equal(packed.rejected[reason], np.concatenate(found))
+    assert ledger["documents"] == 250
+    assert ledger["rejected"].get("longer than a row", 0) == (0 if splittable else 3)
+    assert max(held(packed)[1]) <= 40
 
 
 @pytest.mark.parametrize("seed", range(20))

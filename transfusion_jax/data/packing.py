@@ -7,6 +7,7 @@ that is left and is filled as well as the others allow (best-fit packing: Ding e
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,10 @@ import numpy as np
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import ImageConfig
 from transfusion_jax.data.documents import Sequenced
+from transfusion_jax.host import cores
 
+BLOCK = 1 << 22  # documents that are planned together
+THREADS = 4  # that plan, at most
 DIGESTED = 1 << 22  # entries of an array that are digested together
 
 
@@ -26,7 +30,7 @@ class Plan:
     Every document is in some row or in `rejected`. The arrays may be memory-mapped.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     """Of the algorithm; a cached plan is used under the same version only."""
 
     row_start: np.ndarray
@@ -91,28 +95,62 @@ class Plan:
 
 def plan(lengths: np.ndarray, row_length: int, splittable: bool | np.ndarray) -> Plan:
     """Packs documents of these lengths; only those that are `splittable` may be cut at a row's
-    end."""
+    end.
+
+    Threads plan `BLOCK` documents at a time, so that memory beside the plan's own is bounded.
+    """
     lengths = np.asarray(lengths)
     splittable = np.broadcast_to(splittable, lengths.shape)
+
+    def planned(first: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        block = slice(first, first + BLOCK)
+        rejected, *arrays = _plan_block(lengths[block], row_length, splittable[block], first)
+        return rejected, arrays
+
+    with ThreadPoolExecutor(min(cores(), THREADS)) as executor:
+        blocks = list(executor.map(planned, range(0, max(len(lengths), 1), BLOCK)))
+    reasons: dict[str, list[np.ndarray]] = {}
+    for rejected, _ in blocks:
+        for reason, documents in rejected.items():
+            reasons.setdefault(reason, []).append(documents)
+    pieces, *arrays = (_joined([arrays for _, arrays in blocks], i) for i in range(4))
+    row_start = np.concatenate([[0], np.cumsum(pieces)], dtype=np.int64)
+    return Plan.of(row_start, *arrays, {reason: np.concatenate(x) for reason, x in reasons.items()})
+
+
+def _plan_block(
+    lengths: np.ndarray, row_length: int, splittable: np.ndarray, first: int
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What is rejected and why; the number of pieces of each row; documents, begins and ends of the
+    pieces. Documents are numbered from `first`."""
     rejected = {"empty": lengths < 1, "longer than a row": ~splittable & (lengths > row_length)}
-    reasons = {reason: np.flatnonzero(bad) for reason, bad in rejected.items() if bad.any()}
+    reasons = {reason: np.flatnonzero(bad) + first for reason, bad in rejected.items() if bad.any()}
     # A fixed shuffle, so that neighbours in the data are not neighbours in a row.
-    document = np.random.default_rng(0).permutation(np.arange(len(lengths), dtype=np.uint32))
+    document = np.random.default_rng(first).permutation(np.arange(len(lengths), dtype=np.uint32))
     if reasons:
         document = document[~(rejected["empty"] | rejected["longer than a row"])[document]]
     if splittable.all():
-        return Plan.of(*_concatenate(document, lengths, row_length), reasons)
-    document, begin, end = _cut(document, lengths, row_length)
-    row = _by_patterns(end - begin, row_length)
-    row_start = np.cumsum(np.bincount(row + 1, minlength=1), dtype=np.int64)
-    order = _stable_order(row)
-    return Plan.of(row_start, document[order], begin[order], end[order], reasons)
+        row, document, begin, end = _concatenate(document, lengths, row_length)
+    else:
+        document, begin, end = _cut(document, lengths, row_length)
+        row = _by_patterns(end - begin, row_length)
+        order = _stable_order(row)
+        document, begin, end = document[order], begin[order], end[order]
+    return reasons, np.bincount(row), document + np.uint32(first), begin, end
+
+
+def _joined(blocks: list[list[np.ndarray]], i: int) -> np.ndarray:
+    """Array i of all blocks, which let go of it."""
+    found = [block[i] for block in blocks]
+    for block in blocks:
+        block[i] = None
+    return np.concatenate(found)
 
 
 def _concatenate(
     document: np.ndarray, lengths: np.ndarray, row_length: int
 ) -> tuple[np.ndarray, ...]:
-    """Row starts, documents, begins and ends when documents follow one another and rows cut
+    """Rows, documents, begins and ends of pieces when documents follow one another and rows cut
     freely."""
     length = lengths[document].astype(np.int64)
     stop = np.cumsum(length)
@@ -123,8 +161,7 @@ def _concatenate(
     row = first[owner] + _count_up(pieces)
     begin = np.maximum(row * row_length - start[owner], 0).astype(np.uint32)
     end = np.minimum((row + 1) * row_length - start[owner], length[owner]).astype(np.uint32)
-    row_start = np.cumsum(np.bincount(row + 1, minlength=1), dtype=np.int64)
-    return row_start, document[owner], begin, end
+    return row, document[owner], begin, end
 
 
 def _cut(
