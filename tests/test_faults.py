@@ -1,6 +1,11 @@
 """The list of planted faults (`python tests/faults`) keeps up with the code."""
 
+import re
+from pathlib import Path
+
 from faults.fault import PACKAGE, all_faults
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_fault_still_has_its_place():
@@ -11,3 +16,12 @@ def test_every_fault_still_has_its_place():
         text = (PACKAGE / fault.file).read_text()
         assert fault.planted(text) != text
         compile(fault.planted(text), fault.file, "exec")
+
+
+def test_the_nearest_tests_of_every_fault_exist():
+    for fault in all_faults():
+        for name in fault.nearest():
+            file, _, test = name.partition("::")
+            assert re.search(
+                rf"^def test{test.removeprefix('test')}", (ROOT / file).read_text(), re.M
+            )
