@@ -150,3 +150,24 @@ def test_shares_are_between_0_and_1(name, value):
 def test_what_is_not_finite_is_refused(name, value):
     with pytest.raises(ValueError, match=f"sampler.{name}={value} must be a finite number"):
         SamplerConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--optimizer.learning-rate", "inf"],
+        ["--optimizer.epsilon", "inf"],
+        ["--train.image-loss-weight", "inf"],
+        ["--data.sources.0.weight", "inf"],
+        ["--data.max-epochs", "inf"],
+        ["--train.seed", "-1"],
+        ["--train.seed", str(2**32)],
+        ["--model.rope-theta", "0"],
+        ["--model.norm-epsilon", "-1"],
+        ["--data.prefetch", "1001"],
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_by_name(arguments):
+    name = arguments[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(ValueError, match=rf"{name}=\S+ must"):
+        load_experiment(str(EXPERIMENTS / "digits.py"), arguments)

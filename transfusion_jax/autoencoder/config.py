@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from transfusion_jax.config import MeshConfig, OptimizerConfig
+from transfusion_jax.config.fields import require_finite, require_seed
 from transfusion_jax.errors import require
 
 
@@ -196,3 +197,7 @@ class AutoencoderExperiment:
     )
     train: AutoencoderTrainConfig = AutoencoderTrainConfig()
     mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        require_finite(self)
+        require_seed(self.train.seed)

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "plan": plan.COMMAND,
 }
 HELP = ("-h", "--help")
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in JAX's error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
+    except RuntimeError as error:
+        if OUT_OF_MEMORY not in str(error):
+            raise
+        return _fail(f"the memory of a device is full: {str(error).splitlines()[0]}", 1)
     except OSError as error:
         return _fail(f"the disk is full: {error}" if error.errno == errno.ENOSPC else str(error), 1)
 

@@ -71,7 +71,7 @@ class DataConfig:
         require(self.max_epochs > 0, f"data.max_epochs={self.max_epochs} must be positive")
         require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
         require(self.batch_rows > 0, f"data.batch_rows={self.batch_rows} must be positive")
-        require(self.prefetch > 0, f"data.prefetch={self.prefetch} must be positive")
+        require(0 < self.prefetch <= 1000, f"data.prefetch={self.prefetch} must be in 1..1000")
         for name in ("image_first", "caption_dropout", "image_dropout"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name}={value} must be in 0..1")

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from transfusion_jax.config.data import DataConfig, TokenizerConfig
 from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
+from transfusion_jax.config.fields import require_finite, require_seed
 from transfusion_jax.config.model import ImageConfig, ModelConfig
 from transfusion_jax.config.training import MeshConfig, OptimizerConfig, TrainConfig
 from transfusion_jax.errors import require
@@ -50,6 +51,8 @@ class Experiment:
     """Suites run after the last step (names in `evaluation/suite.py`)."""
 
     def __post_init__(self):
+        require_finite(self)
+        require_seed(self.train.seed)
         shortest = self.image.span + 2
         require(
             self.data.row_length >= shortest,

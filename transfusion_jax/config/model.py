@@ -111,6 +111,11 @@ class ModelConfig:
             self.kv_heads >= 0 and self.heads % self.num_kv_heads == 0,
             f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}",
         )
+        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
+        require(
+            self.norm_epsilon >= 0,
+            f"model.norm_epsilon={self.norm_epsilon} must not be negative",
+        )
         require(self.mlp_width >= 0, f"model.mlp_width={self.mlp_width} must not be negative")
         require(
             self.attention_block >= 0,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transfusion_jax.config.experiment import Experiment
+from transfusion_jax.config.fields import flattened
 from transfusion_jax.config.model import ImageConfig
 
 
@@ -15,7 +16,7 @@ def differences(stored: Any, asked: Any) -> list[str]:
 
     Those are all that differ, except the ones that the class lists as `RESUMABLE`.
     """
-    old, new = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(asked))
+    old, new = flattened(stored), flattened(asked)
     return [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old | new)
@@ -65,20 +66,6 @@ def _make_room_for_an_image(values: dict) -> str:
         f"sampler.max_tokens={stored} has no room for an image, which takes {span} positions; "
         f"{span} is used instead, --max-tokens changes it"
     )
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list | tuple):
-        items = enumerate(tree)
-    else:
-        return {prefix: tree}
-    return {
-        k: v
-        for name, leaf in items
-        for k, v in _flatten(leaf, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 def _build(kind: Any, value: Any) -> Any:
