@@ -57,6 +57,7 @@ def make_pictures(folder: Path, count: int, copies: int, width: int) -> None:
             os.link(picture, folder / name)
             line = {"file": name, "caption": f"a photograph of things, number {number}"}
             captions.append(json.dumps(line))
+        picture.unlink()
     (folder / "captions.jsonl").write_text("\n".join(captions))
 
 

@@ -27,9 +27,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from transfusion_jax.config import DataConfig, Experiment, ImageConfig, SourceConfig
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.sources import records
+from transfusion_jax.data.sources.dataset import FORMAT
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.host import keep_freed_memory
-from transfusion_jax.preparation.prepare import FORMAT
 
 IMAGE = ImageConfig(32, 32, 8, 2)
 THREADS = 4

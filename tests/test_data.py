@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from transfusion_jax.config import ImageConfig, SourceConfig
 from transfusion_jax.data import packing
@@ -244,6 +245,8 @@ def test_tokenizer_round_trip_and_marks(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     marks = [tokenizer.bos, tokenizer.eos, tokenizer.boi, tokenizer.eoi]
     assert len(set(marks)) == 4 and tokenizer.size == max(marks) + 1
+    pieces = SentencePieceProcessor(model_proto=tokenizer.model).get_piece_size()
+    assert (tokenizer.boi, tokenizer.eoi) == (pieces, pieces + 1)
     again = Tokenizer(tokenizer.model)
     assert again.encode("three plus four") == tokenizer.encode("three plus four")
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transfusion_jax.config import DiffusionConfig
+from transfusion_jax.config import DiffusionConfig, SamplerConfig
 from transfusion_jax.diffusion.prediction import PREDICTIONS, Epsilon
 from transfusion_jax.diffusion.process import Process, draw_training_noise, process
-from transfusion_jax.diffusion.sampler import Sampler, timesteps
+from transfusion_jax.diffusion.sampler import Sampler, sampler, timesteps
 from transfusion_jax.diffusion.schedule import SCHEDULES, Cosine, Flow
 
 COSINE = Cosine(1000)
@@ -168,6 +168,15 @@ def test_sampler_returns_the_data_distribution_for_the_optimal_predictor(eta, pa
     )
     np.testing.assert_allclose(samples.mean(0), mean, atol=0.04)
     np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.04)
+
+
+def test_ddim_adds_no_noise_and_ddpm_adds_all():
+    made = {
+        kind: sampler(SamplerConfig(kind=kind, steps=7), Process(COSINE, Epsilon()))
+        for kind in ("ddim", "ddpm")
+    }
+    assert (made["ddim"].eta, made["ddpm"].eta) == (0.0, 1.0)
+    assert made["ddim"].steps == 7
 
 
 def test_timesteps_end_at_the_clean_image():

@@ -147,6 +147,8 @@ def test_captions_are_right_to_the_letter_and_alone(measure_digits):
     ):
         assert measure_digits(read=wrong)["caption_accuracy"] == 0
     share = (knows.labels == 7).mean()
+    scores = measure_digits(read=lambda image: [c for c in knows.read(image) if "seven" in c])
+    assert scores["caption_accuracy"] == pytest.approx(share)  # the others did not come
     scores = measure_digits(read=lambda image: ["a handwritten seven"])
     assert scores["caption_accuracy"] == pytest.approx(share)
 

@@ -91,6 +91,18 @@ def test_published_codec_saved_as_ours_is_the_same(tmp_path):
     np.testing.assert_array_equal(again.encode(x)[0], codec.encode(x)[0])
 
 
+def test_models_see_latents_less_the_shift_times_the_scale(tmp_path):
+    config, tensors = published(scaling_factor=0.3611, shift_factor=0.1159)
+    codec = load_codec(publish(tmp_path, config, tensors))
+    picture = images(1, 16, 16, 3)[0]
+    mean = np.asarray(codec.encode(picture[None])[0][0])
+    seen = codec.image(picture)
+    np.testing.assert_allclose(seen, (mean - 0.1159) * 0.3611, rtol=1e-5, atol=1e-6)
+    decoded = np.asarray(codec.decode(mean[None])[0])
+    np.testing.assert_allclose(codec.picture(seen), decoded, atol=1e-4)
+    assert np.abs(decoded - codec.decode(seen[None])[0]).max() > 1e-2
+
+
 def test_old_names_and_convolutions_of_attention_load_the_same(tmp_path):
     config, tensors = published()
     new = load_codec(publish(tmp_path / "new", config, tensors))

@@ -127,7 +127,7 @@ FAULTS = (
         "autoencoder/codec.py",
         "image_hwc[None] / self.scale + self.shift",
         "image_hwc[None] * self.scale + self.shift",
-        "autoencoder",
+        "published",
     ),
     Fault(
         "codec gives variances",
@@ -141,7 +141,7 @@ FAULTS = (
         "autoencoder/published.py",
         "tensor.transpose(2, 3, 1, 0)",
         "tensor.transpose(3, 2, 1, 0)",
-        "autoencoder",
+        "published",
     ),
     Fault(
         "psnr of the range not its square",

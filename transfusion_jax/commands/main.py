@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
+    except MemoryError as error:
+        return _fail(f"memory is full: {error}", 1)
     except RuntimeError as error:
         if OUT_OF_MEMORY not in str(error):
             raise

@@ -69,7 +69,10 @@ class DataConfig:
         require(len(self.sources) > 0, "data.sources must name at least one source")
         self._check_weights()
         require(self.max_epochs > 0, f"data.max_epochs={self.max_epochs} must be positive")
-        require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
+        require(
+            1 < self.row_length < 2**31,
+            f"data.row_length={self.row_length} must be at least 2 and less than 2^31",
+        )
         require(self.batch_rows > 0, f"data.batch_rows={self.batch_rows} must be positive")
         require(0 < self.prefetch <= 1000, f"data.prefetch={self.prefetch} must be in 1..1000")
         for name in ("image_first", "caption_dropout", "image_dropout"):

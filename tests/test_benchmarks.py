@@ -1,0 +1,30 @@
+"""Every benchmark runs; what it measures is not looked at."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ARGUMENTS = {
+    "attention_blocks": "--rows 1 --length 512 --blocks 128 --heads 1 --kv-heads 1",
+    "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
+    "read_rows": "--rows 16 --pairs 64",
+    "scale": "--documents 40000 --starts 1",
+    "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
+}
+
+
+def test_all_benchmarks_are_run_here():
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_benchmark_runs(name, tmp_path):
+    if name == "attention_blocks":
+        pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    command = [sys.executable, BENCHMARKS / f"{name}.py", *ARGUMENTS[name].split()]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
