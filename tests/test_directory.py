@@ -1,4 +1,3 @@
-import dataclasses
 import json
 from dataclasses import replace
 
@@ -7,7 +6,8 @@ import pytest
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
 from transfusion_jax.config import Experiment
-from transfusion_jax.config.stored import _flatten, differences
+from transfusion_jax.config.fields import flattened
+from transfusion_jax.config.stored import differences
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.pretraining.run import open_run, stored
 from transfusion_jax.training import directory as directory_lib
@@ -101,7 +101,7 @@ def test_an_autoencoders_digest_used_to_be_a_string(tmp_path):
 
 @pytest.mark.parametrize("kind", [Experiment, AutoencoderExperiment])
 def test_resumable_fields_exist(kind):
-    names = list(_flatten(dataclasses.asdict(kind("name"))))
+    names = list(flattened(kind("name")))
     for beginning in kind.RESUMABLE:
         assert any(name.startswith(beginning) for name in names), beginning
 

@@ -98,6 +98,9 @@ def test_missing_drawings_count_as_wrong(measure_digits):
     assert scores["generation_accuracy"] == 0
     assert scores["drawn_spread"] is scores["nearest_training_drawn"] is None
     assert scores["real_spread"] > 0.3
+    broken = itertools.cycle([np.nan, np.inf, 0.0, 0.0])
+    scores = measure_digits(draw=lambda c: [x + np.float32(next(broken)) for x in knows.draw(c)])
+    assert scores["generation_accuracy"] == pytest.approx(0.5)
 
 
 def test_drawings_with_text_beside_them_count_as_wrong(measure_digits):

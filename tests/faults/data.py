@@ -178,4 +178,18 @@ FAULTS = (
         "pieces = stop // row_length - first + 1",
         "data",
     ),
+    Fault(
+        "a damaged plan of the right size is used",
+        "data/plans.py",
+        "if by_checksum and file_digest(file)",
+        "if False and file_digest(file)",
+        "prepare",
+    ),
+    Fault(
+        "blocks of a plan are numbered from 0",
+        "data/packing.py",
+        "document + np.uint32(first)",
+        "document",
+        "data",
+    ),
 )

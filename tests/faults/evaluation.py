@@ -61,9 +61,16 @@ FAULTS = (
     Fault(
         "what stands beside a picture is not looked at",
         "evaluation/answers.py",
-        "spans[0] if len(spans) == 1 and isinstance(spans[0], np.ndarray)",
-        "spans[0] if spans and isinstance(spans[0], np.ndarray)",
+        "if len(spans) != 1 or not isinstance(spans[0], np.ndarray):",
+        "if not spans or not isinstance(spans[0], np.ndarray):",
         "evaluation scene_suite",
+    ),
+    Fault(
+        "pictures of NaN are judged",
+        "evaluation/answers.py",
+        "np.isfinite(spans[0]).all()",
+        "True",
+        "evaluation",
     ),
     Fault(
         "what stands beside a text is not looked at",

