@@ -59,6 +59,12 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monke
     assert resumed.seconds > outcome.seconds
 
 
+def test_seconds_of_training_are_added_over_restarts(tmp_path):
+    run = line.open_run(LINE, tmp_path / "line", lambda said: None)
+    run = replace(run, directory=replace(run.directory, train_seconds=1000.0))
+    assert 1000 < train(run, lambda said: None).seconds < 1100
+
+
 def test_step_s_reads_batch_s(tmp_path, monkeypatch):
     """Counted from 0, also after a restart."""
     batches = line.points(LINE)

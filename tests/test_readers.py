@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from transfusion_jax.images import decode
+from transfusion_jax.images import decode, from_uint8
 from transfusion_jax.preparation.readers import texts
 from transfusion_jax.preparation.readers.inputs import find_inputs
 from transfusion_jax.preparation.readers.listing import list_files
@@ -678,6 +678,12 @@ def test_the_orientation_of_the_camera_is_applied(orientation):
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
     np.testing.assert_array_equal(shown(data, channels=1)[..., 0], pixels)
+
+
+def test_pixels_are_from_minus_one_to_one():
+    np.testing.assert_allclose(
+        from_uint8(np.array([0, 51, 255], np.uint8)), [-1, -0.6, 1], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

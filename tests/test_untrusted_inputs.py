@@ -86,7 +86,11 @@ def test_nothing_outside_the_folder_is_read(folder, model, monkeypatch):
     os.symlink(folder.parent, folder.parent / "up")
     os.symlink("a.png", folder / "inside.png")
     (folder / "sub").mkdir()
-    outside = ["../secret.txt", "../secret.png", str(folder.parent / "secret.png"), "/etc/hostname",
+    beside = folder.with_name(folder.name + "2")  # its path begins with that of the folder
+    beside.mkdir()
+    (beside / "secret.png").write_bytes(png())
+    outside = [str(beside / "secret.png"), "../secret.txt",
+               "../secret.png", str(folder.parent / "secret.png"), "/etc/hostname",
                "link.png", "sub/../../secret.png", "../up/secret.png", "/proc/self/environ",
                "/dev/zero"]  # fmt: skip
     lines = [{"file": name, "caption": "x"} for name in outside]

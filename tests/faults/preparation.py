@@ -8,7 +8,7 @@ FAULTS = (
         "preparation/splits.py",
         "sides.pop() if len(sides) == 1 else STRADDLING",
         "min(sides)",
-        "prepare",
+        "sources",
     ),
     Fault(
         "held out share is that of training",
@@ -64,7 +64,7 @@ FAULTS = (
         "images.py",
         "np.float32(127.5) - np.float32(1.0)",
         "np.float32(128) - np.float32(1.0)",
-        "readers prepare",
+        "readers",
     ),
     Fault(
         "transparent becomes black",
@@ -92,7 +92,7 @@ FAULTS = (
         "preparation/readers/folder.py",
         "os.path.commonpath([root, path]) == root",
         "path.startswith(root)",
-        "readers",
+        "untrusted_inputs",
     ),
     Fault(
         "second picture of a sample left out",
@@ -113,7 +113,7 @@ FAULTS = (
         "preparation/readers/folder.py",
         "if size > max_bytes:",
         "if size > max_bytes * 2:",
-        "readers",
+        "untrusted_inputs",
     ),
     Fault(
         "split of held out documents not in the index",
