@@ -7,6 +7,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning import topology as topology_lib
-from transfusion_jax.planning.plan import Memory, _bytes_asked_for, make_plan
+from transfusion_jax.planning.plan import Memory, Plan, _bytes_asked_for, make_plan
 from transfusion_jax.planning.program import read_program
 from transfusion_jax.planning.rows import Rows, model_flops, row_work, rows_of, sample_rows
 from transfusion_jax.planning.search import microbatch_counts, remedies, search
@@ -290,6 +291,12 @@ TOO_MUCH = (
     "--model.attention",
     "dense",
 )
+
+
+@pytest.mark.parametrize(("peak", "fits"), [(100, True), (101, False)])
+def test_all_that_a_step_holds_must_fit(peak, fits):
+    memory = Memory(arguments=60, temporaries=peak - 60, peak=peak, memory=100)
+    assert Plan.fits.fget(SimpleNamespace(costs=object(), memory=memory)) is fits
 
 
 @needs_libtpu

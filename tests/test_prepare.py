@@ -35,6 +35,7 @@ from transfusion_jax.preparation.ledger import ShardLedger, add_up, index_entrie
 from transfusion_jax.preparation.prepare import Preparation, PreparationFailed, parse_part, prepare
 from transfusion_jax.preparation.readers.raw import Rejected
 from transfusion_jax.preparation.shards import ENCODED
+from transfusion_jax.preparation.splits import split_of
 
 PICTURES = 60
 SHARD_BYTES = 6700  # which makes 13 shards of the 89 items
@@ -659,6 +660,21 @@ def test_an_autoencoder_that_does_not_fit_is_refused(settings, autoencoder, tmp_
     with pytest.raises(ValueError, match="no such directory"):
         run(replace(settings, autoencoder=str(tmp_path / "nowhere")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --- splits ---
+
+
+def test_a_document_is_where_all_its_pictures_are_or_nowhere():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (400, 16, 16, 3), np.uint8)
+    sides = [split_of(["a caption", picture], 0.25) for picture in pictures]
+    assert set(sides) == {records.TRAIN, records.HELD_OUT}
+    assert 0.18 < np.mean(np.equal(sides, records.HELD_OUT)) < 0.32
+    for i in range(0, 400, 2):
+        both = split_of([pictures[i], "make it red", pictures[i + 1]], 0.25)
+        expected = sides[i] if sides[i] == sides[i + 1] else records.STRADDLING
+        assert both == expected
 
 
 # --- from prepared data to rows ---
