@@ -66,13 +66,15 @@ def save_plan(made: Plan, fingerprint: str, folder: Path) -> None:
         for name, array in arrays.items():
             with atomic_path(partial / f"{name}.npy") as path, path.open("wb") as file:
                 np.save(file, array)
+        sizes = {name: (partial / f"{name}.npy").stat().st_size for name in arrays}
+        verified = arrays if sum(sizes.values()) <= VERIFIED else ()
         content = {
             "fingerprint": fingerprint,
             "in_rows": made.in_rows,
             "positions": made.positions,
             "rejected": list(made.rejected),
-            "bytes": {name: (partial / f"{name}.npy").stat().st_size for name in arrays},
-            "sha256": {name: file_digest(partial / f"{name}.npy") for name in arrays},
+            "bytes": sizes,
+            "sha256": {name: file_digest(partial / f"{name}.npy") for name in verified},
         }
         write_atomic(partial / "plan.json", json.dumps(content, indent=2).encode())
         shutil.rmtree(folder, ignore_errors=True)
