@@ -21,18 +21,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from read_rows import IMAGE, write_shard
 
-from transfusion_jax.config import DataConfig, Experiment, ImageConfig, SourceConfig
+from transfusion_jax.config import DataConfig, Experiment, SourceConfig
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.dataset import FORMAT, ImageStatistics, file_digest, open_dataset
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.preparation.finish import write_index
 
-IMAGE = ImageConfig(32, 32, 8, 2)
-STORED = (2, *IMAGE.shape)  # float16: a latent's mean and standard deviation
-SHARD = (1 << 30) // (2 * int(np.prod(STORED)))  # documents of a shard of 1 GiB
+SHARD = (1 << 30) // (2 * 2 * int(np.prod(IMAGE.shape)))  # documents of a shard of 1 GiB
 HELD_OUT = 0.001
 GIB = 1 << 30
 
@@ -59,7 +57,8 @@ def write_dataset(folder: Path, documents: int) -> None:
     shards = [{"name": f"{k:06}.arrayrecord", "documents": SHARD} for k in range(count)]
     shards[-1]["documents"] = documents - SHARD * (count - 1)
     first = folder / "shards" / shards[0]["name"]
-    write_shard(first, lengths, records.id_type(tokenizer.size))
+    posteriors = np.abs(rng.standard_normal((64, 2, *IMAGE.shape), np.float32)).astype(np.float16)
+    write_shard(first, lengths, posteriors, tokenizer, rng)
     for shard in shards:
         if shard is not shards[0]:
             os.link(first, folder / "shards" / shard["name"])
@@ -86,19 +85,6 @@ def write_dataset(folder: Path, documents: int) -> None:
         },
     }
     (folder / "dataset.json").write_text(json.dumps(info))
-
-
-def write_shard(path: Path, lengths: np.ndarray, ids: np.dtype) -> None:
-    """Pairs with captions of these lengths."""
-    rng = np.random.default_rng(1)
-    posteriors = np.abs(rng.standard_normal((64, *STORED), np.float32)).astype(np.float16)
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-    for number, length in enumerate(lengths):
-        image = (records.IMAGE, posteriors[number % len(posteriors)])
-        writer.write(
-            records.encode(records.Record((rng.integers(256, size=length),), (image,)), ids)
-        )
-    writer.close()
 
 
 def entries(lengths: np.ndarray, documents: int) -> Iterator[np.ndarray]:

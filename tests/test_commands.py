@@ -288,3 +288,22 @@ def test_tables_keep_names_and_values_apart():
         "  none                                       None",
     ]
     assert table({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 9 TiB"), "memory is full: Unable to allocate 9 TiB"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand details"),
+            "the memory of a device is full: RESOURCE_EXHAUSTED: Out of memory",
+        ),
+    ],
+)
+def test_full_memory_is_one_line(monkeypatch, capsys, error, message):
+    def work(arguments: argparse.Namespace) -> int:
+        raise error
+
+    running(monkeypatch, work)
+    assert main(("evaluate", "x")) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"

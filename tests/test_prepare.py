@@ -691,7 +691,9 @@ def test_rows_hold_every_training_document(uninterrupted, experiment):
         chosen = dataset.numbers(split)
         pictures = sum(int((row.image_start_BM < 256).sum()) for row in packed.once(1))
         assert pictures == dataset.index.images[chosen].sum()
-    for file in (uninterrupted / "plans").glob("*/*/document.npy"):  # damaged, of the same size
+    files = list((uninterrupted / "plans").glob("*/*/document.npy"))
+    assert len(files) == 2  # of training and held-out data
+    for file in files:  # damaged, of the same size
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)

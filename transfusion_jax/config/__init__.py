@@ -8,6 +8,7 @@
 | `data.py` | sources, their mixture, rows, the tokenizer |
 | `training.py` | optimizer, device mesh, the run |
 | `presets.py` | the paper's settings |
+| `fields.py` | the fields by dotted name, and checks of all of them |
 | `stored.py` | an experiment as JSON, and what may change when a run is resumed |
 """
 
