@@ -4,6 +4,7 @@ All that is its own: a config, a state (the common one), a step, its data, its d
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from transfusion_jax.training.update import (
     updated,
     updates_made,
 )
+from transfusion_jax.training.watchdog import Watch
 
 ROWS = 8
 
@@ -42,6 +44,7 @@ class TrainConfig:
     log_every: int = 1
     checkpoint_every: int = 5
     keep_checkpoints: int = 9
+    failed_save: str = "continue"
     max_skipped_steps: int = 3
 
 
@@ -55,6 +58,12 @@ class Line:
     colour: str = "red"
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=0.5, warmup_steps=2, weight_decay=0)
     train: TrainConfig = TrainConfig()
+
+
+def signal_at(step: int | None) -> Callable[[Watch], str | None]:
+    """A `Watch.moved` for a run from step 0 on that a signal reaches in this step."""
+    calls = itertools.count()  # the first is before any step
+    return lambda watch: "SIGTERM" if next(calls) == step else None
 
 
 def parameters() -> nnx.State:

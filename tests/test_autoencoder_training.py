@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import line
 import numpy as np
 import pytest
 from flax import nnx
@@ -30,7 +31,7 @@ from transfusion_jax.metrics.psnr import psnr
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.training.checkpoint import load_average
 from transfusion_jax.training.metrics import read_metrics
-from transfusion_jax.training.watchdog import StopSignal
+from transfusion_jax.training.watchdog import Watch
 
 ONE = MeshConfig(data=1)
 STEPS, GAN_START = 8, 3
@@ -117,7 +118,7 @@ def test_the_codec_of_a_run_is_its_average_and_reads_back(tiny, trained):
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, trained, tmp_path, monkeypatch):
     said = []
     with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "requested", lambda self, step: "SIGTERM" if step == 5 else None)
+        patch.setattr(Watch, "moved", line.signal_at(5))
         assert train_autoencoder(open_run(tiny, tmp_path / "run", said.append), said.append) is None
     assert "stopped by SIGTERM at step 5" in said[-1]
     summary = train_autoencoder(open_run(tiny, tmp_path / "run", said.append), said.append)

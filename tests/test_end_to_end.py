@@ -122,7 +122,8 @@ def test_sigterm_saves_and_exits_cleanly(workplace):
     process = start("train", path / "tiny.py", "--run-dir", run_dir)
     wait_for_step(run_dir, 25, process)
     process.send_signal(signal.SIGTERM)
-    said = finish(process)
+    said, err = process.communicate()
+    assert process.returncode == 42, err
     assert "stopped by SIGTERM at step" in said
     last = logged(run_dir)[-1]["step"]
     assert 25 <= last < 120 and (run_dir / "checkpoints" / str(last)).is_dir()

@@ -13,7 +13,7 @@ from transfusion_jax.training.checkpoint import Checkpoints
 from transfusion_jax.training.loop import train
 from transfusion_jax.training.metrics import read_metrics
 from transfusion_jax.training.monitor import Monitor
-from transfusion_jax.training.watchdog import StopSignal, TrainingFailed
+from transfusion_jax.training.watchdog import TrainingFailed, Watch
 
 LINE = line.Line()
 
@@ -48,7 +48,7 @@ def test_a_run_learns_logs_saves_and_says_so(uninterrupted):
 
 def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "requested", lambda self, step: "SIGTERM" if step == 7 else None)
+        patch.setattr(Watch, "moved", line.signal_at(7))
         outcome, said = trained(tmp_path / "line")
     assert outcome.stopped_by == "SIGTERM" and int(outcome.state.step) == 7
     assert said[-1].startswith("stopped by SIGTERM at step 7, saved")
@@ -77,7 +77,7 @@ def test_step_s_reads_batch_s(tmp_path, monkeypatch):
             seen.append(int(state.step))
             return run.step(state, batch)
 
-        monkeypatch.setattr(StopSignal, "requested", lambda self, step, stop=stop: step == stop)
+        monkeypatch.setattr(Watch, "moved", line.signal_at(stop))
         train(replace(run, step=step), lambda said: None)
     assert seen == list(range(12))
 
@@ -146,7 +146,8 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkey
     def full(self, state, progress):
         if int(state.step) < 12:
             return save(self, state, progress)
-        self._failed(12, OSError(28, "No space left on device"))
+        self.wait()
+        self._failed(12, "No space left on device")
 
     monkeypatch.setattr(Checkpoints, "save", full)
     said = []

@@ -1,12 +1,17 @@
 """What goes wrong, by whose fault: the exit code of the command line follows from the type.
 
 A ValueError is bad input, explained in one line (exit code 2). A WorkFailed is work that ran and
-failed (exit code 1).
+failed (exit code 1). A ComeAgain is work that was stopped, and continues when the same command is
+started again (exit code 42).
 """
 
 
 class WorkFailed(Exception):
     """The work ran and failed; the message says all there is to say."""
+
+
+class ComeAgain(WorkFailed):
+    """The work was stopped; the same command continues it."""
 
 
 def require(condition: bool, message: str) -> None:

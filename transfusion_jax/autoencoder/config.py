@@ -8,7 +8,7 @@ L1 + LPIPS + 0.5 GAN + 0.2 ID + 1e-6 KL.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from transfusion_jax.config import MeshConfig, OptimizerConfig
+from transfusion_jax.config import MeshConfig, OptimizerConfig, ProcessesConfig
 from transfusion_jax.config.fields import require_finite, require_seed
 from transfusion_jax.errors import require
 
@@ -154,6 +154,9 @@ class AutoencoderTrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
     """Latest checkpoints to keep."""
+    failed_save: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be saved does to the run: "continue" with training (the next
+    one may succeed), or "stop"."""
     sample_every: int = 1000
     """Steps between written grids of reconstructions."""
     max_skipped_steps: int = 10
@@ -179,9 +182,11 @@ class AutoencoderExperiment:
 
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         "mesh.",
+        "processes.",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.failed_save",
         "train.sample_every",
     )
     """Prefixes of the fields that may change when a run is resumed."""
@@ -197,6 +202,7 @@ class AutoencoderExperiment:
     )
     train: AutoencoderTrainConfig = AutoencoderTrainConfig()
     mesh: MeshConfig = MeshConfig()
+    processes: ProcessesConfig = ProcessesConfig()
 
     def __post_init__(self):
         require_finite(self)

@@ -1,7 +1,7 @@
 """The command line: parser, dispatch, exit codes.
 
-0: success. 1: the work ran and failed, or the verdict is no. 2: bad input. Errors are one line on
-standard error.
+0: success. 1: the work ran and failed, or the verdict is no. 2: bad input. 42: stopped but saved;
+the same command continues. Errors are one line on standard error.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transfusion_jax.commands.bad_input import BadInput, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import load_experiment
 from transfusion_jax.commands.help import help_text
-from transfusion_jax.errors import WorkFailed
+from transfusion_jax.errors import ComeAgain, WorkFailed
 from transfusion_jax.host import keep_freed_memory
 
 COMMANDS: dict[str, Command] = {
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(arguments)
     except BadInput as error:
         return _fail(str(error), 2)
+    except ComeAgain as error:
+        return _fail(str(error), 42)
     except WorkFailed as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -83,7 +85,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         prog="transfusion-jax",
         description="Pretrains one transformer that reads, writes, sees and draws. "
         "`transfusion-jax COMMAND --help` explains a command.",
-        epilog="Exit codes: 0 success, 1 the work ran and failed, 2 bad input.",
+        epilog="Exit codes: 0 success, 1 the work ran and failed, 2 bad input, 42 stopped but "
+        "saved: the same command continues.",
         allow_abbrev=False,
     )
     choices = parser.add_subparsers(
@@ -122,5 +125,9 @@ def _help(parser: argparse.ArgumentParser, command: Command, words: Sequence[str
 
 
 def _fail(message: str, code: int) -> int:
+    """Says what went wrong. One of several processes ends here: an ordinary exit would wait."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    processes = sys.modules.get("transfusion_jax.parallel.processes")
+    if processes and processes.joined():
+        processes.leave(code)
     return code

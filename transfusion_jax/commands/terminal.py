@@ -11,6 +11,14 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def say_leading(line: str) -> None:
+    """As `say`, in the process that leads; the others are silent."""
+    from transfusion_jax.parallel.processes import is_leader
+
+    if is_leader():
+        say(line)
+
+
 def note(line: str) -> None:
     """Prints a line to standard error, where standard output is the result of the command."""
     print(line, file=sys.stderr, flush=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 from transfusion_jax.commands.bad_input import user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import add_experiment, asked_experiment
-from transfusion_jax.commands.terminal import say, table
+from transfusion_jax.commands.joining import add_processes, join_processes
+from transfusion_jax.commands.terminal import say, say_leading, table
 from transfusion_jax.config import Experiment
 
 
@@ -19,33 +20,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the run is kept; one that is already there is resumed "
         "(default: runs/<name of the experiment>)",
     )
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.evaluation.suite import check_experiment
     from transfusion_jax.evaluation.summary import summarise
+    from transfusion_jax.parallel.processes import is_leader
     from transfusion_jax.pretraining.run import open_run
     from transfusion_jax.training.loop import train
+    from transfusion_jax.training.watchdog import AGAIN, Watch
 
-    with user_input():
-        experiment = asked_experiment(arguments)
-        check_experiment(experiment)
-        directory = arguments.run_dir or Path("runs") / experiment.name
-        opened = open_run(experiment, directory, say)
-    outcome = train(opened, say)
-    if outcome.stopped_by:
-        return 0
+    with Watch() as watch:
+        with user_input():
+            experiment = asked_experiment(arguments)
+            check_experiment(experiment)
+            directory = arguments.run_dir or Path("runs") / experiment.name
+            join_processes(arguments, experiment.processes)
+            watch.against_stalls(experiment.processes.stall_timeout, directory)
+            opened = open_run(experiment, directory, say_leading)
+        outcome = train(opened, say_leading, watch)
+        if outcome.stopped_by:
+            return AGAIN
+        seconds = outcome.seconds
+        del outcome, opened  # evaluation needs the averaged weights only
+        with user_input():
+            summary = summarise(directory, seconds, say_leading, watch.check)
+    if is_leader():
+        _report(directory, summary)
+    return 0
 
-    seconds = outcome.seconds
-    del outcome, opened  # evaluation needs the averaged weights only
-    with user_input():
-        summary = summarise(directory, seconds, say)
+
+def _report(directory: Path, summary: dict) -> None:
     samples = directory / "samples"
     say(table(summary))
     say(f"pictures  {', '.join(map(str, sorted(samples.glob('*.png'))))}")
     say(f"curve     {directory / 'metrics.jsonl'}")
     say(f"numbers   {directory / 'summary.json'}")
-    return 0
 
 
 COMMAND = Command(

@@ -7,6 +7,7 @@
 | `diffusion.py` | corruption in training, and sampling |
 | `data.py` | sources, their mixture, rows, the tokenizer |
 | `training.py` | optimizer, device mesh, the run |
+| `processes.py` | how several processes find and watch one another |
 | `presets.py` | the paper's settings |
 | `fields.py` | the fields by dotted name, and checks of all of them |
 | `stored.py` | an experiment as JSON, and what may change when a run is resumed |
@@ -17,6 +18,7 @@ from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
 from transfusion_jax.config.experiment import Experiment
 from transfusion_jax.config.model import ImageConfig, ModelConfig
 from transfusion_jax.config.presets import TABLE_2, paper
+from transfusion_jax.config.processes import ProcessesConfig
 from transfusion_jax.config.training import MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PhaseConfig",
+    "ProcessesConfig",
     "SamplerConfig",
     "SourceConfig",
     "TokenizerConfig",

@@ -14,6 +14,7 @@ from transfusion_jax.config.data import DataConfig, TokenizerConfig
 from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
 from transfusion_jax.config.fields import require_finite, require_seed
 from transfusion_jax.config.model import ImageConfig, ModelConfig
+from transfusion_jax.config.processes import ProcessesConfig
 from transfusion_jax.config.training import MeshConfig, OptimizerConfig, TrainConfig
 from transfusion_jax.errors import require
 
@@ -24,6 +25,7 @@ class Experiment:
 
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         "mesh.",
+        "processes.",
         "model.remat",
         "model.attention",
         "data.prefetch",
@@ -32,6 +34,7 @@ class Experiment:
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.failed_save",
         "sampler.",
     )
     """Prefixes of the fields that may change when a run is resumed."""
@@ -47,6 +50,7 @@ class Experiment:
     train: TrainConfig = TrainConfig()
     sampler: SamplerConfig = SamplerConfig()
     mesh: MeshConfig = MeshConfig()
+    processes: ProcessesConfig = ProcessesConfig()
     evaluation: tuple[str, ...] = ()
     """Suites run after the last step (names in `evaluation/suite.py`)."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from transfusion_jax.errors import require
 
@@ -96,6 +97,9 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
     """Latest checkpoints to keep."""
+    failed_save: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be saved does to the run: "continue" with training (the next
+    one may succeed), or "stop"."""
     max_skipped_steps: int = 10
     """Training stops after this many steps in a row with non-finite gradients."""
 

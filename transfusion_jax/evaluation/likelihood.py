@@ -36,6 +36,7 @@ def likelihood(engine: Engine, samples: Path, rows: int | None) -> dict:
     text, texts, image_count = 0.0, 0.0, 0.0
     images = np.zeros(len(edges) - 1)
     for number, batch in enumerate(data.once(BATCH, rows)):
+        engine.moved()
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), number)
         text_sum, image_sums, weights = jax.device_get(losses(engine.parameters, batch, key))
         text, images = text + text_sum, images + image_sums

@@ -1,5 +1,7 @@
 """Evaluation suites by name."""
 
+import contextlib
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from transfusion_jax.data.sources.scenes.scene import SIDES
 from transfusion_jax.errors import require
 from transfusion_jax.evaluation import comparisons, digits, likelihood, pairs, scenes, sums
 from transfusion_jax.generation.engine import Engine
+from transfusion_jax.parallel.processes import is_leader
 
 ROWS = 512
 """Held-out rows that a suite reads, unless asked for more."""
@@ -91,6 +94,19 @@ def evaluate(
 
     Suites leave their pictures in `samples`, and read at most `rows` held-out rows (None: all).
     """
+    with contextlib.ExitStack() as stack:
+        if not is_leader():  # one process leaves pictures
+            samples = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return _evaluate(engine, names, samples, report, rows)
+
+
+def _evaluate(
+    engine: Engine,
+    names: Sequence[str],
+    samples: Path,
+    report: Callable[[str], None],
+    rows: int | None,
+) -> dict:
     samples.mkdir(parents=True, exist_ok=True)
     metrics = {"parameters": sum(x.size for x in jax.tree.leaves(engine.parameters))}
     for name in names:

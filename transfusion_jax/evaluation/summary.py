@@ -1,25 +1,36 @@
 """What a finished run says of itself: metrics and pictures of its averaged weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from transfusion_jax.evaluation.curves import curves
 from transfusion_jax.evaluation.suite import check_suites, evaluate
 from transfusion_jax.files import write_json
-from transfusion_jax.generation.engine import load_engine
+from transfusion_jax.generation.engine import load_engine, nothing
+from transfusion_jax.parallel.processes import is_leader
 
 
-def summarise(directory: Path, train_seconds: float, report: Callable[[str], None]) -> dict:
+def summarise(
+    directory: Path,
+    train_seconds: float,
+    report: Callable[[str], None],
+    moved: Callable[[], None] = nothing,
+) -> dict:
     """Evaluates a trained run by its own suites; writes `summary.json` and `samples/`.
+
+    `moved()` is called between batches; what it raises ends the evaluation.
 
     Raises:
       ValueError: a suite cannot measure this model.
     """
     engine, step = load_engine(directory, report)
+    engine = replace(engine, moved=moved)
     names, samples = engine.experiment.evaluation, directory / "samples"
     check_suites(engine, names)
     metrics = evaluate(engine, names, samples, report)
-    curves(directory, samples / "curves.png")
     summary = {**metrics, "steps": step, "train_seconds": round(train_seconds, 1)}
-    write_json(directory / "summary.json", summary)
+    if is_leader():
+        curves(directory, samples / "curves.png")
+        write_json(directory / "summary.json", summary)
     return summary

@@ -33,6 +33,10 @@ Span = str | np.ndarray
 """A text, or a picture [H, W, C] in [-1, 1]."""
 
 
+def nothing() -> None:
+    """Does nothing."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """A model ready to generate. Everything is a function of (parameters, requests, seed)."""
@@ -43,6 +47,8 @@ class Engine:
     parameters: dict
     codec: Codec | None = None
     """The autoencoder of a run on latents; None: images are pixels."""
+    moved: Callable[[], None] = nothing
+    """Called between the parts of longer work; what it raises ends that."""
 
     def generate(self, requests: Sequence[Request], seed: int = 0) -> list[list[Span]]:
         """Continues every request, as one batch; returns the new spans of each.
@@ -66,6 +72,7 @@ class Engine:
         rows = self._start(self.parameters, batch, length_B, key_B, capacity=capacity)
         limit_B = length_B + budget
         while (status_B := np.asarray(rows.status_B)).min() < DONE:
+            self.moved()
             if TEXT in status_B:
                 rows, tokens_BT = self._write_text(self.parameters, rows, limit_B, budget=budget)
                 for row, tokens in enumerate(np.asarray(tokens_BT)):

@@ -11,8 +11,6 @@ import itertools
 import json
 from pathlib import Path
 
-import jax
-
 from transfusion_jax.config import Experiment
 from transfusion_jax.config import stored as stored_config
 from transfusion_jax.data.pipeline import Data
@@ -21,6 +19,7 @@ from transfusion_jax.data.sources.source import LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.files import write_atomic
 from transfusion_jax.parallel.mesh import make_mesh, process_rows
+from transfusion_jax.parallel.processes import check_collectives, is_leader
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
@@ -44,6 +43,7 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
       CheckpointError: the run has checkpoints, and none can be read.
     """
     mesh = make_mesh(experiment.mesh)
+    check_collectives(mesh)
     process_rows(batch_sharding(mesh), experiment.data.batch_rows)
     planned = blueprint(experiment, mesh)
     check_directory(experiment, directory)
@@ -99,7 +99,7 @@ def _ledger(data: Data, opened: RunDirectory) -> dict[str, dict]:
     if opened.state is not None and path.exists():
         return json.loads(path.read_text())
     ledger = data.ledger()
-    if jax.process_index() == 0:
+    if is_leader():
         write_atomic(path, (json.dumps(ledger, indent=2) + "\n").encode())
     return ledger
 

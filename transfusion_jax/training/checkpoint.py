@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +24,23 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax import Array
 
-from transfusion_jax.errors import WorkFailed
+from transfusion_jax.errors import ComeAgain, WorkFailed
+from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.state import AnyState
 
 Report = Callable[[str], None]
 FULL = os.strerror(errno.ENOSPC)
 
 
+RETRIES = (1.0, 5.0)  # seconds before a checkpoint that could not be read is read again
+
+
 class CheckpointError(WorkFailed):
-    """No checkpoint of a run can be read, or the last one could not be written."""
+    """No checkpoint of a run can be read, or one that must be could not be written."""
+
+
+class CheckpointUnreadable(ComeAgain):
+    """A checkpoint could not be read now; nothing says that it is damaged."""
 
 
 @jax.jit
@@ -46,16 +55,21 @@ def checksum(tree: Any) -> Array:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; the newest `keep` stay."""
+    """The checkpoints of one run directory; the newest `keep` stay.
 
-    def __init__(self, directory: Path, keep: int, report: Report):
+    With several processes, all of them call every method together, and what one of them finds holds
+    for all.
+    """
+
+    def __init__(self, directory: Path, keep: int, report: Report, failed_save: str = "continue"):
         _quieten_orbax()
         self._directory = directory
         self._keep = keep
+        self._failed_save = failed_save
         self._report = report
         directory.mkdir(parents=True, exist_ok=True)
         self._manager = self._open()
-        self._saving: tuple[int, ocp.AsyncResponse] | None = None
+        self._saving: tuple[int, ocp.AsyncResponse | Exception] | None = None
         self._saved = True  # whether the last save succeeded
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -70,8 +84,14 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._manager.checkpoints]
 
     def save(self, state: AnyState, progress: dict[str, Any]) -> None:
-        """Starts writing in the background. A write that fails is reported, not raised."""
-        self.wait()
+        """Starts writing in the background. A write that fails is reported, at the latest when
+        something waits for it.
+
+        Raises:
+          CheckpointError: the write before failed, and `failed_save` is "stop".
+        """
+        if not self.wait() and self._failed_save == "stop":
+            raise CheckpointError("stopped, as train.failed_save='stop' says")
         step = int(state.step)
         parts = _parts(state)
         sums = {name: int(checksum(part)) for name, part in parts.items()}
@@ -80,19 +100,21 @@ class Checkpoints:
                 step, {**parts, "progress": {**progress, "checksum": sums}}, force=True
             )
             self._saving = step, response
-            self._saved = True
         except Exception as error:  # a full disk shows here or in the background, as many types
-            self._failed(step, error)
+            self._saving = step, error
+            if jax.process_count() == 1:  # several have to hear of it at the same point
+                self.wait()
 
     def wait(self) -> bool:
         """Waits for the write in progress; False if the last save failed."""
         if self._saving is not None:
             step, response = self._saving
             self._saving = None
-            try:
-                response.result()
-            except Exception as error:
-                self._failed(step, error)
+            found = response if isinstance(response, Exception) else _failure(response.result)
+            failures = [line for line in gathered(None if found is None else _line(found)) if line]
+            self._saved = True
+            if failures:
+                self._failed(step, failures[0])
         return self._saved
 
     def restore(self, abstract: AnyState) -> tuple[AnyState, dict[str, Any]] | None:
@@ -102,17 +124,16 @@ class Checkpoints:
         is used.
 
         Raises:
-          CheckpointError: there are checkpoints, but none can be read.
+          CheckpointError: there are checkpoints, but all are damaged.
+          CheckpointUnreadable: one could not be read, which may pass.
         """
         damaged = []
-        for step in reversed(self.steps):
+        for step in reversed(gathered(self.steps)[0]):
             try:
-                parts = _load(self._manager, step, _parts(abstract))
-            except Exception as error:  # every kind of damage raises something else
+                parts = _load(self._directory / str(step), _parts(abstract))
+            except Damaged as error:
                 damaged.append(step)
-                self._report(
-                    f"checkpoint {self._directory / str(step)} is damaged ({_line(error)})"
-                )
+                self._report(f"checkpoint {self._directory / str(step)} is damaged ({error})")
                 continue
             for bad in damaged:
                 self._set_aside(bad)
@@ -132,25 +153,29 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         target = self._directory.parent / "damaged" / str(step)
-        if jax.process_index() == 0:
+        if is_leader():
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             shutil.move(self._directory / str(step), target)
+        gathered(None)  # the others wait
         self._manager.reload()
 
-    def _failed(self, step: int, error: Exception) -> None:
+    def _failed(self, step: int, why: str) -> None:
         self._saved = False
         with contextlib.suppress(Exception):  # it raises the same error again
             self._manager.close()
-        for partial in self._directory.glob("*tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        gathered(None)  # all have closed
+        if is_leader():
+            for partial in self._directory.glob("*tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+        gathered(None)
         self._manager = self._open()
         kept = (
             f"the last good one is step {self.steps[-1]}"
             if self.steps
             else "there is no earlier one"
         )
-        self._report(f"could not save checkpoint {step} ({_line(error)}); {kept}")
+        self._report(f"could not save checkpoint {self._directory / str(step)} ({why}); {kept}")
 
 
 def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, Any]:
@@ -164,13 +189,14 @@ def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, A
     if not directory.exists():
         raise ValueError(f"there is no checkpoint in {directory} yet")
     with ocp.training.Checkpointer(directory.absolute()) as manager:
-        for checkpoint in reversed(manager.checkpoints):
-            try:
-                return checkpoint.step, _load(manager, checkpoint.step, {"ema": abstract})["ema"]
-            except Exception as error:  # every kind of damage raises something else
-                report(f"checkpoint {directory / str(checkpoint.step)} is damaged ({_line(error)})")
-        if manager.checkpoints:
-            raise CheckpointError(f"no checkpoint in {directory} can be read")
+        steps = gathered([checkpoint.step for checkpoint in manager.checkpoints])[0]
+    for step in reversed(steps):
+        try:
+            return step, _load(directory / str(step), {"ema": abstract})["ema"]
+        except Damaged as error:
+            report(f"checkpoint {directory / str(step)} is damaged ({error})")
+    if steps:
+        raise CheckpointError(f"no checkpoint in {directory} can be read")
     raise ValueError(f"there is no checkpoint in {directory} yet")
 
 
@@ -186,14 +212,75 @@ def _parts(state: AnyState) -> dict[str, Any]:
     return {"counters": counters, **trees}
 
 
-def _load(
-    manager: ocp.training.Checkpointer, step: int, abstract: dict[str, Any]
-) -> dict[str, Any]:
-    parts = manager.load_checkpointables(step, {**abstract, "progress": None})
+class Damaged(Exception):
+    """A checkpoint cannot be decoded, or not to what was saved; the message says why."""
+
+
+def _load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint, as all processes agree that it can be read and is what was saved.
+
+    Each process reads by itself first, so that none waits for another that cannot read.
+
+    Raises:
+      Damaged: some process finds it damaged.
+      CheckpointUnreadable: some process cannot read it, again and again.
+    """
+    parts: dict[str, Any] = {}
+
+    def load() -> None:
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        with ocp.Context(multiprocessing_options=alone):
+            parts.update(ocp.load_checkpointables(path.absolute(), {**abstract, "progress": None}))
+
+    error = _failure(load)
+    for seconds in RETRIES:
+        if error is None or not _may_pass(error):
+            break
+        time.sleep(seconds)
+        error = _failure(load)
+    found = gathered(None if error is None else [_may_pass(error), _line(error)])
+    for process, problem in enumerate(found):
+        if problem and problem[0]:
+            raise CheckpointUnreadable(
+                f"process {process} cannot read checkpoint {path} ({problem[1]}); nothing was "
+                "changed; the same command tries again"
+            )
+    for problem in filter(None, found):
+        raise Damaged(problem[1])
     for name in abstract:
         if int(checksum(parts[name])) != int(np.asarray(parts["progress"]["checksum"][name])):
-            raise ValueError(f"the checksum of its {name} is wrong")
+            raise Damaged(f"the checksum of its {name} is wrong")
     return parts
+
+
+def _failure(function: Callable[[], Any]) -> Exception | None:
+    """The error that a call raises."""
+    try:
+        function()
+    except Exception as error:  # every kind of damage raises something else
+        return error
+    return None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error is one of reading, which says nothing of what is stored."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return True
+    return any(sign in str(error) for sign in TRANSIENT)
+
+
+TRANSIENT = (
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    os.strerror(errno.EIO),
+    os.strerror(errno.ESTALE),
+    os.strerror(errno.EACCES),
+)
+"""Parts of the messages of errors of reading, as TensorStore gives them."""
 
 
 def _quieten_orbax() -> None:

@@ -5,21 +5,23 @@ checkpoints/    Orbax: the state, the seconds of training, the digests of the da
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from transfusion_jax.config.stored import differences, dumps, loads
+from transfusion_jax.errors import require
 from transfusion_jax.files import write_atomic
+from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.checkpoint import Checkpoints, Report
+from transfusion_jax.training.lock import Lock
 
 CONFIG = "config.json"
 # What an interrupted start can leave behind, before there is a config.
-STARTED = ("tokenizer.model", "ledger.json", "autoencoder")
+STARTED = ("tokenizer.model", "ledger.json", "autoencoder", "lock")
 
 Fingerprints = tuple[tuple[str, str], ...]
 """Name and digest of each source of data."""
@@ -36,11 +38,19 @@ class RunDirectory:
     """The restored state; None where there is no checkpoint yet."""
     train_seconds: float
     """Spent on the steps that the state holds."""
+    lock: Lock | None
+    """Of the process that leads."""
 
     @property
     def start(self) -> int:
         """Steps taken."""
         return 0 if self.state is None else int(self.state.step)
+
+    def close(self) -> None:
+        """Waits for the checkpoint in progress, and lets another run use the directory."""
+        self.checkpoints.close()
+        if self.lock:
+            self.lock.release()
 
     def save(self, state: Any, train_seconds: float) -> None:
         """Starts writing a checkpoint, in the background."""
@@ -51,9 +61,27 @@ class RunDirectory:
 def check_directory(experiment: Any, directory: Path) -> None:
     """Checks that a run of `experiment`, of whatever kind, may begin or resume in `directory`.
 
+    One process looks, before any writes, and all hear what it finds.
+
     Raises:
       ValueError: it may not: the directory belongs to another experiment, or is no run directory.
     """
+    problem = None
+    if is_leader():
+        try:
+            _check(experiment, directory)
+        except ValueError as error:
+            problem = str(error)
+    if problem := gathered(problem)[0]:
+        raise ValueError(problem)
+
+
+def _check(experiment: Any, directory: Path) -> None:
+    require(
+        not re.match("[a-z][a-z0-9+]*:/", str(directory)),
+        f"{directory} is not a local path: run directories are on a file system that all processes "
+        "share; mount a bucket, for example with gcsfuse",
+    )
     stored = directory / CONFIG
     if stored.exists():
         earlier = loads(stored.read_text(), str(stored), type(experiment))
@@ -86,25 +114,57 @@ def open_directory(
     may change, takes its place.
 
     Raises:
-      ValueError: the data under the run has changed since the checkpoint.
+      ValueError: the data under the run has changed since the checkpoint; processes read different
+        data, or do not share the directory; or another run is using it.
       CheckpointError: the run has checkpoints, and none can be read.
     """
     config, text = path / CONFIG, dumps(experiment)
-    leader = jax.process_index() == 0
-    if leader and not config.exists():
-        path.mkdir(parents=True, exist_ok=True)
-        fill(path)
-        write_atomic(config, text.encode())
-    checkpoints = Checkpoints(path / "checkpoints", experiment.train.keep_checkpoints, report)
+    _check_same(fingerprints)
+    lock, problem = _prepared(path, text, fill) if is_leader() else (None, None)
+    if problem := gathered(problem)[0]:
+        raise ValueError(problem)
+    seen = gathered(config.exists())
+    require(
+        all(seen),
+        f"process {seen.index(False) if False in seen else 0} does not see {config}: all processes "
+        "must share the run directory",
+    )
+    settings = experiment.train
+    checkpoints = Checkpoints(
+        path / "checkpoints", settings.keep_checkpoints, report, settings.failed_save
+    )
     state = None
     train_seconds = 0.0
     if restored := checkpoints.restore(abstract):
         state, progress = restored
         _check_data(path, fingerprints, progress["data"])
         train_seconds = float(progress["train_seconds"])
-    if leader and config.read_text() != text:
+    if is_leader() and config.read_text() != text:
         write_atomic(config, text.encode())
-    return RunDirectory(path, checkpoints, fingerprints, state, train_seconds)
+    return RunDirectory(path, checkpoints, fingerprints, state, train_seconds, lock)
+
+
+def _check_same(fingerprints: Fingerprints) -> None:
+    """Raises ValueError unless all processes read the same data."""
+    own, *others = gathered([list(pair) for pair in fingerprints])
+    for process, other in enumerate(others, 1):
+        for (name, digest), (_, found) in zip(own, other, strict=True):
+            require(digest == found, f"process {process} reads other data than process 0: {name}")
+
+
+def _prepared(
+    path: Path, config: str, fill: Callable[[Path], None]
+) -> tuple[Lock | None, str | None]:
+    """A new run's directory filled, or an existing one as it is; its lock, or who holds it."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = Lock(path / "lock")
+    except ValueError as error:
+        return None, str(error)
+    if not (path / CONFIG).exists():
+        fill(path)
+        write_atomic(path / CONFIG, config.encode())
+    return lock, None
 
 
 def _check_data(path: Path, fingerprints: Fingerprints, stored: list[str] | str) -> None:

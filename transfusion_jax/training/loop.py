@@ -1,5 +1,6 @@
 """The training loop: dispatch a step, read the metrics of the one before, save, stop when asked."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from transfusion_jax.parallel.processes import ProcessLost, noticing_loss
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.directory import RunDirectory
@@ -15,7 +17,7 @@ from transfusion_jax.training.feed import Feed
 from transfusion_jax.training.monitor import Monitor
 from transfusion_jax.training.settings import Settings
 from transfusion_jax.training.update import Metrics
-from transfusion_jax.training.watchdog import StopSignal, TrainingFailed
+from transfusion_jax.training.watchdog import TrainingFailed, Watch
 
 
 def _nothing(step: int, state: Any) -> None:
@@ -74,18 +76,26 @@ class Outcome:
     """The signal that ended it early."""
 
 
-def train(run: Run, report: Report) -> Outcome:
+def train(run: Run, report: Report, watch: Watch | None = None) -> Outcome:
     """Trains to the last step, or until a signal asks to stop; either way the state is saved.
 
+    Without a watch of the caller's, it keeps one of its own.
+
     Raises:
-      TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was
-        not written.
+      TrainingFailed: too many steps in a row without finite gradients, or a checkpoint was not
+        written that must be.
+      ProcessLost: another process of the run is gone.
     """
     report(run.description())
     try:
-        outcome = _train(run, report)
-    finally:
-        run.directory.checkpoints.close()
+        with contextlib.ExitStack() as stack, noticing_loss():
+            outcome = _train(run, report, watch or stack.enter_context(Watch()))
+    except ProcessLost:
+        raise  # closing would wait for the process that is gone
+    except BaseException:
+        run.directory.close()
+        raise
+    run.directory.close()
     step = int(outcome.state.step)
     if outcome.stopped_by:
         report(
@@ -96,13 +106,12 @@ def train(run: Run, report: Report) -> Outcome:
     return outcome
 
 
-def _train(run: Run, report: Report) -> Outcome:
+def _train(run: Run, report: Report, watch: Watch) -> Outcome:
     if run.directory.start >= run.settings.steps:
         return Outcome(run.directory.state, run.directory.train_seconds, None)
     report("compiling the training step; time left is shown from the second step on")
     begin = time.perf_counter() - run.directory.train_seconds
-    with StopSignal() as stop:
-        state, stopped_by = _take_steps(run, begin, stop)
+    state, stopped_by = _take_steps(run, begin, watch)
     if not run.directory.checkpoints.wait():
         raise TrainingFailed(
             f"trained to step {int(state.step)}, but its checkpoint could not be saved"
@@ -110,13 +119,15 @@ def _train(run: Run, report: Report) -> Outcome:
     return Outcome(state, time.perf_counter() - begin, stopped_by)
 
 
-def _take_steps(run: Run, begin: float, stop: StopSignal) -> tuple[Any, str | None]:
+def _take_steps(run: Run, begin: float, watch: Watch) -> tuple[Any, str | None]:
     """The last state, saved, and the signal that ended the run early; `begin` is a clock time."""
     settings = run.settings
     start = run.directory.start
     sharding = batch_sharding(run.mesh)
     with jax.set_mesh(run.mesh):
         state = run.initialise() if run.directory.state is None else run.directory.state
+    if stopped_by := watch.moved():
+        return state, stopped_by
     batches = run.feed.read(start, sharding)
     pending = None
     with Monitor(run.directory.path, settings, start, run.feed) as monitor:
@@ -128,7 +139,7 @@ def _take_steps(run: Run, begin: float, stop: StopSignal) -> tuple[Any, str | No
             if pending is not None:
                 monitor.read(*pending)
             pending = step, metrics
-            stopped_by = stop.requested(step)
+            stopped_by = watch.moved()
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped_by:
                 monitor.read(*pending)
                 pending = None

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from tqdm import tqdm
 
+from transfusion_jax.parallel.processes import is_leader
 from transfusion_jax.training.feed import Feed
 from transfusion_jax.training.metrics import MetricsLog
 from transfusion_jax.training.settings import Settings
@@ -21,7 +21,7 @@ class Monitor:
     def __init__(self, directory: Path, settings: Settings, start: int, feed: Feed):
         self._settings = settings
         self._feed = feed
-        leader = jax.process_index() == 0
+        leader = is_leader()
         self._log = MetricsLog(directory, start) if leader else None
         self._bar = tqdm(
             total=settings.steps,

@@ -10,5 +10,7 @@ class Settings(Protocol):
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    failed_save: str
+    """What a checkpoint that cannot be saved does: "continue" or "stop"."""
     max_skipped_steps: int
     """Training stops after this many steps in a row without finite gradients."""

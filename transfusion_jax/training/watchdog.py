@@ -1,47 +1,110 @@
-"""What ends training early: a signal, or gradients that stay non-finite."""
+"""What ends a run early: a signal, nothing moving, or gradients that stay non-finite."""
 
+import faulthandler
+import os
 import signal
+import sys
+import threading
+import time
+from pathlib import Path
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
-from transfusion_jax.errors import WorkFailed
+from transfusion_jax.errors import ComeAgain, WorkFailed
+
+AGAIN = 42
+"""Exit code: the same command continues the work."""
 
 
 class TrainingFailed(WorkFailed):
     """Training cannot continue; the message says why."""
 
 
-class StopSignal:
+class Watch:
     """Turns SIGTERM and the first Ctrl-C into a request to save and stop; the second interrupts.
+    Ends the process if nothing moves.
 
-    With several processes, JAX's own preemption service makes all of them stop at the same step.
+    With several processes, JAX's preemption service makes all of them stop at the same point. It
+    takes over SIGTERM when processes join, and a handler set later would disable it, so a watch
+    begins before.
     """
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> "Watch":
         self._received: str | None = None
-        self._previous = {}
-        if jax.process_count() == 1:
-            self._previous = {
-                s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)
-            }
+        self._passed_on = False
+        self._points = 0
+        self._moved = time.monotonic()
+        self._over = threading.Event()
+        self._previous = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if jax.process_count() == 1 or number == signal.SIGINT:
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received == "SIGINT":
             raise KeyboardInterrupt
         self._received = signal.Signals(number).name
 
-    def requested(self, step: int) -> str | None:
-        """The name of the signal to stop for, after this step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return "preemption"
-        return self._received
+    def moved(self) -> str | None:
+        """Something was done; the signal to stop for, if one came.
+
+        All processes must call it equally often: they stop at the same call.
+        """
+        self._moved = time.monotonic()
+        if jax.process_count() == 1:
+            return self._received
+        if self._received and not self._passed_on:
+            self._passed_on = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._points += 1
+        if multihost_utils.reached_preemption_sync_point(self._points):
+            return self._received or "SIGTERM to one of the processes"
+        return None
+
+    def check(self) -> None:
+        """As `moved`; raises ComeAgain if a signal came."""
+        if stopped_by := self.moved():
+            raise ComeAgain(f"stopped by {stopped_by}; the same command does the rest")
+
+    def against_stalls(self, timeout: float, directory: Path) -> None:
+        """From now on, if nothing moves for `timeout` seconds, this process writes the stacks of
+        its threads to a file in the directory and ends with `AGAIN`; 0: never."""
+        if timeout:
+            self._moved = time.monotonic()
+            arguments = (timeout, directory / f"stacks-{jax.process_index()}.txt")
+            threading.Thread(target=self._end_stall, args=arguments, daemon=True).start()
+
+    def _end_stall(self, timeout: float, stacks: Path) -> None:
+        while not self._over.wait(min(timeout / 20, 5.0)):
+            still = time.monotonic() - self._moved
+            if still > timeout:
+                _write_stacks(stacks)
+                print(
+                    f"error: process {jax.process_index()}: nothing has moved for {still:.0f} s, "
+                    f"more than processes.stall_timeout={timeout:g}; the stacks of all threads are "
+                    f"in {stacks}; the same command resumes the run",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(AGAIN)  # an ordinary exit would wait for the other processes
+
+
+def _write_stacks(file: Path) -> None:
+    faulthandler.dump_traceback(all_threads=True)
+    try:
+        with file.open("w") as opened:
+            faulthandler.dump_traceback(opened, all_threads=True)
+    except OSError as error:  # perhaps the file system is what hangs
+        print(f"cannot write {file}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def check_finite(step: int, skipped_in_a_row: int, limit: int) -> None:

@@ -22,11 +22,13 @@ from transfusion_jax.autoencoder.training.state import Blueprint, State, bluepri
 from transfusion_jax.autoencoder.training.step import compiled_step
 from transfusion_jax.autoencoder.training.summary import averaged, finish, reconstructor, show
 from transfusion_jax.parallel.mesh import make_mesh, process_rows
+from transfusion_jax.parallel.processes import check_collectives, is_leader
 from transfusion_jax.parallel.rules import batch_sharding, replicated
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.directory import check_directory, open_directory
 from transfusion_jax.training.feed import Feed
 from transfusion_jax.training.loop import Run, train
+from transfusion_jax.training.watchdog import Watch
 
 PREFETCH = 8  # batches read ahead of the step
 
@@ -50,6 +52,7 @@ def open_run(experiment: AutoencoderExperiment, directory: Path, report: Report)
       CheckpointError: the run has checkpoints, and none can be read.
     """
     mesh = make_mesh(experiment.mesh)
+    check_collectives(mesh)
     process_rows(batch_sharding(mesh), experiment.train.batch, "train.batch")
     check_directory(experiment, directory)
     held_out = pictures(experiment, "held_out")
@@ -78,14 +81,16 @@ def open_run(experiment: AutoencoderExperiment, directory: Path, report: Report)
     return AutoencoderRun(run, planned, judges, held_out)
 
 
-def train_autoencoder(opened: AutoencoderRun, report: Report) -> dict[str, Any] | None:
+def train_autoencoder(
+    opened: AutoencoderRun, report: Report, watch: Watch | None = None
+) -> dict[str, Any] | None:
     """Trains to the last step; the summary, or None if a signal stopped it.
 
     Raises:
       TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was
         not written.
     """
-    outcome = train(opened.run, report)
+    outcome = train(opened.run, report, watch)
     if outcome.stopped_by:
         return None
     return finish(
@@ -131,7 +136,7 @@ def _shower(
     reconstruct = reconstructor(blueprint)
 
     def after(step: int, state: State) -> None:
-        if step % blueprint.experiment.train.sample_every == 0 and jax.process_index() == 0:
+        if step % blueprint.experiment.train.sample_every == 0 and is_leader():
             path = directory / "samples" / f"step_{step:07}.png"
             show(reconstruct, averaged(state), held_out, path)
 

@@ -1,0 +1,178 @@
+"""The processes of a run: they join, say things to each other, and notice when one is gone.
+
+JAX's own runtime does the work: `jax.distributed` joins processes, its coordination service keeps
+what they say and watches their heartbeats.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed, xla_bridge
+
+from transfusion_jax.config import ProcessesConfig
+from transfusion_jax.errors import ComeAgain, require
+
+WAIT = 1000 * 1800  # milliseconds; the leader may be planning the packing of a billion documents
+LEAVING = 2.0  # seconds that the leader, whose end would end the others, leaves them to speak
+_questions = itertools.count()
+
+
+class ProcessLost(ComeAgain):
+    """Another process of the run is gone."""
+
+
+def join(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    config: ProcessesConfig,
+) -> None:
+    """Joins the processes of a run; must come before the first use of a device.
+
+    With None for all three, a process joins by itself under SLURM's `srun`, in a GKE JobSet, on a
+    TPU VM or wherever else JAX knows the cluster, and is alone elsewhere.
+
+    Args:
+      coordinator: address of process 0, as in host:port.
+      num_processes: in all.
+      process_id: of this one, from 0.
+
+    Raises:
+      ValueError: the arguments cannot work, or the others were not found in time.
+    """
+    asked = {
+        "--coordinator": coordinator,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    by_hand = any(value is not None for value in asked.values())
+    if by_hand:
+        _check(asked)
+    elif xla_bridge.backends_are_initialized():
+        return  # called from a program that computes already: it is alone
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate" if by_hand else None,
+            initialization_timeout=config.initialization_timeout,
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+            shutdown_timeout_seconds=config.shutdown_timeout,
+        )
+    except ValueError:  # no cluster is known here
+        if by_hand:
+            raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"could not join the other processes within "
+            f"processes.initialization_timeout={config.initialization_timeout} s "
+            f"({_asked(asked)}): {error}"
+        ) from error
+
+
+def _check(asked: dict[str, Any]) -> None:
+    missing = [flag for flag, value in asked.items() if value is None]
+    require(not missing, f"{' and '.join(missing)} must be given too ({_asked(asked)})")
+    count, number = asked["--num-processes"], asked["--process-id"]
+    require(count > 0, f"--num-processes {count} must be positive")
+    require(0 <= number < count, f"--process-id {number} must be in 0..{count - 1}")
+    host, colon, port = asked["--coordinator"].rpartition(":")
+    require(
+        bool(host and colon) and port.isdecimal() and 0 < int(port) < 1 << 16,
+        f"--coordinator {asked['--coordinator']} must be HOST:PORT",
+    )
+
+
+def _asked(asked: dict[str, Any]) -> str:
+    given = [f"{flag} {value}" for flag, value in asked.items() if value is not None]
+    return " ".join(given) or "found by JAX"
+
+
+def joined() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without waiting for the others, who may have failed for the same reason."""
+    if is_leader():
+        time.sleep(LEAVING)
+    os._exit(code)
+
+
+def is_leader() -> bool:
+    """Whether this is the process that writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process says here, in order of processes; values are JSON. All must say something.
+
+    No device is involved, so it works while computations cannot.
+
+    Raises:
+      ProcessLost: another process said nothing in time.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return [value]
+    client = distributed.global_state.client
+    question = f"transfusion_jax/{next(_questions)}"
+    client.key_value_set(f"{question}/{jax.process_index()}", json.dumps(value))
+    answers = []
+    for process in range(count):
+        try:
+            answers.append(json.loads(client.blocking_key_value_get(f"{question}/{process}", WAIT)))
+        except RuntimeError as error:
+            raise ProcessLost(f"process {process} of {count} does not answer: {error}") from error
+    return answers
+
+
+@contextlib.contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Turns the error of a computation, if another process is gone, into `ProcessLost`."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not joined() or isinstance(error, ComeAgain):
+            raise
+        if lost := lost_processes():
+            names = " and ".join(map(str, lost))
+            raise ProcessLost(
+                f"process {names} of {jax.process_count()} is gone; start all again to resume"
+            ) from error
+        raise
+
+
+def lost_processes() -> list[int]:
+    """Processes whose heartbeats have stopped; blocks for about the heartbeat timeout."""
+    everyone = list(range(jax.process_count()))
+    try:
+        alive = distributed.global_state.client.get_live_nodes(everyone)
+    except RuntimeError:  # the coordinator cannot be reached
+        return [0]
+    return [process for process in everyone if process not in alive]
+
+
+def check_collectives(mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError for a mesh on which several CPU processes would compute wrong values.
+
+    The reduce-scatter between CPU processes of jaxlib 0.10 gives wrong values now and then.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    version = metadata.version("jaxlib")
+    sharded = [axis for axis, size in mesh.shape.items() if axis != "data" and size > 1]
+    require(
+        not sharded or tuple(map(int, version.split(".")[:2])) >= (0, 12),
+        f"mesh.{' and mesh.'.join(sharded)} over several CPU processes needs jaxlib 0.12 or newer: "
+        f"{version} computes wrong sums there; use mesh.data only",
+    )
