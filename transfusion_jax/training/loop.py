@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from transfusion_jax.parallel.processes import ProcessLost, noticing_loss
+from transfusion_jax.errors import ProcessLost
+from transfusion_jax.parallel.processes import noticing_loss
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.directory import RunDirectory
