@@ -10,6 +10,7 @@ from flax import nnx
 
 from transfusion_jax.config import Experiment, SamplerConfig
 from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.generation.devices import Devices
 from transfusion_jax.images import read_image
 
 
@@ -39,7 +40,11 @@ class FakeEngine:
     answer: Callable[..., list]
     calls: list[Call] = field(default_factory=list)
     parameters: dict = field(default_factory=dict)
+    devices: Devices = Devices()
     graph: Any = field(default_factory=lambda: nnx.split(NoModel())[0])
+
+    def moved(self) -> None:
+        """Nothing waits for it."""
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:

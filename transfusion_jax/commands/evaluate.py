@@ -6,7 +6,13 @@ from pathlib import Path
 
 from transfusion_jax.commands.bad_input import check_file, user_input
 from transfusion_jax.commands.command import Command
-from transfusion_jax.commands.terminal import note
+from transfusion_jax.commands.joining import (
+    add_mesh,
+    add_processes,
+    asked_mesh,
+    join_processes,
+)
+from transfusion_jax.commands.terminal import note_leading
 from transfusion_jax.files import write_json
 
 
@@ -22,23 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or `all` (default: 512)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON to a file")
+    add_mesh(parser)
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.evaluation.suite import ROWS, check_names, check_suites, evaluate
     from transfusion_jax.generation.engine import load_engine
+    from transfusion_jax.parallel.processes import is_leader
 
     with user_input():
         names = (arguments.suite,) if arguments.suite else ()
         check_names(names)
         check_file("--out", arguments.out)
         rows = ROWS if arguments.max_rows is None else _rows(arguments.max_rows)
-        engine, step = load_engine(arguments.run_dir, note)
+        join_processes(arguments)
+        engine, step = load_engine(arguments.run_dir, note_leading, asked_mesh(arguments))
         names = names or engine.experiment.evaluation
         check_suites(engine, names)
     if not names:
-        note(f"{arguments.run_dir} names no suite to run; --suite NAME does")
-    metrics = evaluate(engine, names, arguments.run_dir / "samples", note, rows)
+        note_leading(f"{arguments.run_dir} names no suite to run; --suite NAME does")
+    metrics = evaluate(engine, names, arguments.run_dir / "samples", note_leading, rows)
+    if not is_leader():
+        return 0
     metrics["step"] = step
     if arguments.out:
         write_json(arguments.out, metrics)

@@ -6,7 +6,13 @@ from typing import Any
 
 from transfusion_jax.commands.bad_input import check_directory, user_input
 from transfusion_jax.commands.command import Command
-from transfusion_jax.commands.terminal import say
+from transfusion_jax.commands.joining import (
+    add_mesh,
+    add_processes,
+    asked_mesh,
+    join_processes,
+)
+from transfusion_jax.commands.terminal import say, say_leading
 
 SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
 """Flags that override fields of the run's sampler."""
@@ -56,14 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the directory to write 0.png, ... and outputs.jsonl to",
     )
+    add_mesh(parser)
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.generation.outputs import write_outputs
+    from transfusion_jax.parallel.processes import is_leader
 
     with user_input():
         engine, request = _request(arguments)
     answers = engine.generate([request] * arguments.num, arguments.seed)
+    if not is_leader():
+        return 0
     print(write_outputs(arguments.out, arguments.prompt or "", answers), end="")
     say(f"written to {arguments.out}")
     return 0
@@ -81,7 +92,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed {arguments.seed} must be in 0..2^32 - 1")
     check_directory("--out", arguments.out)
-    engine, _ = load_engine(arguments.run_dir, say)
+    join_processes(arguments)
+    engine, _ = load_engine(arguments.run_dir, say_leading, asked_mesh(arguments))
     asked = {name: getattr(arguments, name) for name in SAMPLER}
     engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
     image = (engine.read(arguments.image),) if arguments.image else ()
