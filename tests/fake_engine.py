@@ -11,6 +11,7 @@ from flax import nnx
 from transfusion_jax.config import Experiment, SamplerConfig
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.generation.devices import Devices
+from transfusion_jax.generation.engine import nothing
 from transfusion_jax.images import read_image
 
 
@@ -41,10 +42,8 @@ class FakeEngine:
     calls: list[Call] = field(default_factory=list)
     parameters: dict = field(default_factory=dict)
     devices: Devices = Devices()
+    moved: Callable[[], None] = nothing
     graph: Any = field(default_factory=lambda: nnx.split(NoModel())[0])
-
-    def moved(self) -> None:
-        """Nothing waits for it."""
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:

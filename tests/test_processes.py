@@ -239,3 +239,40 @@ def test_other_axes_than_data_are_refused_where_sums_would_be_wrong(workplace):
         pytest.skip("this jaxlib computes the right sums")
     assert [code for code, _, _ in found] == [2, 2]
     assert "needs jaxlib 0.12 or newer" in found[0][2]
+
+
+@pytest.mark.slow
+def test_four_processes_then_two_then_one_read_every_row_once(workplace, alone):
+    run_dir = workplace / "shrinking"
+    for count, step in ((4, 7), (2, 13)):
+        processes = start(workplace, "shrinking", count, pause=0.3)
+        wait_for_step(run_dir, step, processes)
+        for process in processes:
+            process.kill()
+        finished(processes)
+    ((code, out, err),) = finished(start(workplace, "shrinking", 1))
+    assert code == 0, err
+    assert "resuming from checkpoint" in out
+    assert_same_losses(run_dir, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["start", "evaluation"])
+def test_a_signal_beside_training_stops_all(workplace, when):
+    name = f"beside-{when}"
+    flags = ["--train.steps", "4", "--evaluation.0", "digits"] if when == "evaluation" else []
+    processes = start(workplace, name, 2, *flags)
+    if when == "start":
+        while not (workplace / name / "lock").exists():
+            assert processes[0].poll() is None, finished(processes)
+            time.sleep(0.02)
+        assert not logged(workplace / name)
+    else:
+        for line in processes[0].stdout:
+            if line.startswith("evaluating"):
+                break
+    processes[1].send_signal(signal.SIGTERM)
+    found = finished(processes)
+    assert [code for code, _, _ in found] == [42, 42], found
+    assert "stopped by" in found[0][1] + found[0][2]
+    assert not (workplace / name / "summary.json").exists()

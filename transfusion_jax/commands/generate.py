@@ -1,10 +1,11 @@
 """`generate`: continues a prompt with text and images."""
 
 import argparse
-from pathlib import Path
+import signal
+from dataclasses import replace
 from typing import Any
 
-from transfusion_jax.commands.bad_input import check_directory, user_input
+from transfusion_jax.commands.bad_input import check_directory, local, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.joining import (
     add_mesh,
@@ -19,10 +20,10 @@ SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a trained run")
+    parser.add_argument("run_dir", type=local, metavar="RUN_DIR", help="a trained run")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     parser.add_argument(
-        "--image", type=Path, metavar="FILE", help="an image that comes before the prompt"
+        "--image", type=local, metavar="FILE", help="an image that comes before the prompt"
     )
     parser.add_argument(
         "--num", type=int, default=1, metavar="N", help="how many continuations (default: 1)"
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local,
         required=True,
         metavar="DIR",
         help="the directory to write 0.png, ... and outputs.jsonl to",
@@ -68,11 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.generation.outputs import write_outputs
-    from transfusion_jax.parallel.processes import is_leader
+    from transfusion_jax.parallel.processes import is_leader, noticing_loss
+    from transfusion_jax.training.watchdog import Watch
 
-    with user_input():
-        engine, request = _request(arguments)
-    answers = engine.generate([request] * arguments.num, arguments.seed)
+    with Watch(signal.SIGTERM) as watch, noticing_loss():
+        with user_input():
+            engine, request = _request(arguments)
+        engine = replace(engine, moved=watch.check)
+        answers = engine.generate([request] * arguments.num, arguments.seed)
     if not is_leader():
         return 0
     print(write_outputs(arguments.out, arguments.prompt or "", answers), end="")

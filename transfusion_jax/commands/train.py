@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from transfusion_jax.commands.bad_input import user_input
+from transfusion_jax.commands.bad_input import local, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import add_experiment, asked_experiment
 from transfusion_jax.commands.joining import add_processes, join_processes
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="where the run is kept; one that is already there is resumed "
         "(default: runs/<name of the experiment>)",
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.evaluation.suite import check_experiment
     from transfusion_jax.evaluation.summary import summarise
-    from transfusion_jax.parallel.processes import is_leader
+    from transfusion_jax.parallel.processes import is_leader, noticing_loss
     from transfusion_jax.pretraining.run import open_run
     from transfusion_jax.training.loop import train
     from transfusion_jax.training.watchdog import AGAIN, Watch
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             return AGAIN
         seconds = outcome.seconds
         del outcome, opened  # evaluation needs the averaged weights only
-        with user_input():
+        with user_input(), noticing_loss():
             summary = summarise(directory, seconds, say_leading, watch.check)
     if is_leader():
         _report(directory, summary)

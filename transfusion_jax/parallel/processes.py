@@ -20,7 +20,7 @@ from transfusion_jax.config import ProcessesConfig
 from transfusion_jax.errors import ComeAgain, ProcessLost, require
 from transfusion_jax.parallel.roll_call import call_roll
 
-WAIT = 1000 * 1800  # milliseconds; the leader may be planning the packing of a billion documents
+WAIT = 1000 * 86400  # milliseconds; who is gone is known by its heartbeats, not by this
 LEAVING = 2.0  # seconds that the leader, whose end would end the others, leaves them to speak
 _questions = itertools.count()
 
@@ -111,13 +111,18 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
+def numbered() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    return jax.process_index(), jax.process_count()
+
+
 def gathered(value: Any) -> list[Any]:
     """What every process says here, in order of processes; values are JSON. All must say something.
 
     No device is involved, so it works while computations cannot.
 
     Raises:
-      ProcessLost: another process said nothing in time.
+      ProcessLost: another process says nothing.
     """
     count = jax.process_count()
     if count == 1:

@@ -98,10 +98,12 @@ def train(run: Run, report: Report, watch: Watch | None = None) -> Outcome:
         raise
     run.directory.close()
     step = int(outcome.state.step)
-    if outcome.stopped_by:
+    if outcome.stopped_by and step:
         report(
             f"stopped by {outcome.stopped_by} at step {step}, saved; the same command resumes it"
         )
+    elif outcome.stopped_by:
+        report(f"stopped by {outcome.stopped_by} before the first step")
     else:
         report(f"trained {step} steps in {outcome.seconds:.0f} s")
     return outcome
