@@ -97,6 +97,18 @@ def test_bad_input_is_one_line(capsys, small, tmp_path, monkeypatch):
 
 
 @needs_libtpu
+def test_sums_over_devices_stay_in_the_loop_over_microbatches(small, tmp_path):
+    """Behind the loop, XLA for TPU has given wrong gradients of embeddings."""
+    sent = []
+    for parts in ("1", "2"):
+        file = tmp_path / f"{parts}.json"
+        flags = ["--mesh.data", "4", "--mesh.fsdp", "1", "--train.accumulation", parts]
+        assert main(["plan", small, *flags, "--json", str(file)]) == 0
+        sent.append(json.loads(file.read_text())["collective_bytes"]["all-reduce"])
+    assert sent[1] >= 1.9 * sent[0]
+
+
+@needs_libtpu
 def test_meshes_and_batches_that_do_not_fit_are_refused(capsys, small):
     assert "mesh.fsdp=3, mesh.sequence=1, mesh.tensor=1 do not fit the 4 devices" in refused(
         capsys, small, "--mesh.fsdp", "3"

@@ -26,6 +26,11 @@ from transfusion_jax.training.update import (
 )
 
 
+LOOPS_KEEP_SUMS = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
+"""Sums over devices stay in the loop over microbatches. XLA for TPU moves them behind it, which has
+given wrong gradients of embeddings (libtpu 0.0.48)."""
+
+
 def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of an experiment; jit it once, with the state donated (`compiled_step`).
 
@@ -55,7 +60,10 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
 
 def compiled_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`train_step`, jitted: the state is donated and keeps its placement."""
-    return compiled(train_step(blueprint), blueprint.abstract)
+    accumulates = blueprint.experiment.train.accumulation > 1
+    on_tpu = blueprint.abstract.step.sharding.mesh.devices.flat[0].platform == "tpu"
+    options = LOOPS_KEEP_SUMS if accumulates and on_tpu else None
+    return compiled(train_step(blueprint), blueprint.abstract, options)
 
 
 def _gradients(

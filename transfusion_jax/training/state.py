@@ -82,9 +82,13 @@ def initialise(initial_state: Callable[[], AnyState], abstract: AnyState) -> Any
     return jax.jit(initial_state, out_shardings=_shardings(abstract))()
 
 
-def compiled(step: Callable[..., Any], abstract: Any) -> Callable[..., Any]:
-    """`step(state, ...) -> (state, metrics)`, jitted: the state is donated and stays sharded."""
-    return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract), None))
+def compiled(
+    step: Callable[..., Any], abstract: Any, options: dict[str, str] | None = None
+) -> Callable[..., Any]:
+    """`step(state, ...) -> (state, metrics)`, jitted with options of the compiler: the state is
+    donated and stays sharded."""
+    shardings = _shardings(abstract), None
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def _shardings(abstract: Any) -> Any:
