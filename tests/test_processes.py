@@ -141,6 +141,7 @@ def test_two_processes_train_as_one_stop_together_and_resume_alone(workplace, al
     assert_same_losses(run_dir, alone)
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_others_say_so_and_all_resume(workplace, alone):
     run_dir = workplace / "killed"
     processes = start(workplace, "killed", 2, pause=0.4)
@@ -156,6 +157,7 @@ def test_when_one_is_killed_the_others_say_so_and_all_resume(workplace, alone):
     assert_same_losses(run_dir, alone)
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_refused_by_name(workplace):
     first = start(workplace, "used", 1, "--train.steps", "4000")
     wait_for_step(workplace / "used", 1, first)
@@ -233,6 +235,7 @@ def test_a_stranger_does_not_disturb_a_roll_call():
         stranger.close()
 
 
+@pytest.mark.slow
 def test_other_axes_than_data_are_refused_where_sums_would_be_wrong(workplace):
     found = finished(start(workplace, "fsdp", 2, "--mesh.data", "1", "--mesh.fsdp", "2"))
     if found[0][0] == 0:
