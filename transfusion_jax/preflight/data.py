@@ -15,8 +15,8 @@ def data_facts(experiment: Experiment) -> dict[str, dict[str, str]]:
     for source in experiment.data.sources:
         try:
             facts[source.name] = {"digest": _source_digest(source.name, experiment)}
-        except (OSError, ValueError) as error:
-            facts[source.name] = {"problem": str(error)}
+        except Exception as error:  # every kind of damage raises something else
+            facts[source.name] = {"problem": _described(source.name, error)}
     if path := experiment.tokenizer.path:
         try:
             facts[path] = {"digest": file_digest(Path(path))}
@@ -29,8 +29,8 @@ def _source_digest(name: str, experiment: Experiment) -> str:
     """Identifies the content of a source.
 
     Raises:
-      ValueError: the data set is missing, damaged or of another shape than the experiment's.
-      OSError: it cannot be read.
+      Exception: the data set is missing, damaged, unreadable or of another shape than the
+        experiment's.
     """
     if name in SOURCES:
         return "built in"
@@ -38,3 +38,9 @@ def _source_digest(name: str, experiment: Experiment) -> str:
     if dataset.info["shards"]:
         dataset.record(0)  # sizes are compared by now; this one is read
     return hashlib.sha256((dataset.path / "dataset.json").read_bytes()).hexdigest()
+
+
+def _described(name: str, error: Exception) -> str:
+    """What went wrong; it names the source."""
+    said = str(error) or type(error).__name__
+    return said if name in said else f"cannot read {name}: {said}"
