@@ -1,0 +1,38 @@
+#!/bin/bash
+# Checks and trains on one host, again while the exit code is 42 or 127-255:
+#     rerun.sh RESTARTS EXPERIMENT [--run-dir DIR] [--FIELD VALUE ...]
+# SIGTERM is passed on, and ends it: the run saves, and is not started again.
+set -u
+if [ $# -lt 2 ] || ! [[ $1 =~ ^[0-9]+$ ]]; then
+    echo "error: rerun.sh RESTARTS EXPERIMENT [OPTIONS]" >&2
+    exit 2
+fi
+restarts=$1
+shift
+
+child=
+stopping=
+stop() {
+    stopping=1
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+}
+trap stop TERM INT
+
+finish() { # waits for a command that a signal may interrupt
+    transfusion-jax "$@" &
+    child=$!
+    [ -z "$stopping" ] || kill -TERM "$child" 2>/dev/null
+    while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done
+    child=
+    return "$code"
+}
+
+for ((left = restarts; ; left--)); do
+    finish check "$@" && [ -z "$stopping" ] && finish train "$@"
+    echo "exit code $code"
+    if [ -n "$stopping" ] || ((left == 0)) || ((code != 42 && code < 127)); then
+        exit "$code"
+    fi
+    echo "starting again, $((left - 1)) restarts left"
+    sleep "${PAUSE:-10}"
+done
