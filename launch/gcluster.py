@@ -1,6 +1,7 @@
 """Runs on GKE through Cluster Toolkit, which writes the JobSet and queues it with Kueue.
 
-    python launch/gcluster.py start scout --cluster pods --location us-west4 --topology v5e:4x4 --image IMAGE -- experiments/digits.py --run-dir gs://bucket/digits
+    python launch/gcluster.py start scout --cluster pods --location us-west4 \\
+        --topology v5e:4x4 --image IMAGE -- experiments/digits.py --run-dir gs://bucket/digits
 """
 
 import sys
@@ -38,15 +39,8 @@ def start(arguments, train: Sequence[str]) -> list[str]:
         *("--restart-on-exit-codes", ",".join(map(str, RETRIABLE))),
         *("--grace-period", f"{GRACE}s"),
         *(("--queue", arguments.queue) if arguments.queue else ()),
-        *("--command", f"bash -c {quoted(shell(train, before_train='exec '))}"),
+        *("--command", shell(train)),
     ]
-
-
-def quoted(line: str) -> str:
-    """In double quotes, for the shell that runs the command in the container."""
-    for special in '\\"$`':
-        line = line.replace(special, f"\\{special}")
-    return f'"{line}"'
 
 
 def main(words: Sequence[str]) -> int:
@@ -74,7 +68,7 @@ def main(words: Sequence[str]) -> int:
     elif arguments.action == "follow":
         verb, more = "logs", [name, "--follow"]
     else:
-        verb, more = "cancel", ["--name", name]
+        verb, more = "cancel", [name]
     return run_all([["gcluster", "job", verb, *place, *more]], arguments.dry_run)
 
 

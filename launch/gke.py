@@ -1,6 +1,7 @@
 """Runs on GKE as a JobSet: one job for each TPU slice, one pod for each of its hosts.
 
-    python launch/gke.py start scout --topology v5e:4x4 --slices 2 --image IMAGE -- experiments/digits.py --run-dir gs://bucket/digits
+    python launch/gke.py start scout --topology v5e:4x4 --slices 2 --image IMAGE \\
+        -- experiments/digits.py --run-dir gs://bucket/digits
 """
 
 import json
@@ -122,7 +123,7 @@ def manifest(arguments, made: Slice, train: Sequence[str]) -> str:
         "selector": selector,
         "tolerations": tolerations,
         "image": arguments.image,
-        "command": shell(train, before_train="exec "),
+        "command": shell(train),
         "mounts": mounts,
         "volumes": volumes,
     }

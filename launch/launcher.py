@@ -91,10 +91,10 @@ def check_positive(**numbers: int) -> None:
             fail(f"--{name.replace('_', '-')} {number} must be at least 1")
 
 
-def shell(train: Sequence[str], before_train: str = "") -> str:
-    """One line of shell that checks, then trains."""
+def shell(train: Sequence[str]) -> str:
+    """One line of shell that checks, then trains in place of the shell, so SIGTERM reaches it."""
     words = shlex.join(train)
-    return f"transfusion-jax check {words} && {before_train}transfusion-jax train {words}"
+    return f"transfusion-jax check {words} && exec transfusion-jax train {words}"
 
 
 def write(path: Path, text: str, dry_run: bool) -> None:

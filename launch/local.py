@@ -1,6 +1,6 @@
 """Starts the processes of one run on this machine, and again when they ask for it.
 
-    python launch/local.py --processes 2 -- experiments/digits.py --run-dir runs/digits
+python launch/local.py --processes 2 -- experiments/digits.py --run-dir runs/digits
 """
 
 import os
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from launcher import GRACE, RETRIABLE, check_positive, fail, parse, parser
 
@@ -34,7 +34,7 @@ class Group:
             if process.poll() is None:
                 process.terminate()
 
-    def codes(self, patience: float, is_asked_to_stop) -> list[int]:
+    def codes(self, patience: float, is_stopping: Callable[[], bool]) -> list[int]:
         """Waits for the end of all, and returns the exit codes of those that ended by themselves.
 
         Once one has ended, the others have `patience` seconds to notice; then they are killed.
@@ -43,18 +43,18 @@ class Group:
         while (running := [p for p in self._processes if p.poll() is None]) and (
             deadline is None or time.monotonic() < deadline
         ):
-            if deadline is None and (len(running) < len(self._processes) or is_asked_to_stop()):
+            if deadline is None and (len(running) < len(self._processes) or is_stopping()):
                 deadline = time.monotonic() + patience
             time.sleep(0.1)
         for process in running:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
             process.wait()
         ended = [p.returncode for p in self._processes if p not in running]
         return [code if code >= 0 else 128 - code for code in ended] or [128 + signal.SIGKILL]
 
 
 def outcome(codes: Sequence[int]) -> int:
-    """One exit code for all: a failure that a restart does not mend, else one that it does, or 0."""
+    """One exit code for all: of a failure that no restart mends, else of one that it does, or 0."""
     failed = [code for code in codes if code]
     final = [code for code in failed if code not in RETRIABLE]
     return (final or failed or [0])[0]

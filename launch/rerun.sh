@@ -1,10 +1,10 @@
 #!/bin/bash
 # Checks and trains on one host, again while the exit code is 42 or 127-255:
 #     rerun.sh RESTARTS EXPERIMENT [--run-dir DIR] [--FIELD VALUE ...]
-# SIGTERM is passed on, and ends it: the run saves, and is not started again.
+# SIGTERM is passed on and ends it: the run saves, and is not started again.
 set -u
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[0-9]+$ ]]; then
-    echo "error: rerun.sh RESTARTS EXPERIMENT [OPTIONS]" >&2
+    echo "error: give RESTARTS EXPERIMENT [OPTIONS]" >&2
     exit 2
 fi
 restarts=$1
@@ -18,17 +18,30 @@ stop() {
 }
 trap stop TERM INT
 
-finish() { # waits for a command that a signal may interrupt
+# Runs a command to its end; a signal that is passed on interrupts `wait`, not the command.
+code=0
+run() {
     transfusion-jax "$@" &
     child=$!
     [ -z "$stopping" ] || kill -TERM "$child" 2>/dev/null
-    while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done
+    wait "$child"
+    code=$?
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child"
+        code=$?
+    done
     child=
-    return "$code"
 }
 
 for ((left = restarts; ; left--)); do
-    finish check "$@" && [ -z "$stopping" ] && finish train "$@"
+    run check "$@"
+    if [ "$code" -eq 0 ]; then
+        if [ -n "$stopping" ]; then
+            code=42
+        else
+            run train "$@"
+        fi
+    fi
     echo "exit code $code"
     if [ -n "$stopping" ] || ((left == 0)) || ((code != 42 && code < 127)); then
         exit "$code"

@@ -1,6 +1,7 @@
 """Submits a run to SLURM; the job puts itself back into the queue until the run is done.
 
-    python launch/slurm.py digits --nodes 2 --time 24:00:00 -- experiments/digits.py --run-dir /shared/digits
+    python launch/slurm.py digits --nodes 2 --time 24:00:00 \\
+        -- experiments/digits.py --run-dir /shared/digits
 """
 
 import re

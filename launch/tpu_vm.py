@@ -2,7 +2,8 @@
 
     python launch/tpu_vm.py create scout --zone us-west4-a --topology v5e:4x4 --spot
     python launch/tpu_vm.py install scout --zone us-west4-a
-    python launch/tpu_vm.py run scout --zone us-west4-a -- experiments/digits.py --run-dir gs://bucket/digits
+    python launch/tpu_vm.py run scout --zone us-west4-a \\
+        -- experiments/digits.py --run-dir gs://bucket/digits
 """
 
 import shlex
@@ -55,9 +56,7 @@ def install(name: str, place: Sequence[str]) -> list[list[str]]:
         f"tar -xzf ~/{name}.tar.gz -C ~/transfusion/source",
         "python3 -m pip install --user --quiet uv",
         f"~/.local/bin/uv venv --quiet --clear --python 3.12 {VENV}",
-        f"~/.local/bin/uv pip install --quiet --python {VENV} '~/transfusion/source[tpu]'".replace(
-            "'~/transfusion/source[tpu]'", '"$HOME/transfusion/source[tpu]"'
-        ),
+        f'~/.local/bin/uv pip install --quiet --python {VENV} "$HOME/transfusion/source[tpu]"',
     )
     copy = ["gcloud", "compute", "tpus", "queued-resources", "scp", archive, f"{name}:"]
     return [
@@ -71,8 +70,8 @@ def start(name: str, place: Sequence[str], train: Sequence[str], restarts: int) 
     """rerun.sh in the background of every worker; they find each other, and restart together."""
     line = shlex.join(["bash", "launch/rerun.sh", str(restarts), *train])
     command = (
-        f'cd ~/transfusion/source && PATH="$HOME/transfusion/venv/bin:$PATH" '
-        f"nohup {line} >> ~/{name}.log 2>&1 < /dev/null & echo $! > ~/{name}.pid"
+        'cd ~/transfusion/source && export PATH="$HOME/transfusion/venv/bin:$PATH" && '
+        f"{{ nohup {line} >> ~/{name}.log 2>&1 < /dev/null & echo $! > ~/{name}.pid; }}"
     )
     return [on_all(name, place, command)]
 
