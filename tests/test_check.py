@@ -13,7 +13,9 @@ import pytest
 
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import MeshConfig, SourceConfig, TokenizerConfig
+from transfusion_jax.config.stored import dumps
 from transfusion_jax.data.sources.dataset import open_dataset
+from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.preflight import facts as facts_module
 from transfusion_jax.preflight import run_directory
 from transfusion_jax.preflight.data import data_facts
@@ -21,6 +23,7 @@ from transfusion_jax.preflight.facts import Facts, collect, versions
 from transfusion_jax.preflight.judgement import Asked, Finding, judge, table
 from transfusion_jax.preflight.needs import Needs, needs_of
 from transfusion_jax.preparation.prepare import Preparation, prepare
+from transfusion_jax.pretraining.state import blueprint
 
 DIGITS = Path(__file__).parent.parent / "experiments" / "digits.py"
 GIB = 2**30
@@ -162,9 +165,6 @@ def test_facts_survive_the_way_to_other_processes(experiment, tmp_path):
 def test_a_state_needs_its_parameters_average_and_two_moments(experiment):
     whole = needs_of(replace(experiment, mesh=MeshConfig(data=8)))
     assert whole.problem is None and whole.mesh == "data=8"
-    from transfusion_jax.parallel.mesh import make_mesh
-    from transfusion_jax.pretraining.state import blueprint
-
     parameters = blueprint(experiment, make_mesh(MeshConfig(data=8))).parameters
     assert 0 <= whole.checkpoint - 4 * 4 * parameters < 100  # beside it: counters
     assert whole.state == whole.checkpoint
@@ -265,8 +265,6 @@ def test_a_process_that_does_not_see_the_leaders_file_says_so(tmp_path, monkeypa
 
 
 def test_what_checkpoints_hold_already_is_counted(experiment, tmp_path):
-    from transfusion_jax.config.stored import dumps
-
     (tmp_path / "config.json").write_text(dumps(experiment))
     place = tmp_path / "checkpoints" / "3" / "state"
     place.mkdir(parents=True)
@@ -288,17 +286,14 @@ def test_the_command_prints_every_check(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_check_that_fails_is_exit_code_1(capsys, tmp_path):
+def test_a_check_that_fails_is_exit_code_1(capsys, tmp_path, monkeypatch):
     line = ("check", str(DIGITS), "--run-dir", str(tmp_path / "run"))
     assert main((*line, "--mesh.data", "3")) == 1
     said = capsys.readouterr().out
     assert "  FAILS mesh" in said and "mesh.data=3" in said
     assert said.endswith("fails: mesh, memory, space\n")
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(facts_module, "_free", lambda directory: 10)
-    with monkey.context():
-        assert main(line) == 1
-    monkey.undo()
+    monkeypatch.setattr(facts_module, "_free", lambda directory: 10)
+    assert main(line) == 1
     assert "do not fit into 10 B free" in capsys.readouterr().out
 
 
@@ -346,7 +341,11 @@ def two_processes(arguments: list[list], places: list[Path]) -> list[tuple[int, 
         )
         for process in range(2)
     ]
-    said = [process.communicate(timeout=180) for process in running]
+    try:
+        said = [process.communicate(timeout=180) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     return [(process.returncode, *text) for process, text in zip(running, said, strict=True)]
 
 
