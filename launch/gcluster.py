@@ -1,7 +1,8 @@
 """Runs on GKE through Cluster Toolkit, which writes the JobSet and queues it with Kueue.
 
     python launch/gcluster.py start scout --cluster pods --location us-west4 \\
-        --topology v5e:4x4 --image IMAGE -- experiments/digits.py --run-dir gs://bucket/digits
+        --topology v5e:4x4 --image IMAGE --mount runs:/runs \\
+        -- experiments/digits.py --run-dir /runs/digits
 """
 
 import sys
@@ -12,11 +13,11 @@ from launcher import (
     RETRIABLE,
     check_name,
     check_positive,
+    container_command,
     fail,
     parse,
     parser,
     run_all,
-    shell,
 )
 from tpus import find_slice
 
@@ -39,7 +40,9 @@ def start(arguments, train: Sequence[str]) -> list[str]:
         *("--restart-on-exit-codes", ",".join(map(str, RETRIABLE))),
         *("--grace-period", f"{GRACE}s"),
         *(("--queue", arguments.queue) if arguments.queue else ()),
-        *("--command", shell(train)),
+        *(("--service-account", arguments.service_account) if arguments.service_account else ()),
+        *(("--mount", f"{arguments.mount}:rw") if arguments.mount else ()),
+        *("--command", container_command(train)),
     ]
 
 
@@ -56,6 +59,18 @@ def main(words: Sequence[str]) -> int:
     made.add_argument("--slices", type=int, default=1, metavar="n", help="start: default 1")
     made.add_argument("--image", default="", help="start: with transfusion_jax and jax[tpu] in it")
     made.add_argument("--queue", default="", metavar="NAME", help="start: the LocalQueue of Kueue")
+    made.add_argument(
+        "--service-account",
+        default="",
+        metavar="NAME",
+        help="start: account of the pods",
+    )
+    made.add_argument(
+        "--mount",
+        default="",
+        metavar="SOURCE:/PATH",
+        help="start: gs://BUCKET or a PersistentVolumeClaim as a directory, to read and write",
+    )
     arguments, train = parse(made, words, without=set(ACTIONS) - {"start"})
     name = check_name(arguments.name)
     place = ["--cluster", arguments.cluster, "--location", arguments.location]

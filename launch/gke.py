@@ -1,7 +1,7 @@
 """Runs on GKE as a JobSet: one job for each TPU slice, one pod for each of its hosts.
 
     python launch/gke.py start scout --topology v5e:4x4 --slices 2 --image IMAGE \\
-        -- experiments/digits.py --run-dir gs://bucket/digits
+        --mount runs:/runs -- experiments/digits.py --run-dir /runs/digits
 """
 
 import json
@@ -15,11 +15,11 @@ from launcher import (
     RETRIABLE,
     check_name,
     check_positive,
+    container_command,
     fail,
     parse,
     parser,
     run_all,
-    shell,
     write,
 )
 from tpus import CHIPS_OF_A_HOST, Slice, find_slice
@@ -69,8 +69,6 @@ spec:
           spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: {grace}
-            hostNetwork: true
-            dnsPolicy: ClusterFirstWithHostNet
             serviceAccountName: {account}
             nodeSelector: {selector}
             tolerations: {tolerations}
@@ -90,21 +88,29 @@ spec:
 """
 
 
-def storage(mount: str) -> tuple[list[dict], list[dict]]:
-    """Mounts and volumes of --mount gs://BUCKET:/PATH, through Cloud Storage FUSE."""
-    if not mount:
-        return [], []
-    bucket, colon, path = mount.removeprefix("gs://").partition(":")
-    if not (mount.startswith("gs://") and bucket and colon and path.startswith("/")):
-        fail(f"--mount {mount} must be gs://BUCKET:/PATH")
-    attributes = {"bucketName": bucket, "mountOptions": "implicit-dirs"}
-    driver = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
-    return [{"name": "bucket", "mountPath": path}], [{"name": "bucket", "csi": driver}]
+def storage(mounts: Sequence[str]) -> tuple[list[dict], list[dict], bool]:
+    """Mounts and volumes of each --mount, and whether one of them is a bucket."""
+    places = []
+    volumes = []
+    for number, mount in enumerate(mounts):
+        source, colon, path = mount.rpartition(":")
+        if not (source and colon and path.startswith("/")) or path.startswith("//"):
+            fail(f"--mount {mount} must be CLAIM:/PATH or gs://BUCKET:/PATH")
+        volume: dict[str, Any] = {"persistentVolumeClaim": {"claimName": source}}
+        if source.startswith("gs://"):
+            bucket = source.removeprefix("gs://")
+            attributes = {"bucketName": bucket, "mountOptions": "implicit-dirs"}
+            driver = "gcsfuse.csi.storage.gke.io"
+            volume = {"csi": {"driver": driver, "volumeAttributes": attributes}}
+        name = f"mount-{number}"
+        places.append({"name": name, "mountPath": path})
+        volumes.append({"name": name, **volume})
+    return places, volumes, any(mount.startswith("gs://") for mount in mounts)
 
 
 def manifest(arguments, made: Slice, train: Sequence[str]) -> str:
     """The JobSet."""
-    mounts, volumes = storage(arguments.mount)
+    mounts, volumes, has_bucket = storage(arguments.mount)
     selector = {
         "cloud.google.com/gke-tpu-accelerator": made.generation.accelerator,
         "cloud.google.com/gke-tpu-topology": made.layout,
@@ -118,12 +124,12 @@ def manifest(arguments, made: Slice, train: Sequence[str]) -> str:
         selector["cloud.google.com/reservation-name"] = arguments.reservation
     values: dict[str, Any] = {
         "retriable": list(RETRIABLE),
-        "annotations": {"gke-gcsfuse/volumes": "true"} if mounts else {},
+        "annotations": {"gke-gcsfuse/volumes": "true"} if has_bucket else {},
         "account": arguments.service_account,
         "selector": selector,
         "tolerations": tolerations,
         "image": arguments.image,
-        "command": shell(train),
+        "command": container_command(train),
         "mounts": mounts,
         "volumes": volumes,
     }
@@ -148,7 +154,7 @@ def start(arguments, train: Sequence[str]) -> int:
     path = Path(arguments.manifests) / f"{arguments.name}.yaml"
     write(path, text, arguments.dry_run)
     kubectl = ["kubectl", "--namespace", arguments.namespace]
-    return run_all([[*kubectl, "apply", "--filename", str(path)]], arguments.dry_run)
+    return run_all([[*kubectl, "create", "--filename", str(path)]], arguments.dry_run)
 
 
 def main(words: Sequence[str]) -> int:
@@ -165,7 +171,11 @@ def main(words: Sequence[str]) -> int:
     made.add_argument("--reservation", default="", metavar="NAME", help="start: on reserved nodes")
     made.add_argument("--service-account", default="default", metavar="NAME", help="of the pods")
     made.add_argument(
-        "--mount", default="", metavar="gs://BUCKET:/PATH", help="start: a bucket as a directory"
+        "--mount",
+        action="append",
+        default=[],
+        metavar="SOURCE:/PATH",
+        help="start: a PersistentVolumeClaim or gs://BUCKET as a directory; may be repeated",
     )
     made.add_argument(
         "--manifests", default="manifests", metavar="DIR", help="where the manifest is written"
@@ -174,14 +184,16 @@ def main(words: Sequence[str]) -> int:
     name = check_name(arguments.name)
     if arguments.action == "start":
         return start(arguments, train)
-    leader = "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
-    follow = ["logs", "--follow", "--tail=50"]
-    words = {
-        "status": ["get", "jobset,pods", "--selector", f"jobset.sigs.k8s.io/jobset-name={name}"],
-        "follow": [*follow, "--selector", f"jobset.sigs.k8s.io/jobset-name={name},{leader}"],
-        "stop": ["delete", "jobset", name],
+    pods = f"jobset.sigs.k8s.io/jobset-name={name}"
+    leader = f"{pods},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    follow = ["logs", "--follow", "--tail=50", "--container=train"]
+    commands = {
+        "status": [["get", "jobset", name], ["get", "pods", "--selector", pods]],
+        "follow": [[*follow, "--selector", leader]],
+        "stop": [["delete", "jobset", name, "--cascade=foreground"]],  # waits for the pods
     }[arguments.action]
-    return run_all([["kubectl", "--namespace", arguments.namespace, *words]], arguments.dry_run)
+    kubectl = ["kubectl", "--namespace", arguments.namespace]
+    return run_all([[*kubectl, *command] for command in commands], arguments.dry_run)
 
 
 if __name__ == "__main__":

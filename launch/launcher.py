@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-RETRIABLE = (42, *range(127, 256))
+STOPPED = 42
+RETRIABLE = (STOPPED, *range(127, 256))
 """Exit codes after which the same command may be started again: stopped and saved, lost another
 process, or killed from outside. 1 (failed) and 2 (bad input) would only fail again."""
 RESTARTS = 20
@@ -91,10 +92,15 @@ def check_positive(**numbers: int) -> None:
             fail(f"--{name.replace('_', '-')} {number} must be at least 1")
 
 
-def shell(train: Sequence[str]) -> str:
-    """One line of shell that checks, then trains in place of the shell, so SIGTERM reaches it."""
+def container_command(train: Sequence[str]) -> str:
+    """What bash runs in a container: checks, then trains in its own place, so SIGTERM reaches it.
+
+    Bash is process 1, on which SIGTERM has no effect by default. Kubernetes replaces $(NAME), and
+    $$ by $.
+    """
     words = shlex.join(train)
-    return f"transfusion-jax check {words} && exec transfusion-jax train {words}"
+    line = f"transfusion-jax check {words} && exec transfusion-jax train {words}"
+    return f"trap 'exit {STOPPED}' TERM; {line}".replace("$", "$$")
 
 
 def write(path: Path, text: str, dry_run: bool) -> None:

@@ -12,10 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher import GRACE, RETRIABLE, check_positive, fail, parse, parser
+from launcher import GRACE, RETRIABLE, STOPPED, check_positive, fail, parse, parser
 
 KINDS = ("cpu", "gpu")
-STOPPED = 42
 
 
 class Group:
@@ -115,12 +114,12 @@ class Run:
         """Checks and trains; again after a retriable exit code, `restarts` times at most."""
         for left in range(restarts, -1, -1):
             code = self.once("check")
-            if code == 0 and not self._stopping:
-                code = self.once("train")
-            if self._stopping:
-                return code or STOPPED
+            if code == 0:
+                code = STOPPED if self._stopping else self.once("train")
             if code not in RETRIABLE or left == 0:
                 return code
+            if self._stopping:
+                return STOPPED  # also where `check`, which has nothing to save, was killed
             print(f"exit code {code}: starting again, {left - 1} restarts left", flush=True)
         return code
 

@@ -3,6 +3,9 @@
 #     rerun.sh RESTARTS EXPERIMENT [--run-dir DIR] [--FIELD VALUE ...]
 # SIGTERM is passed on and ends it: the run saves, and is not started again.
 set -u
+# A process that is lost has been noticed by then (processes.heartbeat_timeout is 100 seconds), so
+# none of the others is still in the run that this one left.
+PAUSE=${PAUSE:-120}
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[0-9]+$ ]]; then
     echo "error: give RESTARTS EXPERIMENT [OPTIONS]" >&2
     exit 2
@@ -47,5 +50,7 @@ for ((left = restarts; ; left--)); do
         exit "$code"
     fi
     echo "starting again, $((left - 1)) restarts left"
-    sleep "${PAUSE:-10}"
+    sleep "$PAUSE" &
+    wait $!
+    [ -z "$stopping" ] || exit 42
 done

@@ -1,6 +1,6 @@
 """Submits a run to SLURM; the job puts itself back into the queue until the run is done.
 
-    python launch/slurm.py digits --nodes 2 --time 24:00:00 \\
+    python launch/slurm.py digits --nodes 2 --cpus-per-task 8 --time 24:00:00 \\
         -- experiments/digits.py --run-dir /shared/digits
 """
 
@@ -18,6 +18,7 @@ SCRIPT = """\
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={tasks}
+#SBATCH --cpus-per-task={cpus}
 #SBATCH --time={time}
 #SBATCH --signal=TERM@{grace}
 #SBATCH --requeue
@@ -25,9 +26,12 @@ SCRIPT = """\
 #SBATCH --output={log}
 {options}
 {setup}
-# Tasks end by themselves when one is lost; killing them would interrupt a save.
-srun --kill-on-bad-exit=0 transfusion-jax check {train} &&
-    srun --kill-on-bad-exit=0 transfusion-jax train {train}
+# When one task ends, the others have time to notice and to save. srun does not take --cpus-per-task
+# from sbatch.
+run() {{
+    srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={grace} transfusion-jax "$@"
+}}
+run check {train} && run train {train}
 code=$?
 restarts=${{SLURM_RESTART_COUNT:-0}}
 echo "exit code $code after $restarts restarts"
@@ -41,24 +45,19 @@ exit $code
 def script(arguments, train: Sequence[str]) -> str:
     """The batch script."""
     gpus = arguments.gpus_per_node
-    options = []
-    if gpus:
-        options.append(f"--gpus-per-node={gpus}")
-    options += [
-        f"--{name}={value}"
-        for name in ("partition", "account", "qos")
-        if (value := getattr(arguments, name))
-    ]
+    options = [f"--gpus-per-node={gpus}"] if gpus else []
+    options += arguments.sbatch
     return SCRIPT.format(
         name=arguments.name,
         nodes=arguments.nodes,
         # JAX gives each task of a node one of its GPUs.
         tasks=gpus or 1,
+        cpus=arguments.cpus_per_task,
         time=arguments.time,
         grace=GRACE,
-        log=f"{arguments.logs}/%x-%j.log",
-        options="".join(f"#SBATCH {option}\n" for option in options),
-        setup=f"source {shlex.quote(arguments.setup)}\n" if arguments.setup else "",
+        log=shlex.quote(f"{arguments.logs}/%x-%j.log"),
+        options="".join(f"#SBATCH {shlex.quote(option)}\n" for option in options),
+        setup=f"source {shlex.quote(arguments.setup)} || exit 2\n" if arguments.setup else "",
         train=shlex.join(train),
         restarts=arguments.restarts,
     )
@@ -71,13 +70,20 @@ def main(words: Sequence[str]) -> int:
     made.add_argument(
         "--time", required=True, metavar="D-HH:MM:SS", help="longest time of one start of the job"
     )
+    made.add_argument(
+        "--cpus-per-task", type=int, required=True, metavar="C", help="cores of each process"
+    )
     made.add_argument("--kind", default="cpu", choices=KINDS, help="default: cpu")
     made.add_argument(
         "--gpus-per-node", type=int, default=0, metavar="G", help="with --kind gpu: tasks and GPUs"
     )
-    made.add_argument("--partition", default="", metavar="NAME", help="as in sbatch")
-    made.add_argument("--account", default="", metavar="NAME", help="as in sbatch")
-    made.add_argument("--qos", default="", metavar="NAME", help="as in sbatch")
+    made.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="one more option of sbatch, as in --sbatch=--partition=NAME; may be repeated",
+    )
     made.add_argument(
         "--setup", default="", metavar="FILE", help="sourced first: modules, virtual environment"
     )
@@ -86,7 +92,7 @@ def main(words: Sequence[str]) -> int:
     )
     arguments, train = parse(made, words)
     check_name(arguments.name)
-    check_positive(nodes=arguments.nodes)
+    check_positive(nodes=arguments.nodes, cpus_per_task=arguments.cpus_per_task)
     if (arguments.kind == "gpu") != (arguments.gpus_per_node > 0):
         fail(f"--kind gpu and --gpus-per-node {arguments.gpus_per_node} go together")
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", arguments.time):

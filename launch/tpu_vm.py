@@ -3,7 +3,7 @@
     python launch/tpu_vm.py create scout --zone us-west4-a --topology v5e:4x4 --spot
     python launch/tpu_vm.py install scout --zone us-west4-a
     python launch/tpu_vm.py run scout --zone us-west4-a \\
-        -- experiments/digits.py --run-dir gs://bucket/digits
+        -- experiments/digits.py --run-dir /runs/digits
 """
 
 import shlex
@@ -70,6 +70,8 @@ def start(name: str, place: Sequence[str], train: Sequence[str], restarts: int) 
     """rerun.sh in the background of every worker; they find each other, and restart together."""
     line = shlex.join(["bash", "launch/rerun.sh", str(restarts), *train])
     command = (
+        f"! kill -0 $(cat ~/{name}.pid 2>/dev/null) 2>/dev/null || "
+        f"{{ echo {name} is running already >&2; exit 1; }}; "
         'cd ~/transfusion/source && export PATH="$HOME/transfusion/venv/bin:$PATH" && '
         f"{{ nohup {line} >> ~/{name}.log 2>&1 < /dev/null & echo $! > ~/{name}.pid; }}"
     )

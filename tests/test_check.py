@@ -130,12 +130,12 @@ def test_a_mesh_that_does_not_fit_leaves_memory_and_space_unknown():
 
 @pytest.mark.parametrize(
     ("free", "held", "fits"),
-    [(40, 0, True), (39, 0, False), (10, 30, True), (9, 30, False), (None, 0, True)],
+    [(40, 0, True), (39, 0, False), (10, 30, True), (9, 30, False)],
 )
 def test_space_is_that_of_the_kept_checkpoints_and_one_more(free, held, fits):
     """Four checkpoints of 10 GiB, less what is there; the leader alone measures."""
     facts = pod(free=0)
-    facts[0] = fact(0, free=free and free * GIB, held=held * GIB)
+    facts[0] = fact(0, free=free * GIB, held=held * GIB)
     assert list(failures(facts)) == ([] if fits else ["space"])
 
 

@@ -1,6 +1,7 @@
 """The launchers: what they print with --dry-run, and what they do with commands that are faked."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,15 +18,18 @@ from transfusion_jax.planning.topology import CHIPS, FLAT, SMALL
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 RETRIABLE = [42, *range(127, 256)]
-TRAIN = "-- experiments/digits.py --run-dir 'gs://b/my run' --model.layers 6"
+TRAIN = "-- experiments/digits.py --run-dir '/runs/my run' --model.layers 6"
 LINES = {
     "local": f"local.py --processes 2 {TRAIN}",
-    "slurm": f"slurm.py scout --nodes 2 --time 24:00:00 {TRAIN}",
+    "slurm": f"slurm.py scout --nodes 2 --cpus-per-task 8 --time 24:00:00 {TRAIN}",
     "tpu_vm": f"tpu_vm.py run scout --zone z {TRAIN}",
     "gke": f"gke.py start scout --topology v5e:4x4 --slices 2 --image i {TRAIN}",
     "gcluster": "gcluster.py start scout --cluster c --location l --topology v5e:4x4 --slices 2 "
     f"--image i {TRAIN}",
 }
+
+
+SLURM = "slurm.py a --nodes=2 --cpus-per-task=8 --time=5"
 
 
 def launched(line: str, **environment: str) -> subprocess.CompletedProcess:
@@ -55,20 +59,9 @@ def command(text: str, program: str) -> list[str]:
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
-def test_every_launcher_checks_before_it_trains_what_it_was_given(line, tmp_path, monkeypatch):
+def test_a_dry_run_does_nothing(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = dry(line).replace(r"\"", '"')
-    words = "experiments/digits.py --run-dir 'gs://b/my run' --model.layers 6"
-    if line.startswith("tpu_vm"):
-        text = text.replace("'\"'\"'", "'")
-        assert f"launch/rerun.sh 20 {words}" in text  # which is tested below
-    elif line.startswith("gcluster"):
-        assert f"transfusion-jax check {words} && exec transfusion-jax train {words}" in (
-            command(text, "gcluster")
-        )
-    else:
-        check = text.index(f"transfusion-jax check {words}")
-        assert check < text.index(f"transfusion-jax train {words}")
+    assert dry(line)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -86,13 +79,15 @@ def test_every_launcher_checks_before_it_trains_what_it_was_given(line, tmp_path
         ("local.py --processes two -- x.py", "invalid int value: 'two'"),
         ("local.py --processes 1 -- x.py", "transfusion-jax is not installed"),
         ("slurm.py", "name"),
-        ("slurm.py a --nodes 2 -- x.py", "--time"),
-        ("slurm.py a --nodes 2 --time soon -- x.py", "--time soon must be MINUTES"),
-        ("slurm.py a --nodes 0 --time 5 -- x.py", "--nodes 0 must be at least 1"),
-        ("slurm.py a --nodes 2 --time 5 --kind tpu -- x.py", "invalid choice: 'tpu'"),
-        ("slurm.py a --nodes 2 --time 5 --kind gpu -- x.py", "--kind gpu and --gpus-per-node 0"),
-        ("slurm.py a --nodes 2 --time 5 --gpus-per-node 4 -- x.py", "--gpus-per-node 4"),
-        ("slurm.py a;b --nodes 2 --time 5 -- x.py", "name 'a;b' must be"),
+        ("slurm.py a --nodes 2 --cpus-per-task 8 -- x.py", "--time"),
+        ("slurm.py a --nodes 2 --time 5 -- x.py", "--cpus-per-task"),
+        (f"{SLURM.replace('=5', '=soon')} -- x.py", "--time soon must be MINUTES"),
+        (f"{SLURM.replace('nodes=2', 'nodes=0')} -- x.py", "--nodes 0 must be at least 1"),
+        (f"{SLURM.replace('=8', '=0')} -- x.py", "--cpus-per-task 0 must be at least 1"),
+        (f"{SLURM} --kind tpu -- x.py", "invalid choice: 'tpu'"),
+        (f"{SLURM} --kind gpu -- x.py", "--kind gpu and --gpus-per-node 0"),
+        (f"{SLURM} --gpus-per-node 4 -- x.py", "--gpus-per-node 4"),
+        (f"{SLURM.replace(' a ', ' a;b ')} -- x.py", "name 'a;b' must be"),
         ("tpu_vm.py", "ACTION"),
         ("tpu_vm.py restart a --zone z", "invalid choice: 'restart'"),
         ("tpu_vm.py create a --topology v5e:4x4", "--zone"),
@@ -116,8 +111,8 @@ def test_every_launcher_checks_before_it_trains_what_it_was_given(line, tmp_path
             "exclude each other",
         ),
         (
-            "gke.py start a --topology v5e:4x4 --image i --mount /data -- x.py",
-            "--mount /data must be gs://BUCKET:/PATH",
+            "gke.py start a --topology v5e:4x4 --image i --mount gs://b -- x.py",
+            "--mount gs://b must be CLAIM:/PATH or gs://BUCKET:/PATH",
         ),
         (f"gke.py stop {'a' * 41}", "at most 40"),
         ("gke.py follow a", "kubectl is not installed"),
@@ -197,11 +192,12 @@ def test_a_slurm_job_is_warned_in_time_and_may_be_requeued():
     assert script.startswith("#!/bin/bash\n")
     for option in ("signal=TERM@300", "requeue", "nodes=2", "ntasks-per-node=1", "time=24:00:00"):
         assert f"#SBATCH --{option}\n" in head
-    gpus = "--kind gpu --gpus-per-node 8 --partition p --account q --setup 'my env.sh'"
+    gpus = "--kind gpu --gpus-per-node 8 --sbatch=--partition=p --sbatch=--account=q --setup env.sh"
     script = batch_script(LINES["slurm"].replace(" -- ", f" {gpus} -- "))
     options = re.findall(r"^#SBATCH --(\S+)$", script, re.MULTILINE)
+    assert "    srun --cpus-per-task=8 " in script  # srun does not take it from sbatch
     assert {"ntasks-per-node=8", "gpus-per-node=8", "partition=p", "account=q"} <= set(options)
-    assert script.index("source 'my env.sh'\n") < script.index("srun")
+    assert script.index("source env.sh || exit 2\n") < script.index("srun")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +230,7 @@ def test_a_slurm_job_goes_back_into_the_queue_when_that_helps(
     run = ["bash", "-c", batch_script(LINES["slurm"])]
     assert subprocess.run(run, env=environment, capture_output=True).returncode == code
     assert logged(tmp_path, "scontrol") == (["requeue 7"] if requeued else [])
-    starts = [line.split()[2] for line in logged(tmp_path, "srun")]
+    starts = [line.split()[4] for line in logged(tmp_path, "srun")]
     assert starts == (["check"] if check else ["check", "train"])
 
 
@@ -301,27 +297,36 @@ def test_a_jobset_restarts_by_exit_code():
     assert len(RETRIABLE) <= 255  # Kubernetes takes no more
 
 
-def test_a_jobset_on_spot_nodes_with_a_bucket():
-    options = "--spot --mount gs://b:/data --service-account s --namespace n"
+def test_a_jobset_on_spot_nodes_with_a_shared_disk_and_a_bucket():
+    options = "--spot --mount runs:/runs --mount gs://b:/data --service-account s --namespace n"
     line = LINES["gke"].replace(" -- ", f" {options} -- ")
-    assert "kubectl --namespace n apply" in dry(line)
+    assert "kubectl --namespace n create" in dry(line)  # fails where there is one of that name
     template = jobset(line)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
     pod = template["spec"]
     assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["tolerations"][0]["key"] == "cloud.google.com/gke-spot"
     assert pod["serviceAccountName"] == "s"
-    assert pod["containers"][0]["volumeMounts"] == [{"name": "bucket", "mountPath": "/data"}]
-    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    claim, bucket = pod["volumes"]
+    assert (mounts[claim["name"]], mounts[bucket["name"]]) == ("/runs", "/data")
+    assert claim["persistentVolumeClaim"] == {"claimName": "runs"}
+    assert bucket["csi"]["volumeAttributes"]["bucketName"] == "b"
+    # The driver and Workload Identity do not serve pods on the host's network.
+    assert "hostNetwork" not in pod
     line = LINES["gke"].replace(" -- ", " --reservation r -- ")
     pod = jobset(line)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/reservation-name"] == "r"
 
 
 def test_gke_and_gcluster_watch_and_stop():
-    assert "get jobset,pods --selector jobset.sigs.k8s.io/jobset-name=a" in dry("gke.py status a")
+    kubectl = "$ kubectl --namespace default"
+    assert dry("gke.py status a").splitlines() == [
+        f"{kubectl} get jobset a",
+        f"{kubectl} get pods --selector jobset.sigs.k8s.io/jobset-name=a",
+    ]
     assert "logs --follow" in dry("gke.py follow a")
-    assert dry("gke.py stop a") == "$ kubectl --namespace default delete jobset a\n"
+    assert dry("gke.py stop a") == f"{kubectl} delete jobset a --cascade=foreground\n"
     place = "--cluster c --location l"
     for action, expected in [
         ("status", f"list {place} --name-contains a"),
@@ -332,13 +337,15 @@ def test_gke_and_gcluster_watch_and_stop():
 
 
 def test_gcluster_is_asked_for_the_same():
-    words = command(dry(LINES["gcluster"]), "gcluster")
+    options = " --mount runs:/runs --service-account s -- "
+    words = command(dry(LINES["gcluster"].replace(" -- ", options)), "gcluster")
     given = dict(zip(words[3::2], words[4::2], strict=True))
     assert words[1:3] == ["job", "submit"]
     assert given["--compute-type"] == "ct5lp-hightpu-4t" and given["--topology"] == "4x4"
     assert (given["--num-slices"], given["--restarts"]) == ("2", "20")
     assert given["--restart-on-exit-codes"] == ",".join(map(str, RETRIABLE))
     assert int(given["--grace-period"].removesuffix("s")) >= 300
+    assert (given["--mount"], given["--service-account"]) == ("runs:/runs:rw", "s")
 
 
 # TPU VMs
@@ -519,6 +526,18 @@ def test_a_process_that_was_killed_for_hanging_does_not_hide_why_the_other_ended
     assert "exit code 42: starting again" in said[0]
 
 
+@pytest.mark.parametrize(("last", "code"), [("exit 42", 42), ("exit 0", 0), ("kill -9 $$", 42)])
+def test_a_stopped_run_says_whether_it_was_done(tmp_path, last, code):
+    in_turn(tmp_path, "true", f"trap 'kill $!; {last}' TERM; sleep 60 & wait")
+    running = start_local(tmp_path)
+    wait_until(lambda: str(logged(tmp_path, "transfusion-jax")).count("train") == 2)
+    time.sleep(0.5)  # until both have set their traps
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    assert running.returncode == code
+    assert str(logged(tmp_path, "transfusion-jax")).count("train") == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_all_processes_and_ends_the_run(tmp_path, number):
     train = "trap 'kill $!; echo stopped >> \"$LOG\"; exit 42' TERM; sleep 60 & wait"
@@ -539,6 +558,142 @@ def test_local_processes_compute_on_what_they_are_told():
     assert [line.split()[1] for line in gpu] == [f"CUDA_VISIBLE_DEVICES={i}" for i in (0, 1)] * 2
     alone = dry("local.py --processes 1 -- x.py")
     assert "--coordinator" not in alone
+
+
+# Awkward words
+
+WORDS = [
+    "my runs/x y.py", "it's", 'a "b"', "$(exit 9)", "$HOME", "$$", "a;b&c", "*", "back\\slash", "é",
+    "",
+]  # fmt: skip
+
+
+def in_kubernetes(word: str) -> str:
+    """What becomes of a word of a container's command: $$ is $, and $(NAME) the variable."""
+    kept = word.replace("$$", "\0")
+    assert "$(" not in kept
+    return kept.replace("\0", "$")
+
+
+def shell_command(name: str, line: str) -> list[str]:
+    """The command that a launcher's dry run would run in the end, as far as it is a shell's."""
+    if name == "slurm":
+        return ["bash", "-c", batch_script(line)]
+    if name == "gke":
+        pod = jobset(line)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        return [in_kubernetes(word) for word in pod["containers"][0]["command"]]
+    if name == "gcluster":
+        return ["bash", "-c", in_kubernetes(command(dry(line), "gcluster")[-1])]
+    remote = command(dry(line), "gcloud")[-1].removeprefix("--command=")
+    started = re.search(r"nohup (.*) >> ~", remote)[1]
+    return ["bash", "-c", started.replace("launch/rerun.sh", f"'{LAUNCH}/rerun.sh'")]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_awkward_words_reach_check_and_train_as_they_are(name, tmp_path):
+    fake(tmp_path, "transfusion-jax", r"""printf '%s\n' "$@" >> "$LOG" """)
+    fake(tmp_path, "srun", 'while [ "$1" != transfusion-jax ]; do shift; done; exec "$@"')
+    line = f"{LINES[name].partition(' -- ')[0]} -- {shlex.join(WORDS)}"
+    if name == "local":
+        line = line.replace("--processes 2", "--processes 1")
+        assert launched(line, **with_fakes(tmp_path)).returncode == 0
+    else:
+        subprocess.run(shell_command(name, line), env=with_fakes(tmp_path), check=True, timeout=20)
+    assert logged(tmp_path, "transfusion-jax") == ["check", *WORDS, "train", *WORDS]
+
+
+def test_a_container_that_is_stopped_while_it_checks_does_not_train(tmp_path):
+    fake(tmp_path, "transfusion-jax", 'echo "$1" >> "$LOG"; sleep 1')
+    running = subprocess.Popen(shell_command("gke", LINES["gke"]), env=with_fakes(tmp_path))
+    wait_until(lambda: logged(tmp_path, "transfusion-jax"))
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=20) == 42
+    assert logged(tmp_path, "transfusion-jax") == ["check"]
+
+
+TINY = """
+from dataclasses import replace
+from runpy import run_path
+
+from transfusion_jax.config import ProcessesConfig
+
+def config():
+    base = run_path({digits!r})["config"]()
+    return replace(
+        base,
+        name="tiny",
+        model=replace(base.model, layers=1, width=32, heads=2, mlp_width=64),
+        data=replace(base.data, batch_rows=4),
+        train=replace(base.train, steps=100_000, log_every=1, checkpoint_every=5),
+        processes=ProcessesConfig(heartbeat_timeout=10, initialization_timeout=60),
+        evaluation=(),
+    )
+"""
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def checkpoints_of(run_dir: Path) -> list[int]:
+    return sorted(int(place.name) for place in (run_dir / "checkpoints").glob("[0-9]*"))
+
+
+def last(values: list[int]) -> int:
+    return max(values, default=0)
+
+
+@pytest.fixture
+def launch_tiny(tmp_path):
+    """Starts two processes that train; whatever becomes of the test, none is left."""
+    experiment = TINY.format(digits=str(LAUNCH.parent / "experiments" / "digits.py"))
+    (tmp_path / "tiny.py").write_text(experiment)
+    fake(tmp_path, "transfusion-jax", f'exec {sys.executable} -m transfusion_jax "$@"')
+    environment = {**os.environ, **with_fakes(tmp_path), "PYTHONPATH": str(LAUNCH.parent)}
+    environment["XLA_FLAGS"] = ""  # one device in each process
+    started = []
+
+    def start(*overrides: str) -> subprocess.Popen:
+        words = ["--processes", "2", "--patience", "60", "--restarts", "2", "--", "tiny.py"]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(LAUNCH / "local.py"), *words, "--run-dir", "run", *overrides],
+                cwd=tmp_path,
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.terminate()
+        running.communicate(timeout=100)
+
+
+@pytest.mark.slow  # trains for a minute
+def test_a_real_run_survives_a_lost_process_stops_when_told_and_resumes(tmp_path, launch_tiny):
+    run_dir = tmp_path / "run"
+    running = launch_tiny()
+    wait_until(lambda: last(checkpoints_of(run_dir)) >= 5, 100)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    seen = last(steps_of(run_dir))
+    wait_until(lambda: last(steps_of(run_dir)) > seen + 20, 100)  # it was started again
+    running.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=100)[0]
+    assert running.returncode == 42, said
+    assert said.count("starting again") == said.count("starting again, 1 restarts left") == 1
+    (saved,) = map(int, re.findall(r"stopped by SIGTERM.* at step (\d+), saved", said))
+    assert last(checkpoints_of(run_dir)) == saved
+    running = launch_tiny("--train.steps", str(saved + 3))
+    said = running.communicate(timeout=100)[0]
+    assert running.returncode == 0, said
+    assert f"resuming from checkpoint run/checkpoints/{saved}" in said
+    assert steps_of(run_dir) == list(range(1, saved + 4))
 
 
 # What the README says

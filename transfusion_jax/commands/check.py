@@ -4,50 +4,37 @@ import argparse
 import shlex
 from pathlib import Path
 
+from transfusion_jax.commands import train
 from transfusion_jax.commands.bad_input import user_input
 from transfusion_jax.commands.command import Command
-from transfusion_jax.commands.experiments import add_experiment, asked_experiment
-from transfusion_jax.commands.joining import add_processes, join_processes
-from transfusion_jax.commands.terminal import say
-from transfusion_jax.config import Experiment
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment(parser)
-    parser.add_argument(
-        "--run-dir",
-        type=Path,
-        metavar="DIR",
-        help="where the run will be kept (default: runs/<name of the experiment>)",
-    )
-    add_processes(parser)
+from transfusion_jax.commands.experiments import asked_experiment
+from transfusion_jax.commands.joining import join_processes
+from transfusion_jax.commands.terminal import say_leading
+from transfusion_jax.config import Experiment, ProcessesConfig
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from transfusion_jax.parallel.processes import is_leader
     from transfusion_jax.preflight.facts import collect
     from transfusion_jax.preflight.judgement import Asked, judge, table
 
     with user_input():
-        join_processes(arguments)
-        experiment = _agreed_experiment(arguments)
+        experiment = _joined(arguments)
     directory = arguments.run_dir or Path("runs") / experiment.name
     facts = collect(experiment, directory)
     asked = Asked(experiment.train.keep_checkpoints, _plan(arguments, experiment))
     findings = judge(facts, asked)
     failed = [finding.check for finding in findings if not finding.ok]
-    if is_leader():
-        say(f"{experiment.name} in {directory}")
-        say(table(findings))
-        say(f"fails: {', '.join(failed)}" if failed else "all checks hold")
+    say_leading(f"{experiment.name} in {directory}")
+    say_leading(table(findings))
+    say_leading(f"fails: {', '.join(failed)}" if failed else "all checks hold")
     return 1 if failed else 0
 
 
-def _agreed_experiment(arguments: argparse.Namespace) -> Experiment:
-    """The experiment, once every process has loaded one.
+def _joined(arguments: argparse.Namespace) -> Experiment:
+    """Loads the experiment and joins the other processes, which may have failed to load theirs.
 
     Raises:
-      ValueError: in this or another process it is missing or wrong; all raise the same.
+      ValueError: in this or another process the experiment is missing or wrong; all raise the same.
     """
     from transfusion_jax.evaluation.suite import check_experiment
     from transfusion_jax.parallel.processes import gathered
@@ -59,6 +46,7 @@ def _agreed_experiment(arguments: argparse.Namespace) -> Experiment:
         check_experiment(experiment)
     except ValueError as error:
         problem = str(error)
+    join_processes(arguments, experiment.processes if experiment else ProcessesConfig())
     problems = gathered(problem)
     for process, said in enumerate(problems):
         if said is not None:
@@ -77,7 +65,7 @@ def _plan(arguments: argparse.Namespace, experiment: Experiment) -> str:
 
 COMMAND = Command(
     "find what would fail on this machine or pod, before any compile",
-    add_arguments,
+    train.add_arguments,  # launchers pass the same words to both
     run,
     config=lambda: Experiment(name="NAME"),
 )

@@ -46,8 +46,8 @@ class Facts:
     """By source, `digest` or `problem`."""
     directory: str | None
     """Why the run directory cannot be used; None if it can."""
-    free: int | None
-    """Bytes free where the run directory is; None where there is no limit (gs://)."""
+    free: int
+    """Bytes free where the run directory is or will be."""
     held: int
     """Bytes of the checkpoints that are already in it."""
     clock: float
@@ -111,10 +111,8 @@ def _memory(devices: list[Any]) -> int | None:
     return None if None in limits else min(limits)
 
 
-def _free(directory: Path) -> int | None:
+def _free(directory: Path) -> int:
     """Bytes free on the disk of a directory, or where it will be made."""
-    if "://" in str(directory):
-        return None
     place = directory.absolute()
     while not place.exists():
         place = place.parent
@@ -122,7 +120,5 @@ def _free(directory: Path) -> int | None:
 
 
 def _held(checkpoints: Path) -> int:
-    """Bytes of the files under a directory."""
-    if "://" in str(checkpoints) or not checkpoints.is_dir():
-        return 0
+    """Bytes of the files under a directory; 0 where it is missing."""
     return sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())

@@ -130,8 +130,6 @@ def space(facts: Sequence[Facts], asked: Asked) -> Finding:
     count = asked.keep_checkpoints + 1
     total = count * leader.needs.checkpoint
     kept = f"{count} checkpoints of {size(leader.needs.checkpoint)}"
-    if leader.free is None:
-        return Finding("space", True, f"{kept}, in a bucket")
     if total - leader.held > leader.free:
         there = f" beside the {size(leader.held)} there" if leader.held else ""
         return Finding("space", False, f"{kept} do not fit into {size(leader.free)} free{there}")

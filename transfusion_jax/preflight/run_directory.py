@@ -23,7 +23,7 @@ def directory_problem(experiment: Experiment, directory: Path) -> str | None:
     try:
         check_directory(experiment, directory)
         problem = None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         problem = str(error)
     made = _missing(directory)
     token = ""
@@ -74,8 +74,6 @@ def _read(directory: Path, token: str) -> str | None:
 
 def _missing(directory: Path) -> list[Path]:
     """The directory and its parents that do not exist yet, the deepest first."""
-    if "://" in str(directory):
-        return []
     return [place for place in (directory, *directory.parents) if not place.exists()]
 
 
