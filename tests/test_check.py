@@ -184,6 +184,15 @@ def test_a_mesh_that_does_not_suit_is_a_problem(experiment, mesh, message):
     assert message in needs_of(replace(experiment, mesh=mesh)).problem
 
 
+def test_what_train_would_refuse_of_rows_and_processes_is_a_problem(experiment, monkeypatch):
+    rows = replace(experiment, data=replace(experiment.data, batch_rows=12))
+    assert "data.batch_rows=12" in needs_of(rows).problem
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("transfusion_jax.parallel.processes.metadata.version", lambda _: "0.10.2")
+    cut = replace(experiment, mesh=MeshConfig(data=1, fsdp=8))
+    assert "needs jaxlib 0.12 or newer" in needs_of(cut).problem
+
+
 def test_versions_tell_changed_code_of_the_same_version(tmp_path, monkeypatch):
     before = versions()
     assert before["jax"] == jax.__version__ and set(facts_module.PACKAGES) <= set(before)
@@ -309,6 +318,7 @@ def test_the_command_says_how_to_plan_the_same_experiment(tmp_path, monkeypatch,
     ("words", "message"),
     [
         ("check", "name an experiment file"),
+        (f"check {DIGITS} --run-dir gs://bucket/run", "gs://bucket/run is not a local path"),
         ("check none.py", "there is no experiment file none.py"),
         (f"check {DIGITS} --model.widht 3", "perhaps you meant --model.width"),
         (f"check {DIGITS} --evaluation fid", "'fid' is not one of"),
@@ -358,6 +368,7 @@ def test_two_processes_agree_and_their_leader_speaks(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # waits until a file must have been seen
 def test_two_processes_that_differ_are_told_apart(tmp_path):
     """Another config, and with that relative path another run directory."""
     places = [tmp_path / "a", tmp_path / "b"]

@@ -60,6 +60,20 @@ FAULTS = (
         "check",
     ),
     Fault(
+        "rows are not asked for",
+        "preflight/needs.py",
+        "        process_rows(batch_sharding(mesh), experiment.data.batch_rows)\n",
+        "",
+        "check",
+    ),
+    Fault(
+        "wrong sums between processes are let through",
+        "preflight/needs.py",
+        "        check_collectives(mesh)\n",
+        "",
+        "check",
+    ),
+    Fault(
         "data is known by its shards' sizes",
         "preflight/data.py",
         "        dataset.record(0)  # sizes are compared by now; this one is read\n",
