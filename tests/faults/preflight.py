@@ -60,13 +60,6 @@ FAULTS = (
         "check",
     ),
     Fault(
-        "rows are not asked for",
-        "preflight/needs.py",
-        "        process_rows(batch_sharding(mesh), experiment.data.batch_rows)\n",
-        "",
-        "check",
-    ),
-    Fault(
         "wrong sums between processes are let through",
         "preflight/needs.py",
         "        check_collectives(mesh)\n",

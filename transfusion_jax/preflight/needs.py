@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import jax
 
 from transfusion_jax.config import Experiment
-from transfusion_jax.parallel.mesh import make_mesh, process_rows
+from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.processes import check_collectives
-from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.planning.plan import bytes_here
 from transfusion_jax.pretraining.state import blueprint
 
@@ -30,7 +29,6 @@ def needs_of(experiment: Experiment) -> Needs:
     try:
         mesh = make_mesh(experiment.mesh)
         check_collectives(mesh)
-        process_rows(batch_sharding(mesh), experiment.data.batch_rows)
         arrays = jax.tree.leaves(blueprint(experiment, mesh).abstract)
     except ValueError as error:
         return Needs(problem=str(error))
