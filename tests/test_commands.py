@@ -57,6 +57,7 @@ def test_help_names_every_flag_and_field_and_explains_flags(capsys, name):
         ("train", ["--run-dir", "--model.layers", "--data.sources.0.weight", "--evaluation"]),
         ("inspect", ["--row", "--model.layers", "--data.row-length"]),
         ("plan", ["--topology", "--model.layers", "--mesh.fsdp"]),
+        ("check", ["--run-dir", "--coordinator", "--process-id", "--model.layers"]),
         ("autoencoder", ["--run-dir", "--model.latent-channels", "--loss.kl"]),
         ("prepare", ["--part", "--workers", "--finish", "--height", "--columns.caption"]),
         ("generate", ["--max-tokens", "--guidance", "--prompt"]),

@@ -30,6 +30,7 @@ COPIED = (
     "transfusion_jax",
     "tests",
     "experiments",
+    "launch",
     "benchmarks",
     "docs",
     "README.md",

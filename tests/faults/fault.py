@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "transfusion_jax"
 LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "generation", "model",
-         "planning", "preparation", "training")  # fmt: skip
+         "planning", "preflight", "preparation", "training")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from transfusion_jax.commands import (
     autoencoder,
+    check,
     evaluate,
     generate,
     inspect,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect.COMMAND,
     "autoencoder": autoencoder.COMMAND,
     "plan": plan.COMMAND,
+    "check": check.COMMAND,
 }
 HELP = ("-h", "--help")
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in JAX's error

@@ -69,7 +69,7 @@ def check_directory(experiment: Any, directory: Path) -> None:
     if is_leader():
         try:
             _check(experiment, directory)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             problem = str(error)
     if problem := gathered(problem)[0]:
         raise ValueError(problem)

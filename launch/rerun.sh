@@ -1,0 +1,56 @@
+#!/bin/bash
+# Checks and trains on one host, again while the exit code is 42 or 127-255:
+#     rerun.sh RESTARTS EXPERIMENT [--run-dir DIR] [--FIELD VALUE ...]
+# SIGTERM is passed on and ends it: the run saves, and is not started again.
+set -u
+# A process that is lost has been noticed by then (processes.heartbeat_timeout is 100 seconds), so
+# none of the others is still in the run that this one left.
+PAUSE=${PAUSE:-120}
+if [ $# -lt 2 ] || ! [[ $1 =~ ^[0-9]+$ ]]; then
+    echo "error: give RESTARTS EXPERIMENT [OPTIONS]" >&2
+    exit 2
+fi
+restarts=$1
+shift
+
+child=
+stopping=
+stop() {
+    stopping=1
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+}
+trap stop TERM INT
+
+# Runs a command to its end; a signal that is passed on interrupts `wait`, not the command.
+code=0
+run() {
+    transfusion-jax "$@" &
+    child=$!
+    [ -z "$stopping" ] || kill -TERM "$child" 2>/dev/null
+    wait "$child"
+    code=$?
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child"
+        code=$?
+    done
+    child=
+}
+
+for ((left = restarts; ; left--)); do
+    run check "$@"
+    if [ "$code" -eq 0 ]; then
+        if [ -n "$stopping" ]; then
+            code=42
+        else
+            run train "$@"
+        fi
+    fi
+    echo "exit code $code"
+    if [ -n "$stopping" ] || ((left == 0)) || ((code != 42 && code < 127)); then
+        exit "$code"
+    fi
+    echo "starting again, $((left - 1)) restarts left"
+    sleep "$PAUSE" &
+    wait $!
+    [ -z "$stopping" ] || exit 42
+done

@@ -1,0 +1,71 @@
+"""`check`: finds what would fail on this machine or pod, before any compile."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from transfusion_jax.commands import train
+from transfusion_jax.commands.bad_input import user_input
+from transfusion_jax.commands.command import Command
+from transfusion_jax.commands.experiments import asked_experiment
+from transfusion_jax.commands.joining import join_processes
+from transfusion_jax.commands.terminal import say_leading
+from transfusion_jax.config import Experiment, ProcessesConfig
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.preflight.facts import collect
+    from transfusion_jax.preflight.judgement import Asked, judge, table
+
+    with user_input():
+        experiment = _joined(arguments)
+    directory = arguments.run_dir or Path("runs") / experiment.name
+    facts = collect(experiment, directory)
+    asked = Asked(experiment.train.keep_checkpoints, _plan(arguments, experiment))
+    findings = judge(facts, asked)
+    failed = [finding.check for finding in findings if not finding.ok]
+    say_leading(f"{experiment.name} in {directory}")
+    say_leading(table(findings))
+    say_leading(f"fails: {', '.join(failed)}" if failed else "all checks hold")
+    return 1 if failed else 0
+
+
+def _joined(arguments: argparse.Namespace) -> Experiment:
+    """Loads the experiment and joins the other processes, which may have failed to load theirs.
+
+    Raises:
+      ValueError: in this or another process the experiment is missing or wrong; all raise the same.
+    """
+    from transfusion_jax.evaluation.suite import check_experiment
+    from transfusion_jax.parallel.processes import gathered
+
+    experiment = None
+    problem = None
+    try:
+        experiment = asked_experiment(arguments)
+        check_experiment(experiment)
+    except ValueError as error:
+        problem = str(error)
+    join_processes(arguments, experiment.processes if experiment else ProcessesConfig())
+    problems = gathered(problem)
+    for process, said in enumerate(problems):
+        if said is not None:
+            where = "" if set(problems) == {said} else f"process {process}: "
+            raise ValueError(f"{where}{said}")
+    return experiment
+
+
+def _plan(arguments: argparse.Namespace, experiment: Experiment) -> str:
+    """The command that plans the same experiment."""
+    words = ["transfusion-jax", "plan", arguments.experiment]
+    if not experiment.mesh.topology:
+        words += ["--topology", "NAME"]
+    return shlex.join([*words, *arguments.overrides])
+
+
+COMMAND = Command(
+    "find what would fail on this machine or pod, before any compile",
+    train.add_arguments,  # launchers pass the same words to both
+    run,
+    config=lambda: Experiment(name="NAME"),
+)

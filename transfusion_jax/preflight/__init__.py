@@ -1,0 +1,1 @@
+"""What would fail on this machine or pod, found before any compile."""

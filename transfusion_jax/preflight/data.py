@@ -1,0 +1,46 @@
+"""The data of a run as one process sees it: present, readable, and which data it is."""
+
+import hashlib
+from pathlib import Path
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.data.sources.dataset import file_digest
+from transfusion_jax.data.sources.prepared import Prepared
+from transfusion_jax.data.sources.registry import SOURCES
+
+
+def data_facts(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """`digest` or `problem` of every source, and of the tokenizer's file if there is one."""
+    facts = {}
+    for source in experiment.data.sources:
+        try:
+            facts[source.name] = {"digest": _source_digest(source.name, experiment)}
+        except Exception as error:  # every kind of damage raises something else
+            facts[source.name] = {"problem": _described(source.name, error)}
+    if path := experiment.tokenizer.path:
+        try:
+            facts[path] = {"digest": file_digest(Path(path))}
+        except OSError as error:
+            facts[path] = {"problem": str(error)}
+    return facts
+
+
+def _source_digest(name: str, experiment: Experiment) -> str:
+    """Identifies the content of a source.
+
+    Raises:
+      Exception: the data set is missing, damaged, unreadable or of another shape than the
+        experiment's.
+    """
+    if name in SOURCES:
+        return "built in"
+    dataset = Prepared(Path(name), experiment, "train").dataset
+    if dataset.info["shards"]:
+        dataset.record(0)  # sizes are compared by now; this one is read
+    return hashlib.sha256((dataset.path / "dataset.json").read_bytes()).hexdigest()
+
+
+def _described(name: str, error: Exception) -> str:
+    """What went wrong; it names the source."""
+    said = str(error) or type(error).__name__
+    return said if name in said else f"cannot read {name}: {said}"
