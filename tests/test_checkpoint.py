@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 
 from transfusion_jax.training.checkpoint import (
     CheckpointError,
@@ -161,18 +160,6 @@ def test_a_save_that_fails_leaves_the_last_good_one(state, tmp_path, monkeypatch
     saved.save(replace(state, step=state.step + 2), PROGRESS)
     assert saved.wait() and saved.steps == [20, 22]
     saved.close()
-
-
-def test_orbax_does_not_count_in_the_preemption_service(state, tmp_path, monkeypatch):
-    """`Watch` does; one SIGTERM to all would be waited for at a number that never comes."""
-    asked = []
-    monkeypatch.setattr(
-        multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False
-    )
-    kept = checkpoints(tmp_path / "a")
-    kept.save(state, {})
-    kept.close()
-    assert asked == [] and (tmp_path / "a").is_dir()
 
 
 def test_old_checkpoints_are_removed_by_policy(state, tmp_path):

@@ -164,11 +164,4 @@ FAULTS = (
         "old in pairs if digest != digest]",
         "directory",
     ),
-    Fault(
-        "Orbax counts in the preemption service too",
-        "training/checkpoint.py",
-        "        opened._manager.reached_preemption = _not_asked\n",
-        "",
-        "checkpoint::test_orbax_does_not_count_in_the_preemption_service",
-    ),
 )

@@ -75,14 +75,9 @@ class Checkpoints:
     def _open(self) -> ocp.training.Checkpointer:
         """Orbax's own manager; opening it removes what an interrupted write left behind."""
         policy = ocp.training.preservation_policies.LatestN(self._keep)
-        opened = ocp.training.Checkpointer(
+        return ocp.training.Checkpointer(
             self._directory.absolute(), preservation_policy=policy, cleanup_tmp_directories=True
         )
-        # Orbax asks JAX's preemption service at each save, by step; `Watch` asks it by its own
-        # count. The service agrees on the next number after the last one it was asked with, so a
-        # SIGTERM soon after a save would wait for a step that `Watch` has counted past.
-        opened._manager.reached_preemption = _not_asked
-        return opened
 
     @property
     def steps(self) -> list[int]:
@@ -181,10 +176,6 @@ class Checkpoints:
             else "there is no earlier one"
         )
         self._report(f"could not save checkpoint {self._directory / str(step)} ({why}); {kept}")
-
-
-def _not_asked(step: int) -> bool:
-    return False
 
 
 def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, Any]:
