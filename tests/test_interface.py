@@ -18,9 +18,10 @@ from transfusion_jax.model.interface import Model
 from transfusion_jax.model.layers import parameter, product
 from transfusion_jax.model.losses import text_loss
 from transfusion_jax.model.transformer import KVCache, Transformer
+from transfusion_jax.model.work import model_flops
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
-from transfusion_jax.planning.rows import model_flops, row_work, rows_of
+from transfusion_jax.planning.rows import row_work, rows_of
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
 

@@ -29,14 +29,16 @@ from transfusion_jax.config import (
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.build import abstract_model
+from transfusion_jax.model.work import model_flops
+from transfusion_jax.parallel.chips import CHIPS
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning import topology as topology_lib
 from transfusion_jax.planning.plan import Memory, Plan, _bytes_asked_for, make_plan
 from transfusion_jax.planning.program import read_program
-from transfusion_jax.planning.rows import Rows, model_flops, row_work, rows_of, sample_rows
+from transfusion_jax.planning.rows import Rows, row_work, rows_of, sample_rows
 from transfusion_jax.planning.search import microbatch_counts, remedies, search
-from transfusion_jax.planning.topology import CHIPS, find_topology, larger
+from transfusion_jax.planning.topology import find_topology, larger
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
 needs_libtpu = pytest.mark.skipif(

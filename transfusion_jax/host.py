@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+import time
+from pathlib import Path
 
 # From malloc.h of the GNU C library.
 M_TRIM_THRESHOLD = -1
@@ -35,3 +37,16 @@ def keep_freed_memory() -> bool:
         mallopt(M_TOP_PAD, 64 << 20),
     ]
     return all(done)
+
+
+def process_start() -> float:
+    """When this process was started, as `time.time()` counts; now, where the system does not say
+    it."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.time()
+    # After the name of the program, which may hold spaces, come fields 3, 4, ...; number 22 is the
+    # start, in ticks of a clock that began with the machine.
+    ticks = int(stat.read_text().rpartition(")")[2].split()[22 - 3])
+    running = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - running

@@ -119,6 +119,13 @@ class Engine:
         changed = replace(self.experiment.sampler, **changes)
         return replace(self, experiment=replace(self.experiment, sampler=changed))
 
+    def with_weights(self, parameters: dict) -> "Engine":
+        """The same model with other weights; what is compiled, now or later, serves both."""
+        other = replace(self, parameters=parameters)
+        for phase in ("_start", "_write_text", "_draw_images"):
+            other.__dict__[phase] = getattr(self, phase)
+        return other
+
     def _read(self, requests: Sequence[Request]) -> tuple[Batch, Array]:
         return read_requests(requests, self.experiment, self.tokenizer, self.image)
 

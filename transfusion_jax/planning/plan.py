@@ -20,10 +20,11 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
+from transfusion_jax.model.work import model_flops
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import RULES, batch_sharding, mesh_axes
 from transfusion_jax.planning.program import Program, read_program
-from transfusion_jax.planning.rows import Rows, RowWork, model_flops, row_work
+from transfusion_jax.planning.rows import Rows, RowWork, row_work
 from transfusion_jax.planning.topology import HOST, Topology
 from transfusion_jax.pretraining.state import Blueprint, blueprint
 from transfusion_jax.pretraining.step import compiled_step

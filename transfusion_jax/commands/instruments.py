@@ -1,0 +1,24 @@
+"""What `train` looks at a run with, beyond what the run brings."""
+
+from dataclasses import replace
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.evaluation.samples import sampler
+from transfusion_jax.training.loop import Run
+from transfusion_jax.training.profile import Window
+
+
+def equipped(run: Run, experiment: Experiment, window: Window | None) -> Run:
+    """The run with samples, if it asks for them, and with a profile of a window of steps.
+
+    Raises:
+      ValueError: a prompt is longer than a row, or the window is not among the steps left.
+    """
+    instruments = run.instruments
+    if experiment.train.sample_every:
+        samples = sampler(experiment, run.directory.path)
+        instruments = replace(instruments, observers=(*instruments.observers, samples))
+    if window is not None:
+        window.check(run.directory.start, experiment.train.steps)
+        instruments = replace(instruments, profile=window)
+    return replace(run, instruments=instruments)
