@@ -8,6 +8,7 @@ from transfusion_jax.commands.bad_input import check_file, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.terminal import note
 from transfusion_jax.files import write_json
+from transfusion_jax.host import cache_compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_suites(engine, names)
     if not names:
         note(f"{arguments.run_dir} names no suite to run; --suite NAME does")
+    cache_compiled(note)
     metrics = evaluate(engine, names, arguments.run_dir / "samples", note, rows)
     metrics["step"] = step
     if arguments.out:

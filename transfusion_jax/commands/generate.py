@@ -7,6 +7,7 @@ from typing import Any
 from transfusion_jax.commands.bad_input import check_directory, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.terminal import say
+from transfusion_jax.host import cache_compiled
 
 SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
 """Flags that override fields of the run's sampler."""
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with user_input():
         engine, request = _request(arguments)
+    cache_compiled(say)
     answers = engine.generate([request] * arguments.num, arguments.seed)
     print(write_outputs(arguments.out, arguments.prompt or "", answers), end="")
     say(f"written to {arguments.out}")

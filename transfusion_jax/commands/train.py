@@ -9,7 +9,7 @@ from transfusion_jax.commands.experiments import add_experiment, asked_experimen
 from transfusion_jax.commands.joining import add_processes, join_processes
 from transfusion_jax.commands.terminal import say, say_leading, table
 from transfusion_jax.config import Experiment
-from transfusion_jax.host import process_start
+from transfusion_jax.host import cache_compiled, process_start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             join_processes(arguments, experiment.processes)
             watch.against_stalls(experiment.processes.stall_timeout, directory)
             opened = equipped(open_run(experiment, directory, say_leading), experiment, window)
+        cache_compiled(say_leading)
         outcome = train(opened, say_leading, watch, process_start())
         if outcome.stopped_by:
             return AGAIN
