@@ -7,12 +7,12 @@ from dataclasses import replace
 import line
 import pytest
 
-from transfusion_jax.training.goodput import CHARGES, Account, open_account
+from transfusion_jax.training.goodput import CHARGES, open_account
 from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loop import train
 from transfusion_jax.training.metrics import read_metrics
-from transfusion_jax.training.observation import Observation
-from transfusion_jax.training.watchdog import StopSignal
+from transfusion_jax.training.observation import Observation, Observer
+from transfusion_jax.training.watchdog import Watch
 
 
 class Clock:
@@ -141,14 +141,14 @@ def test_a_disk_that_is_full_does_not_end_the_run(tmp_path, clock, monkeypatch):
 
 
 def test_a_run_accounts_for_its_time(tmp_path):
-    def observer(step, state):
+    def look(step, state):
         time.sleep(0.02)
         return Observation(values={"seen": 1.0} if step == 3 else {})
 
     run = line.open_run(line.Line(), tmp_path, silent)
-    run = replace(run, instruments=Instruments(observers=(observer,)))
+    run = replace(run, instruments=Instruments(observers=(Observer(1, look),)))
     begun = time.time() - 1
-    outcome = train(run, silent, begun)
+    outcome = train(run, silent, begun=begun)
     kept = stored(tmp_path)
     seconds = kept["seconds"]
     assert sum(seconds.values()) == pytest.approx(kept["time"] - begun, abs=0.02)
@@ -167,13 +167,13 @@ def test_a_killed_run_repeats_steps_and_says_so(tmp_path, monkeypatch):
     def dying(step, state):
         if step == 9:
             # A process that is killed writes nothing more.
-            monkeypatch.setattr(Account, "write", lambda account: None)
+            monkeypatch.setattr("transfusion_jax.training.goodput.write_json", lambda *_: None)
             raise Killed
         time.sleep(0.02)
         return Observation()
 
     with pytest.raises(Killed):
-        train(replace(run, instruments=Instruments(observers=(dying,))), silent)
+        train(replace(run, instruments=Instruments(observers=(Observer(1, dying),))), silent)
     monkeypatch.undo()
     before = stored(tmp_path)
     assert max(map(int, before["step_seconds_at_checkpoints"])) == 5
@@ -186,7 +186,7 @@ def test_a_killed_run_repeats_steps_and_says_so(tmp_path, monkeypatch):
 
 def test_steps_of_a_stopped_and_resumed_run_add_up(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "requested", lambda self, step: "SIGTERM" if step == 7 else None)
+        patch.setattr(Watch, "moved", line.signal_at(7))
         train(line.open_run(line.Line(), tmp_path, silent), silent)
     before = stored(tmp_path)
     train(line.open_run(line.Line(), tmp_path, silent), silent)

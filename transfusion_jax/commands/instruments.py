@@ -16,7 +16,7 @@ def equipped(run: Run, experiment: Experiment, window: Window | None) -> Run:
     """
     instruments = run.instruments
     if experiment.train.sample_every:
-        samples = sampler(experiment, run.directory.path)
+        samples = sampler(experiment, run.directory.path, run.mesh)
         instruments = replace(instruments, observers=(*instruments.observers, samples))
     if window is not None:
         window.check(run.directory.start, experiment.train.steps)

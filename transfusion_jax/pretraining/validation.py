@@ -59,11 +59,10 @@ def validator(planned: Blueprint, mesh: Mesh, tokenizer: Tokenizer) -> Observer:
     )
     validation = Validation(data, planned, mesh)
 
-    def observer(step: int, state: Any) -> Observation:
-        due = step % experiment.train.validate_every == 0 or step == experiment.train.steps
-        return Observation(values=validation.measure(state.ema)) if due else Observation()
+    def look(step: int, state: Any) -> Observation:
+        return Observation(values=validation.measure(state.ema))
 
-    return observer
+    return Observer(experiment.train.validate_every, look)
 
 
 @dataclass(frozen=True)

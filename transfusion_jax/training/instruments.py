@@ -11,7 +11,7 @@ from transfusion_jax.training.weights_and_biases import Project
 @dataclass(frozen=True)
 class Instruments:
     observers: tuple[Observer, ...] = ()
-    """Called in turn after each step has been dispatched."""
+    """Those that are due look in turn."""
     loss_watch: LossWatch | None = None
     profile: Window | None = None
     project: Project | None = None

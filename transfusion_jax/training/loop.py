@@ -22,10 +22,6 @@ from transfusion_jax.training.update import Metrics
 from transfusion_jax.training.watchdog import TrainingFailed, Watch
 
 
-def _nothing(step: int, state: Any) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Run:
     """A run that is ready to train: all that the machine knows of what it trains.
@@ -45,8 +41,6 @@ class Run:
     """What is trained, in a line."""
     details: tuple[tuple[str, str], ...] = ()
     """Label and text of more lines about it."""
-    after: Callable[[int, Any], None] = _nothing
-    """Called after each step with its number and the new state; it must not keep the state."""
     instruments: Instruments = Instruments()
 
     def description(self) -> str:
@@ -179,8 +173,6 @@ def _take_steps(
                 pending = None
                 with monitor.saving(step):
                     run.directory.save(state, time.perf_counter() - begin)
-            with account.during("validation"):
-                run.after(step, state)
             if stopped_by:
                 break
     return state, stopped_by

@@ -97,29 +97,39 @@ class Monitor:
         """Around the dispatch of a step on a batch, which compiles the first one."""
         if self._log:
             self._gauges.dispatched(step, batch)
-        what = "steps" if self._compiled else "compiling"
-        with self._account.during(what), self._profiler.step(step):
+        beside = contextlib.nullcontext() if self._compiled else self._beside("compiling")
+        with beside, self._profiler.step(step):
             yield
         if not self._compiled:
             self._compiled = True
             self._account.write()
 
     def observe(self, step: int, state: Any) -> None:
-        """Lets the observers see the state after a step."""
-        with self._account.during("validation"):
-            for observer in self._observers:
-                seen = observer(step, state)
-                if seen.values:
-                    self._observed[step] = self._observed.get(step, {}) | dict(seen.values)
-                if self._log:
-                    self._log.show(step, seen)
+        """Lets the observers that are due see the state after a step."""
+        due = [seer for seer in self._observers if seer.due(step, self._settings.steps)]
+        if not due:
+            return
+        jax.block_until_ready(state.step)  # the step's own time is not the observers'
+        with self._beside("validation"):
+            seen = [observer.look(step, state) for observer in due]
+        self._observed[step] = {name: v for s in seen for name, v in s.values.items()}
+        for observation in seen if self._log else ():
+            self._log.show(step, observation)
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """Around the save of a checkpoint."""
-        with self._account.during("checkpoints"):
+        with self._beside("checkpoints"):
             yield
             self._account.saved(step)
+
+    @contextlib.contextmanager
+    def _beside(self, what: str) -> Iterator[None]:
+        """Charges the time inside to `what`; the rates of steps leave it out."""
+        begin = time.perf_counter()
+        with self._account.during(what):
+            yield
+        self._since += time.perf_counter() - begin
 
     def read(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step; blocks until the step has finished.
@@ -131,9 +141,9 @@ class Monitor:
         self._gauges.finished(step)
         self._profiler.finished(step)
         every = step % self._settings.log_every == 0
-        if every or step in (1, self._settings.steps) or step in self._observed:
-            values = {name: float(value) for name, value in metrics.items()}
-            self._show(step, values | self._observed.pop(step, {}))
+        observed = self._observed.pop(step, {})
+        if every or step in (1, self._settings.steps) or observed:
+            self._show(step, {name: float(value) for name, value in metrics.items()} | observed)
         self._bar.update(step - self._bar.n)
         self._watch(step, float(loss), int(skipped))
         check_finite(step, int(skipped), self._settings.max_skipped_steps)

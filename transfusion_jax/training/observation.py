@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen after a step; empty where nothing was due."""
+    """What was seen after a step."""
 
     values: Mapping[str, float] = field(default_factory=dict)
     """Logged with the metrics of the step."""
@@ -18,7 +18,17 @@ class Observation:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
-Observer = Callable[[int, Any], Observation]
-"""(step, state) -> what is to be seen after this step; it must not keep the state.
+@dataclass(frozen=True)
+class Observer:
+    """Looks at a run every `every` steps, and after the last one.
 
-Every process calls it at every step, so that all can compute; one writes what is seen."""
+    Every process looks, because all may be needed to compute; one writes what is seen.
+    """
+
+    every: int
+    look: Callable[[int, Any], Observation]
+    """(step, state) -> what is seen after this step; it must not keep the state."""
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether it looks after this step of a run of so many."""
+        return step % self.every == 0 or step == steps
