@@ -12,13 +12,13 @@ def equipped(run: Run, experiment: Experiment, window: Window | None) -> Run:
     """The run with samples, if it asks for them, and with a profile of a window of steps.
 
     Raises:
-      ValueError: a prompt is longer than a row, or the window is not among the steps left.
+      ValueError: a prompt is longer than a row, or steps of the window have been taken.
     """
     instruments = run.instruments
     if experiment.train.sample_every:
         samples = sampler(experiment, run.directory.path, run.mesh)
         instruments = replace(instruments, observers=(*instruments.observers, samples))
     if window is not None:
-        window.check(run.directory.start, experiment.train.steps)
+        window.check(run.directory.start)
         instruments = replace(instruments, profile=window)
     return replace(run, instruments=instruments)

@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         with user_input():
             experiment = asked_experiment(arguments)
             check_experiment(experiment)
-            window = Window.parse(arguments.profile) if arguments.profile else None
+            steps = experiment.train.steps
+            window = Window.parse(arguments.profile, steps) if arguments.profile else None
             directory = arguments.run_dir or Path("runs") / experiment.name
             join_processes(arguments, experiment.processes)
             watch.against_stalls(experiment.processes.stall_timeout, directory)

@@ -19,23 +19,22 @@ class Window:
     stop: int
 
     @staticmethod
-    def parse(text: str) -> "Window":
-        """Of START:STOP; raises ValueError for anything else."""
+    def parse(text: str, steps: int) -> "Window":
+        """Of START:STOP, for a run of so many steps; raises ValueError for anything else."""
         found = re.fullmatch(r"(\d+):(\d+)", text)
         require(found is not None, f"--profile {text} is not START:STOP, as in 20:25")
         window = Window(int(found[1]), int(found[2]))
         require(
-            1 <= window.start <= window.stop,
-            f"--profile {text}: START must be at least 1, and STOP at least START",
+            1 <= window.start <= window.stop <= steps,
+            f"--profile {text} must be steps from 1 to train.steps={steps}, the first of them first",
         )
         return window
 
-    def check(self, done: int, steps: int) -> None:
-        """Raises ValueError unless all its steps are still to be taken, from `done` to `steps`."""
+    def check(self, done: int) -> None:
+        """Raises ValueError unless all its steps are still to be taken by a run at step `done`."""
         require(
-            done < self.start and self.stop <= steps,
-            f"--profile {self.start}:{self.stop} is not among the steps left, "
-            + (f"{done + 1} to {steps}" if done < steps else f"none of {steps}"),
+            done < self.start,
+            f"--profile {self.start}:{self.stop}: the run is at step {done} already",
         )
 
 
