@@ -62,7 +62,7 @@ def product_rate(dtype: str, size: int = 2048) -> float:
 
 def step_flops(model: Model, experiment: Experiment, batch) -> float:
     work = batch_work(jax.tree.map(np.asarray, batch), experiment.image.patches)
-    return model_flops(model, experiment, work)
+    return model_flops(model.multiplications(), experiment, work)
 
 
 @dataclass(frozen=True)

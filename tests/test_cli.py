@@ -53,7 +53,6 @@ def fails(capsys, *arguments: str) -> str:
         ("--train.validate-every -1", "train.validate_every=-1 must not be negative"),
         ("--train.sample-every 5", "train.sample_every=5 needs train.sample_prompts"),
         ("--train.spike-window 0", "train.spike_window=0 must be positive"),
-        ("--train.wandb-project p", "pip install 'transfusion-jax[wandb]'"),
         ("--tyro-print-completion bash", "cannot use --tyro-print-completion bash"),
     ],
 )

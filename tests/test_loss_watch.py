@@ -67,7 +67,7 @@ def test_losses_of_another_mixture_are_not_compared():
 
 
 def test_a_loss_that_stops_falling_is_named_after_two_blocks():
-    losses = noisy(100) + [4.2 + x - 5 for x in noisy(250, slope=0)]
+    losses = noisy(100) + [x - 0.6 for x in noisy(250, slope=0)]
     assert found(losses) == [(200, "stall")]
     assert found(losses, replace(WATCH, stall_steps=0)) == []
 

@@ -225,7 +225,9 @@ def test_model_flops_are_those_of_the_products_with_parameters():
     square = Intervals(jnp.zeros((2, 512), jnp.int32), jnp.full((2, 512), 512, jnp.int32))
     # Logits of every position and patches of every slot are computed here, whatever the rows hold.
     rows = Rows(square, float(experiment.image_slots), 512.0, "by hand")
-    ours = model_flops(nnx.merge(graph, parameters), experiment, row_work(rows, 0))
+    ours = model_flops(
+        nnx.merge(graph, parameters).multiplications(), experiment, row_work(rows, 0)
+    )
     assert ours / 3 == pytest.approx(program.flops, rel=1e-3)
 
 
@@ -244,7 +246,9 @@ def test_logits_without_a_target_are_no_model_flops():
     assert (text.targets, image.targets, text.images, image.images) == (36, 3, 0, 1)
     work = row_work(text, 0)
     fewer = replace(work, targets=image.targets)
-    apart = model_flops(model, experiment, work) - model_flops(model, experiment, fewer)
+    apart = model_flops(model.multiplications(), experiment, work) - model_flops(
+        model.multiplications(), experiment, fewer
+    )
     assert apart == 2 * 6 * (36 - 3) * 64 * 384
     both = rows_of(packings.batch(["t" * 36, "tItt"]), packings.P, "by hand")
     assert (both.targets, both.images) == ((36 + 3) / 2, 1 / 2)

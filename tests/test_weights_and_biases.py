@@ -51,7 +51,7 @@ def told(tmp_path, monkeypatch):
     import wandb
 
     yield wandb.told
-    monkeypatch.delitem(sys.modules, "wandb")
+    del sys.modules["wandb"]
 
 
 def shown(directory, name="digits"):
@@ -87,6 +87,7 @@ def test_a_service_that_refuses_is_one_line(told, tmp_path):
         shown(tmp_path / "run", "closed")
 
 
-def test_without_the_package_a_project_is_refused():
+def test_without_the_package_a_project_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"train.wandb_project='digits' needs"):
         Project("digits", "mine", {})

@@ -4,13 +4,13 @@ Counted on the host from the rows themselves: planning counts sample rows, train
 it trains on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
-from transfusion_jax.model.interface import Model
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,16 @@ def batch_work(batch: Batch, patches: int) -> Work:
     return Work(images / rows, targets / rows, pairs / rows)
 
 
-def model_flops(model: Model, experiment: Experiment, work: Work) -> float:
+def model_flops(multiplications: Mapping[str, int], experiment: Experiment, work: Work) -> float:
     """FLOPs that a step needs, forward and backward.
 
     6 per weight and vector it multiplies: blocks multiply every position, the vocabulary projection
     positions with a text target, patch layers patches. 12 H per head, layer and pair of positions
     that may see each other. Not counted: recomputation, computed pairs that are masked, and logits
     that enter no loss.
+
+    Args:
+      multiplications: of the model, as `Model.multiplications` gives them.
     """
     config = experiment.model
     counts = {
@@ -55,6 +58,6 @@ def model_flops(model: Model, experiment: Experiment, work: Work) -> float:
         "patch": work.images * experiment.image.patches,
         "image": work.images,
     }
-    weights = sum(n * counts[of] for of, n in model.multiplications().items())
+    weights = sum(n * counts[of] for of, n in multiplications.items())
     attention = work.pairs * config.width * config.layers
     return experiment.data.batch_rows * (6.0 * weights + 12.0 * attention)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import nnx
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
@@ -152,7 +151,7 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(parameters)),
         memory=memory,
-        model_flops=model_flops(nnx.merge(planned.graph, parameters), experiment, work),
+        model_flops=model_flops(planned.multiplications, experiment, work),
         costs=costs,
         compile_seconds=seconds,
         unsharded=unsharded({"batch": vars(batch), **parameters}),

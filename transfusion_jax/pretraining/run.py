@@ -14,8 +14,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from flax import nnx
-
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.config import stored as stored_config
@@ -116,9 +114,9 @@ def _project(experiment: Experiment) -> Project | None:
 def step_flops(planned: Blueprint) -> Callable[[Batch], float]:
     """What counts the model FLOPs of a step, from a batch in the host's memory."""
     experiment = planned.experiment
-    model = nnx.merge(planned.graph, planned.abstract.parameters)
     patches = experiment.image.patches
-    return lambda batch: model_flops(model, experiment, batch_work(batch, patches))
+    each = planned.multiplications
+    return lambda batch: model_flops(each, experiment, batch_work(batch, patches))
 
 
 def _feed(data: Data, planned: Blueprint) -> Feed:

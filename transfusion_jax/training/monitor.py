@@ -95,11 +95,11 @@ class Monitor:
     @contextlib.contextmanager
     def dispatching(self, step: int, batch: Any) -> Iterator[None]:
         """Around the dispatch of a step on a batch, which compiles the first one."""
-        if self._log:
-            self._gauges.dispatched(step, batch)
         beside = contextlib.nullcontext() if self._compiled else self._beside("compiling")
         with beside, self._profiler.step(step):
             yield
+        if self._log:  # the devices compute meanwhile
+            self._gauges.dispatched(step, batch)
         if not self._compiled:
             self._compiled = True
             self._account.write()
