@@ -1,6 +1,11 @@
 """Validation against a direct evaluation of the losses, whatever the batch, the mesh, the seed."""
 
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +19,7 @@ from transfusion_jax.data.pipeline import Data, stack
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.validation import Validation, timesteps, validator
+from transfusion_jax.training.metrics import read_metrics
 
 ROWS = 5
 ONE = MeshConfig(data=1)
@@ -126,3 +132,69 @@ def test_no_held_out_rows_are_refused(small, tokenizer, monkeypatch):
     mesh = make_mesh(ONE, jax.devices()[:1])
     with pytest.raises(ValueError, match="validate_every=10: no held-out rows in digits, sums"):
         validator(blueprint(small, mesh), mesh, tokenizer)
+
+
+EXPERIMENT = """
+from dataclasses import replace
+from runpy import run_path
+
+def config():
+    base = run_path({digits!r})["config"]()
+    return replace(
+        base,
+        name="tiny",
+        model=replace(base.model, layers=1, width=32, heads=2, mlp_width=64),
+        data=replace(base.data, batch_rows=4),
+        optimizer=replace(base.optimizer, warmup_steps=2),
+        train=replace(
+            base.train,
+            steps=4,
+            log_every=1,
+            validate_every=2,
+            validation_rows=6,
+            sample_every=2,
+            sample_prompts=("a three",),
+        ),
+        sampler=replace(base.sampler, steps=2, max_tokens=60),
+        evaluation=(),
+    )
+"""
+
+
+def start(path, count: int) -> list[subprocess.Popen]:
+    """`train` in so many processes of one device each."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{found.getsockname()[1]}"
+    command = [sys.executable, "-m", "transfusion_jax", "train", "tiny.py", "--run-dir", str(count)]
+    joined = ["--coordinator", at, "--num-processes", str(count), "--process-id"]
+    return [
+        subprocess.Popen(
+            [*command, *([*joined, str(number)] if count > 1 else [])],
+            cwd=path,
+            env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_sample_as_one(tmp_path):
+    digits = Path(__file__).parents[1] / "experiments" / "digits.py"
+    (tmp_path / "tiny.py").write_text(EXPERIMENT.format(digits=str(digits)))
+    for count in (1, 2):
+        for process in start(tmp_path, count):
+            said, _ = process.communicate(timeout=200)
+            assert process.returncode == 0, said
+    one, two = (read_metrics(tmp_path / name) for name in ("1", "2"))
+    assert [row["step"] for row in two] == [1, 2, 3, 4]
+    for ours, theirs in zip(one, two, strict=True):
+        names = [name for name in ours if "loss" in name]
+        assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-5)
+        assert ("validation/digits/image_loss" in theirs) == (theirs["step"] % 2 == 0)
+    for name in ("goodput.json", "metrics.jsonl"):
+        assert (tmp_path / "2" / name).exists()
+    assert len(list((tmp_path / "2" / "tensorboard").iterdir())) == 1  # one process writes
