@@ -10,6 +10,8 @@ from flax import nnx
 
 from transfusion_jax.config import Experiment, SamplerConfig
 from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.generation.devices import Devices
+from transfusion_jax.generation.engine import nothing
 from transfusion_jax.images import read_image
 
 
@@ -39,6 +41,8 @@ class FakeEngine:
     answer: Callable[..., list]
     calls: list[Call] = field(default_factory=list)
     parameters: dict = field(default_factory=dict)
+    devices: Devices = Devices()
+    moved: Callable[[], None] = nothing
     graph: Any = field(default_factory=lambda: nnx.split(NoModel())[0])
 
     @property

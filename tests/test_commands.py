@@ -184,7 +184,7 @@ def engine(experiment, tokenizer, monkeypatch) -> FakeEngine:
         return [every[request[0]]] if str(request[0]) in every else ["ünd", PICTURE]
 
     found = FakeEngine(replace(experiment, evaluation=("sums",)), tokenizer, answer)
-    monkeypatch.setattr(engine_module, "load_engine", lambda directory, report: (found, 40))
+    monkeypatch.setattr(engine_module, "load_engine", lambda *_: (found, 40))
     return found
 
 
@@ -273,7 +273,7 @@ def test_evaluate_refuses_what_it_cannot_measure(engine, tmp_path, capsys, monke
     assert main(("evaluate", str(tmp_path), "--suite", "scenes")) == 2
     assert "suite 'scenes' judges pictures of" in capsys.readouterr().err
     none = replace(engine, experiment=replace(engine.experiment, evaluation=()))
-    monkeypatch.setattr(engine_module, "load_engine", lambda directory, report: (none, 40))
+    monkeypatch.setattr(engine_module, "load_engine", lambda *_: (none, 40))
     assert main(("evaluate", str(tmp_path))) == 0
     said = capsys.readouterr()
     assert "names no suite to run" in said.err

@@ -86,7 +86,9 @@ def watched(plain):
 
 def trained(experiment, directory: Path, window: Window | None = None) -> list[str]:
     said = []
-    train(equipped(open_run(experiment, directory, silent), experiment, window), said.append)
+    train(
+        equipped(open_run(experiment, directory, silent), experiment, window, silent), said.append
+    )
     return said
 
 
@@ -159,8 +161,9 @@ def test_pictures_of_samples_are_shown(watched, whole, tmp_path, monkeypatch):
     """What a model answers with pictures, which this one does not."""
     picture = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8, 1)
     answers = [["seven", picture, "it is", -picture], ["eight"]]
+    monkeypatch.setattr(Engine, "with_weights", lambda engine, weights: engine)
     monkeypatch.setattr(Engine, "generate", lambda *_: answers)
-    observer = sampler(watched, whole[0], make_mesh(watched.mesh, jax.devices()[:2]))
+    observer = sampler(watched, whole[0], make_mesh(watched.mesh, jax.devices()[:2]), silent)
     log = MetricsLog(tmp_path, 0)
     log.show(5, observer.look(5, SimpleNamespace(ema={})))
     log.close()

@@ -1,5 +1,6 @@
 """Several real processes: they train as one does, stop together, and notice when one is gone."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,15 +9,30 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from transfusion_jax.commands.main import main
+from transfusion_jax.parallel.roll_call import call_roll
+
 TINY = """
+import os
+import time
 from dataclasses import replace
 from runpy import run_path
 
-from transfusion_jax.config import ProcessesConfig, SourceConfig
+from transfusion_jax.config import ProcessesConfig
+from transfusion_jax.training.watchdog import Watch
+
+moved = Watch.moved
+
+def slowly(self):
+    time.sleep(float(os.environ["PAUSE"]))
+    return moved(self)
+
+Watch.moved = slowly
 
 def config():
     base = run_path({digits!r})["config"]()
@@ -117,7 +133,7 @@ def test_two_processes_train_as_one_stop_together_and_resume_alone(workplace, al
     found = finished(processes)
     assert [code for code, _, _ in found] == [42, 42], found
     (stopped,) = re.findall(r"stopped by .* at step (\d+), saved", found[0][1])
-    assert found[1][1] == ""  # one process speaks
+    assert not re.sub(r"\[Gloo\].*\n", "", found[1][1])  # one process speaks
     assert (run_dir / "checkpoints" / stopped).is_dir() and 6 <= int(stopped) < 20
     ((code, out, err),) = finished(start(workplace, "two", 1))
     assert code == 0, err
@@ -133,9 +149,8 @@ def test_when_one_is_killed_the_others_say_so_and_all_resume(workplace, alone):
     begin = time.monotonic()
     (code, _, err), _ = finished(processes)
     assert time.monotonic() - begin < 60
-    assert code in (42, 134), err
-    if code == 42:
-        assert "process 1 of 2 is gone" in err
+    assert code in (42, -signal.SIGABRT), err  # JAX may be faster
+    assert "process 1 of 2 is gone" in err or "task:1" in err
     found = finished(start(workplace, "killed", 2))
     assert [code for code, _, _ in found] == [0, 0], found
     assert_same_losses(run_dir, alone)
@@ -168,17 +183,54 @@ def test_a_process_in_which_nothing_moves_ends_itself(workplace):
         ("--coordinator x --num-processes 2 --process-id 0".split(), "must be HOST:PORT"),
     ],
 )
-def test_flags_that_cannot_work_are_one_line(workplace, flags, message):
-    ((code, _, err),) = finished(start(workplace, "refused", 1, *flags))
+def test_flags_that_cannot_work_are_one_line(workplace, capsys, flags, message):
+    run_dir = workplace / "refused"
+    code = main(["train", str(workplace / "tiny.py"), "--run-dir", str(run_dir), *flags])
+    err = capsys.readouterr().err
     assert code == 2 and message in err and err.count("\n") == 1
-    assert not (workplace / "refused").exists()
+    assert not run_dir.exists()
 
 
-def test_a_coordinator_that_does_not_answer_is_one_line(workplace):
-    flags = f"--coordinator 127.0.0.1:{free_port()} --num-processes 2 --process-id 1"
-    limit = ["--processes.initialization-timeout", "5"]
-    ((code, _, err),) = finished(start(workplace, "refused", 1, *flags.split(), *limit))
-    assert code == 2 and "could not join" in err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["1/2"], "process 1 did not find process 0 at 127.0.0.1:{port} within"),
+        (["0/3", "1/3"], "1 of 3 processes did not come within"),
+        (["0/3", "1/3", "1/3"], "there are two processes with --process-id 1"),
+        (["0/3", "1/2"], "process 1 was given --num-processes 2, process 0 3"),
+        (["0/2", "0/2"], "is there another --process-id 0"),
+    ],
+)
+def test_processes_that_do_not_make_a_run_are_one_line(given, message):
+    port = free_port()
+    code = "import sys; from transfusion_jax.parallel.roll_call import call_roll as c; "
+    code += "c(sys.argv[1], int(sys.argv[3]), int(sys.argv[2]), 2.0)"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, f"127.0.0.1:{port}", *who.split("/")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for who in given
+    ]
+    errors = [process.communicate()[1].splitlines()[-1] for process in processes]
+    expected = message.format(port=port)
+    assert any(error.startswith("ValueError: ") and expected in error for error in errors), errors
+    assert all(process.returncode == 1 for process in processes)
+
+
+def test_a_stranger_does_not_disturb_a_roll_call():
+    port = free_port()
+    with ThreadPoolExecutor(3) as pool:
+        zero = pool.submit(call_roll, f"localhost:{port}", 3, 0, 20)
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                stranger = socket.create_connection(("127.0.0.1", port))
+                break
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        others = [pool.submit(call_roll, f"localhost:{port}", 3, i, 20) for i in (1, 2)]
+        assert [each.result() for each in (zero, *others)] == [None] * 3
+        stranger.close()
 
 
 def test_other_axes_than_data_are_refused_where_sums_would_be_wrong(workplace):
@@ -187,3 +239,40 @@ def test_other_axes_than_data_are_refused_where_sums_would_be_wrong(workplace):
         pytest.skip("this jaxlib computes the right sums")
     assert [code for code, _, _ in found] == [2, 2]
     assert "needs jaxlib 0.12 or newer" in found[0][2]
+
+
+@pytest.mark.slow
+def test_four_processes_then_two_then_one_read_every_row_once(workplace, alone):
+    run_dir = workplace / "shrinking"
+    for count, step in ((4, 7), (2, 13)):
+        processes = start(workplace, "shrinking", count, pause=0.3)
+        wait_for_step(run_dir, step, processes)
+        for process in processes:
+            process.kill()
+        finished(processes)
+    ((code, out, err),) = finished(start(workplace, "shrinking", 1))
+    assert code == 0, err
+    assert "resuming from checkpoint" in out
+    assert_same_losses(run_dir, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["start", "evaluation"])
+def test_a_signal_beside_training_stops_all(workplace, when):
+    name = f"beside-{when}"
+    flags = ["--train.steps", "4", "--evaluation.0", "digits"] if when == "evaluation" else []
+    processes = start(workplace, name, 2, *flags)
+    if when == "start":
+        while not (workplace / name / "lock").exists():
+            assert processes[0].poll() is None, finished(processes)
+            time.sleep(0.02)
+        assert not logged(workplace / name)
+    else:
+        for line in processes[0].stdout:
+            if line.startswith("evaluating"):
+                break
+    processes[1].send_signal(signal.SIGTERM)
+    found = finished(processes)
+    assert [code for code, _, _ in found] == [42, 42], found
+    assert "stopped by" in found[0][1] + found[0][2]
+    assert not (workplace / name / "summary.json").exists()

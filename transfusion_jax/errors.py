@@ -14,6 +14,10 @@ class ComeAgain(WorkFailed):
     """The work was stopped; the same command continues it."""
 
 
+class ProcessLost(ComeAgain):
+    """Another process of the run is gone."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ValueError with `message` unless `condition` holds."""
     if not condition:

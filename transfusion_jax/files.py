@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,20 @@ from typing import Any
 TEMPORARY = f".{secrets.token_hex(4)}.partial"
 """Suffix of this process's temporary files. Random, because processes on other machines may share
 its number."""
+
+
+def local_path(text: str) -> Path:
+    """A path of this machine's file systems.
+
+    Raises:
+      ValueError: it is a URL, which `Path` would take for a local directory.
+    """
+    if re.match("[a-z][a-z0-9+]+:/", text):
+        raise ValueError(
+            f"{text} is not a local path: runs and data are read and written on file systems that "
+            "all hosts share; mount a bucket, for example with gcsfuse"
+        )
+    return Path(text)
 
 
 def temporary_of(path: Path) -> Path:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
-from transfusion_jax.commands.bad_input import user_input
+from transfusion_jax.commands.bad_input import local, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import add_experiment, asked_experiment
 from transfusion_jax.commands.joining import add_processes, join_processes
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="where the run is kept; one that is already there is resumed "
         "(default: runs/<name of the experiment>)",

@@ -1,9 +1,12 @@
 """Bad input at the command line: one line, exit code 2."""
 
+import argparse
 import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
+
+from transfusion_jax.files import local_path
 
 
 class BadInput(Exception):
@@ -40,3 +43,11 @@ def check_directory(flag: str, path: Path) -> None:
             if not place.is_dir():
                 raise ValueError(f"{flag} {path}: {place} is a file, not a directory")
             return
+
+
+def local(text: str) -> Path:
+    """The path of a flag."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

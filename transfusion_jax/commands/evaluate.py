@@ -2,17 +2,24 @@
 
 import argparse
 import json
-from pathlib import Path
+import signal
+from dataclasses import replace
 
-from transfusion_jax.commands.bad_input import check_file, user_input
+from transfusion_jax.commands.bad_input import check_file, local, user_input
 from transfusion_jax.commands.command import Command
-from transfusion_jax.commands.terminal import note
+from transfusion_jax.commands.joining import (
+    add_mesh,
+    add_processes,
+    asked_mesh,
+    join_processes,
+)
+from transfusion_jax.commands.terminal import note_leading
 from transfusion_jax.files import write_json
 from transfusion_jax.host import cache_compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a trained run")
+    parser.add_argument("run_dir", type=local, metavar="RUN_DIR", help="a trained run")
     parser.add_argument(
         "--suite", metavar="NAME", help="measure this alone (default: `evaluation` of the run)"
     )
@@ -22,25 +29,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="held-out rows to measure likelihoods on, evenly spaced over all, at most; "
         "or `all` (default: 512)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON to a file")
+    parser.add_argument("--out", type=local, metavar="FILE", help="also write the JSON to a file")
+    add_mesh(parser)
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.evaluation.suite import ROWS, check_names, check_suites, evaluate
     from transfusion_jax.generation.engine import load_engine
+    from transfusion_jax.parallel.processes import is_leader, noticing_loss
+    from transfusion_jax.training.watchdog import Watch
 
-    with user_input():
-        names = (arguments.suite,) if arguments.suite else ()
-        check_names(names)
-        check_file("--out", arguments.out)
-        rows = ROWS if arguments.max_rows is None else _rows(arguments.max_rows)
-        engine, step = load_engine(arguments.run_dir, note)
-        names = names or engine.experiment.evaluation
-        check_suites(engine, names)
-    if not names:
-        note(f"{arguments.run_dir} names no suite to run; --suite NAME does")
-    cache_compiled(note)
-    metrics = evaluate(engine, names, arguments.run_dir / "samples", note, rows)
+    with Watch(signal.SIGTERM) as watch, noticing_loss():
+        with user_input():
+            names = (arguments.suite,) if arguments.suite else ()
+            check_names(names)
+            check_file("--out", arguments.out)
+            rows = ROWS if arguments.max_rows is None else _rows(arguments.max_rows)
+            join_processes(arguments)
+            engine, step = load_engine(arguments.run_dir, note_leading, asked_mesh(arguments))
+            names = names or engine.experiment.evaluation
+            check_suites(engine, names)
+        if not names:
+            note_leading(f"{arguments.run_dir} names no suite to run; --suite NAME does")
+        cache_compiled(note_leading)
+        engine = replace(engine, moved=watch.check)
+        metrics = evaluate(engine, names, arguments.run_dir / "samples", note_leading, rows)
+    if not is_leader():
+        return 0
     metrics["step"] = step
     if arguments.out:
         write_json(arguments.out, metrics)

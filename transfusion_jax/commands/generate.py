@@ -1,12 +1,19 @@
 """`generate`: continues a prompt with text and images."""
 
 import argparse
-from pathlib import Path
+import signal
+from dataclasses import replace
 from typing import Any
 
-from transfusion_jax.commands.bad_input import check_directory, user_input
+from transfusion_jax.commands.bad_input import check_directory, local, user_input
 from transfusion_jax.commands.command import Command
-from transfusion_jax.commands.terminal import say
+from transfusion_jax.commands.joining import (
+    add_mesh,
+    add_processes,
+    asked_mesh,
+    join_processes,
+)
+from transfusion_jax.commands.terminal import say, say_leading
 from transfusion_jax.host import cache_compiled
 
 SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
@@ -14,10 +21,10 @@ SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a trained run")
+    parser.add_argument("run_dir", type=local, metavar="RUN_DIR", help="a trained run")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     parser.add_argument(
-        "--image", type=Path, metavar="FILE", help="an image that comes before the prompt"
+        "--image", type=local, metavar="FILE", help="an image that comes before the prompt"
     )
     parser.add_argument(
         "--num", type=int, default=1, metavar="N", help="how many continuations (default: 1)"
@@ -52,20 +59,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local,
         required=True,
         metavar="DIR",
         help="the directory to write 0.png, ... and outputs.jsonl to",
     )
+    add_mesh(parser)
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.generation.outputs import write_outputs
+    from transfusion_jax.parallel.processes import is_leader, noticing_loss
+    from transfusion_jax.training.watchdog import Watch
 
-    with user_input():
-        engine, request = _request(arguments)
-    cache_compiled(say)
-    answers = engine.generate([request] * arguments.num, arguments.seed)
+    with Watch(signal.SIGTERM) as watch, noticing_loss():
+        with user_input():
+            engine, request = _request(arguments)
+        cache_compiled(say_leading)
+        engine = replace(engine, moved=watch.check)
+        answers = engine.generate([request] * arguments.num, arguments.seed)
+    if not is_leader():
+        return 0
     print(write_outputs(arguments.out, arguments.prompt or "", answers), end="")
     say(f"written to {arguments.out}")
     return 0
@@ -83,7 +98,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed {arguments.seed} must be in 0..2^32 - 1")
     check_directory("--out", arguments.out)
-    engine, _ = load_engine(arguments.run_dir, say)
+    join_processes(arguments)
+    engine, _ = load_engine(arguments.run_dir, say_leading, asked_mesh(arguments))
     asked = {name: getattr(arguments, name) for name in SAMPLER}
     engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
     image = (engine.read(arguments.image),) if arguments.image else ()

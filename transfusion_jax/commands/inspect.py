@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from transfusion_jax.commands.bad_input import check_file, user_input
+from transfusion_jax.commands.bad_input import check_file, local, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import add_experiment, asked_experiment
 from transfusion_jax.commands.terminal import say
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local,
         metavar="FILE",
         help="the picture, such as row.png (default: <name of the experiment>_row_<N>.png)",
     )

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.evaluation.samples import sampler
+from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.loop import Run
 from transfusion_jax.training.profile import Window
 
 
-def equipped(run: Run, experiment: Experiment, window: Window | None) -> Run:
+def equipped(run: Run, experiment: Experiment, window: Window | None, report: Report) -> Run:
     """The run with samples, if it asks for them, and with a profile of a window of steps.
 
     Raises:
@@ -16,7 +17,7 @@ def equipped(run: Run, experiment: Experiment, window: Window | None) -> Run:
     """
     instruments = run.instruments
     if experiment.train.sample_every:
-        samples = sampler(experiment, run.directory.path, run.mesh)
+        samples = sampler(experiment, run.directory.path, run.mesh, report)
         instruments = replace(instruments, observers=(*instruments.observers, samples))
     if window is not None:
         window.check(run.directory.start)

@@ -1,8 +1,8 @@
-"""Flags by which a process joins the others of a run."""
+"""Flags by which a process joins the others of a run, and cuts a model over their devices."""
 
 import argparse
 
-from transfusion_jax.config import ProcessesConfig
+from transfusion_jax.config import MeshConfig, ProcessesConfig
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
@@ -18,12 +18,34 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
 
 
-def join_processes(arguments: argparse.Namespace, config: ProcessesConfig) -> None:
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Adds --mesh.data and its like, for a command that reads its config from a run."""
+    group = parser.add_argument_group(
+        "devices", "Along each axis of the mesh; -1: all that are left (default: as in training)."
+    )
+    for axis in MeshConfig().axes:
+        group.add_argument(f"--mesh.{axis}", type=int, metavar="N", help=f"devices along {axis}")
+
+
+def asked_mesh(arguments: argparse.Namespace) -> dict[str, int]:
+    """The axes that were given."""
+    given = {axis: getattr(arguments, f"mesh.{axis}") for axis in MeshConfig().axes}
+    return {axis: size for axis, size in given.items() if size is not None}
+
+
+def join_processes(arguments: argparse.Namespace, config: ProcessesConfig | None = None) -> None:
     """Joins the other processes, if there are any; must come before the first use of a device.
+
+    Without a config, the default times.
 
     Raises:
       ValueError: they cannot be joined.
     """
     from transfusion_jax.parallel.processes import join
 
-    join(arguments.coordinator, arguments.num_processes, arguments.process_id, config)
+    join(
+        arguments.coordinator,
+        arguments.num_processes,
+        arguments.process_id,
+        config or ProcessesConfig(),
+    )

@@ -23,7 +23,7 @@ from transfusion_jax.commands.bad_input import BadInput, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import load_experiment
 from transfusion_jax.commands.help import help_text
-from transfusion_jax.errors import ComeAgain, WorkFailed
+from transfusion_jax.errors import ComeAgain, ProcessLost, WorkFailed
 from transfusion_jax.host import keep_freed_memory
 
 COMMANDS: dict[str, Command] = {
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(arguments)
     except BadInput as error:
         return _fail(str(error), 2)
+    except ProcessLost as error:
+        return _fail(str(error), 42, at_once=True)  # JAX is about to abort
     except ComeAgain as error:
         return _fail(str(error), 42)
     except WorkFailed as error:
@@ -124,10 +126,10 @@ def _help(parser: argparse.ArgumentParser, command: Command, words: Sequence[str
     return help_text(parser, config)
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, at_once: bool = False) -> int:
     """Says what went wrong. One of several processes ends here: an ordinary exit would wait."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     processes = sys.modules.get("transfusion_jax.parallel.processes")
     if processes and processes.joined():
-        processes.leave(code)
+        processes.leave(code, at_once)
     return code

@@ -3,10 +3,9 @@
 import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from transfusion_jax.commands.bad_input import check_file, user_input
+from transfusion_jax.commands.bad_input import check_file, local, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import add_experiment, asked_experiment
 from transfusion_jax.commands.terminal import say
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="n",
         help="slices, joined by the data centre's network (default: 1)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
+    parser.add_argument("--json", type=local, metavar="FILE", help="also write the plan as JSON")
     parser.add_argument(
         "--search",
         action="store_true",

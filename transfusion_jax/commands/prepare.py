@@ -1,13 +1,14 @@
 """`prepare`: makes a data set from pictures, captions and text."""
 
 import argparse
+import signal
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
-from transfusion_jax.commands.bad_input import user_input
+from transfusion_jax.commands.bad_input import local, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import load_experiment, override
+from transfusion_jax.commands.joining import add_processes, join_processes
 from transfusion_jax.commands.terminal import say
 from transfusion_jax.errors import WorkFailed
 from transfusion_jax.host import cores
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Make a data set from INPUTs: folders, .jsonl, .tar, .parquet and .txt files, and "
         "tfds:NAME[:SPLIT]; or from a Python file whose config() returns a Preparation."
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the data set's directory")
+    parser.add_argument("--out", type=local, metavar="DIR", help="the data set's directory")
     parser.add_argument(
         "--part",
         metavar="i/n",
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that decode pictures; with an autoencoder, threads (default: one per core)",
     )
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.out is None:
             raise ValueError("name the directory to make: --out DIR")
         part = parse_part(arguments.part) if arguments.part else None
+        joins = preparation.autoencoder or arguments.coordinator
+        if joins:
+            part = _joined_part(arguments, part)
         workers = cores() if arguments.workers is None else arguments.workers
         if workers < 1:
             raise ValueError(f"--workers {workers} must be at least 1")
@@ -62,12 +67,37 @@ def run(arguments: argparse.Namespace) -> int:
                 f"a process that decodes pictures was killed, perhaps because memory ran out "
                 f"({workers=}); what is done is kept: run the same command to continue"
             ) from error
+    if joins:
+        _wait_for_others()
     if info is None:  # other parts have work left
         return 0
     dataset = open_dataset(arguments.out)
     leave_samples(dataset)
     say(description(dataset))
     return 0
+
+
+def _joined_part(
+    arguments: argparse.Namespace, part: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """One part for each process, where there are several."""
+    from transfusion_jax.parallel.processes import numbered
+
+    join_processes(arguments)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is done is kept: no need to stop together
+    number, count = numbered()
+    if count == 1:
+        return part
+    if part is not None or arguments.finish:
+        raise ValueError(f"--part and --finish are chosen by themselves for {count} processes")
+    return number, count
+
+
+def _wait_for_others() -> None:
+    """JAX ends the processes that are still at work if one ends."""
+    from transfusion_jax.parallel.processes import gathered
+
+    gathered(None)
 
 
 def _preparation(words: list[str]) -> Any:

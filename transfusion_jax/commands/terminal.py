@@ -19,9 +19,13 @@ def say_leading(line: str) -> None:
         say(line)
 
 
-def note(line: str) -> None:
-    """Prints a line to standard error, where standard output is the result of the command."""
-    print(line, file=sys.stderr, flush=True)
+def note_leading(line: str) -> None:
+    """Prints a line to standard error, where standard output is the result of the command, in the
+    process that leads."""
+    from transfusion_jax.parallel.processes import is_leader
+
+    if is_leader():
+        print(line, file=sys.stderr, flush=True)
 
 
 def table(summary: dict) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from transfusion_jax.commands.bad_input import user_input
+from transfusion_jax.commands.bad_input import local, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import add_experiment, asked_experiment
 from transfusion_jax.commands.joining import add_processes, join_processes
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="where the run is kept; one that is already there is resumed "
         "(default: runs/<name of the experiment>)",
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.commands.instruments import equipped
     from transfusion_jax.evaluation.suite import check_experiment
     from transfusion_jax.evaluation.summary import summarise
-    from transfusion_jax.parallel.processes import is_leader
+    from transfusion_jax.parallel.processes import is_leader, noticing_loss
     from transfusion_jax.pretraining.run import open_run
     from transfusion_jax.training.loop import train
     from transfusion_jax.training.profile import Window
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
             directory = arguments.run_dir or Path("runs") / experiment.name
             join_processes(arguments, experiment.processes)
             watch.against_stalls(experiment.processes.stall_timeout, directory)
-            opened = equipped(open_run(experiment, directory, say_leading), experiment, window)
+            opened = open_run(experiment, directory, say_leading)
+            opened = equipped(opened, experiment, window, say_leading)
         cache_compiled(say_leading)
         outcome = train(opened, say_leading, watch, process_start())
         if outcome.stopped_by:
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         seconds = outcome.seconds
         account = outcome.account
         del outcome, opened  # evaluation needs the averaged weights only
-        with user_input():
+        with user_input(), noticing_loss():
             summary = summarise(directory, seconds, account, say_leading, watch.check)
     if is_leader():
         _report(directory, summary)

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.data.pipeline import Data
@@ -18,7 +16,7 @@ from transfusion_jax.generation.engine import Engine
 BUCKETS = 10
 """Ranges of timesteps, as equal as can be."""
 BATCH = 16
-"""Rows measured at one time."""
+"""Rows measured at one time; more where the mesh cuts a batch into more parts."""
 
 
 def likelihood(engine: Engine, samples: Path, rows: int | None) -> dict:
@@ -35,10 +33,10 @@ def likelihood(engine: Engine, samples: Path, rows: int | None) -> dict:
     losses = _losses(engine, edges)
     text, texts, image_count = 0.0, 0.0, 0.0
     images = np.zeros(len(edges) - 1)
-    for number, batch in enumerate(data.once(BATCH, rows)):
+    shards = engine.devices.shards
+    for number, batch in enumerate(data.once(-(-BATCH // shards) * shards, rows)):
         engine.moved()
-        key = jax.random.fold_in(jax.random.key(experiment.train.seed), number)
-        text_sum, image_sums, weights = jax.device_get(losses(engine.parameters, batch, key))
+        text_sum, image_sums, weights = losses(batch, number)
         text, images = text + text_sum, images + image_sums
         texts, image_count = texts + weights[0], image_count + weights[1]
     by_timestep = {
@@ -63,17 +61,18 @@ def bucket_edges(steps: int) -> list[int]:
 
 def _losses(
     engine: Engine, edges: Sequence[int]
-) -> Callable[[Any, Batch, Array], tuple[Array, Array, tuple[Array, Array]]]:
-    """Sums over a batch: text loss with clean images, image loss of every bucket, weights."""
-    chunk = engine.experiment.train.vocab_chunk
-    low = jnp.asarray(edges[:-1])
-    high = jnp.asarray(edges[1:])
+) -> Callable[[Batch, int], tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+    """Sums over a batch, by its number: text loss with clean images, image loss of every bucket,
+    weights."""
+    chunk, seed = engine.experiment.train.vocab_chunk, engine.experiment.train.seed
 
     @jax.jit
-    def losses(parameters, batch, key):
+    def losses(parameters, batch, number):
         model = nnx.merge(engine.graph, parameters)
+        key = jax.random.fold_in(jax.random.key(seed), number)
         noise = jax.random.normal(key, batch.latents_BMhwc.shape)
         clean = jnp.zeros_like(batch.image_start_BM)
+        low, high = jnp.asarray(edges[:-1]), jnp.asarray(edges[1:])
         text_BL = model.losses(batch, Noise(clean, jnp.zeros_like(noise)), chunk)["text"]
 
         def bucket(number):
@@ -86,4 +85,10 @@ def _losses(
         weights = batch.text_weight_BL.sum(), batch.image_weight_BM.sum()
         return jnp.sum(text_BL * batch.text_weight_BL), images, weights
 
-    return losses
+    def measured(batch, number):
+        batch = engine.devices.put(batch)
+        with engine.devices.current():
+            sums = losses(engine.parameters, batch, np.uint32(number))
+        return engine.devices.host(sums)
+
+    return measured

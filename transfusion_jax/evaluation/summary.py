@@ -4,11 +4,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+
 from transfusion_jax.evaluation.curves import curves
 from transfusion_jax.evaluation.suite import check_suites, evaluate
 from transfusion_jax.files import write_json
 from transfusion_jax.generation.engine import load_engine, nothing
+from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.processes import is_leader
+from transfusion_jax.pretraining.run import stored
 from transfusion_jax.training.goodput import Account
 
 
@@ -19,7 +23,8 @@ def summarise(
     report: Callable[[str], None],
     moved: Callable[[], None] = nothing,
 ) -> dict:
-    """Evaluates a trained run by its own suites; writes `summary.json` and `samples/`.
+    """Evaluates a finished run by its own suites, if it names any; writes `summary.json` and
+    `samples/`.
 
     Args:
       account: of the run's time, which evaluation is charged to.
@@ -42,14 +47,20 @@ def _summary(
     report: Callable[[str], None],
     moved: Callable[[], None],
 ) -> dict:
-    engine, step = load_engine(directory, report)
-    engine = replace(engine, moved=moved)
-    names, samples = engine.experiment.evaluation, directory / "samples"
-    check_suites(engine, names)
-    metrics = evaluate(engine, names, samples, report)
+    experiment, _ = stored(directory, report)
+    samples = directory / "samples"
+    if experiment.evaluation:
+        engine, _ = load_engine(directory, report)
+        engine = replace(engine, moved=moved)
+        check_suites(engine, experiment.evaluation)
+        metrics = evaluate(engine, experiment.evaluation, samples, report)
+    else:
+        _, parameters = abstract_model(experiment)
+        metrics = {"parameters": sum(x.size for x in jax.tree.leaves(parameters))}
     times = {"train_seconds": round(train_seconds, 1), **account.summary()}
-    summary = {**metrics, "steps": step, **times}
+    summary = {**metrics, "steps": experiment.train.steps, **times}
     if is_leader():
+        samples.mkdir(exist_ok=True)
         curves(directory, samples / "curves.png")
         write_json(directory / "summary.json", summary)
     return summary

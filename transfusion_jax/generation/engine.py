@@ -5,20 +5,21 @@ loop here runs them on all rows of a batch until every row is done.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from transfusion_jax.autoencoder.codec import Codec, load_codec
 from transfusion_jax.batch import Batch
-from transfusion_jax.config import Experiment, ModelConfig
+from transfusion_jax.config import Experiment, MeshConfig, ModelConfig
 from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.generation.devices import Devices
 from transfusion_jax.generation.images import draw_images
 from transfusion_jax.generation.requests import Request, read_requests
 from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, start
@@ -26,6 +27,9 @@ from transfusion_jax.generation.text import write_text
 from transfusion_jax.images import read_image
 from transfusion_jax.model.attention.platforms import for_platform
 from transfusion_jax.model.build import abstract_model
+from transfusion_jax.parallel.mesh import make_mesh, whole_rows
+from transfusion_jax.parallel.processes import check_collectives
+from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.pretraining.run import stored
 from transfusion_jax.training.checkpoint import Report, load_average
 
@@ -47,6 +51,8 @@ class Engine:
     parameters: dict
     codec: Codec | None = None
     """The autoencoder of a run on latents; None: images are pixels."""
+    devices: Devices = Devices()
+    """Where the parameters are."""
     moved: Callable[[], None] = nothing
     """Called between the parts of longer work; what it raises ends that."""
 
@@ -62,27 +68,30 @@ class Engine:
 
     def stream(self, requests: Sequence[Request], seed: int = 0) -> Iterator[tuple[int, Span]]:
         """As `generate`, span by span: (number of the request, its next span)."""
+        count = len(requests)
+        if count > self.devices.shards:  # as many rows for every device
+            requests = [*requests, *requests[-1:] * (-count % self.devices.shards)]
         batch, length_B = self._read(requests)
         budget = self.experiment.sampler.max_tokens
-        key_B = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(seed), jnp.arange(len(requests))
-        )
         # A row that has reached its limit still writes, past its length.
         capacity = batch.tokens_BL.shape[1] + budget + self.experiment.image.span
+        limit_B = self.devices.put(length_B + budget)
+        batch, length_B = self.devices.put((batch, length_B))
+        key_B = self.devices.keys(seed, len(requests))
         rows = self._start(self.parameters, batch, length_B, key_B, capacity=capacity)
-        limit_B = length_B + budget
-        while (status_B := np.asarray(rows.status_B)).min() < DONE:
+        while (status_B := self.devices.host(rows.status_B)).min() < DONE:
             self.moved()
             if TEXT in status_B:
                 rows, tokens_BT = self._write_text(self.parameters, rows, limit_B, budget=budget)
-                for row, tokens in enumerate(np.asarray(tokens_BT)):
+                for row, tokens in enumerate(self.devices.host(tokens_BT)[:count]):
                     if text := self.tokenizer.decode(tokens[tokens >= 0]):
                         yield row, text
-            drawing = np.flatnonzero(np.asarray(rows.status_B) == IMAGE)
+            drawing = np.flatnonzero(self.devices.host(rows.status_B) == IMAGE)
             if len(drawing):
                 rows, image_Bhwc = self._draw_images(self.parameters, rows)
-                for row in drawing:
-                    yield int(row), self.picture(np.asarray(image_Bhwc[row]))
+                images = self.devices.host(image_Bhwc)
+                for row in drawing[drawing < count]:
+                    yield int(row), self.picture(images[row])
 
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
         """An image of the model's as a picture [H, W, C] in [-1, 1]."""
@@ -120,8 +129,16 @@ class Engine:
         return replace(self, experiment=replace(self.experiment, sampler=changed))
 
     def with_weights(self, parameters: dict) -> "Engine":
-        """The same model with other weights; what is compiled, now or later, serves both."""
-        other = replace(self, parameters=parameters)
+        """The same model with other weights, cut as in training and rounded to the compute dtype.
+
+        What is compiled, now or later, serves both.
+        """
+        _, shapes = abstract_model(self.experiment)
+        placed = jax.device_put(
+            _narrowed(parameters, shapes, self.experiment.model.compute_dtype),
+            parameter_shardings(shapes, self.devices.mesh),
+        )
+        other = replace(self, parameters=placed)
         for phase in ("_start", "_write_text", "_draw_images"):
             other.__dict__[phase] = getattr(self, phase)
         return other
@@ -147,31 +164,86 @@ class Engine:
     def _compiled(self, phase: Callable, *static: str) -> Callable:
         """A phase, a function of a model and arrays, jitted as one of parameters and arrays."""
 
+        @functools.partial(jax.jit, static_argnames=static)
         def run(parameters, *arrays, **options):
             return phase(nnx.merge(self.graph, parameters), *arrays, **options)
 
-        return jax.jit(run, static_argnames=static)
+        def on_devices(*arrays, **options):
+            with self.devices.current():
+                return run(*arrays, **options)
+
+        return on_devices
 
 
-def load_engine(directory: Path, report: Report) -> tuple[Engine, int]:
-    """The averaged model of a run's newest readable checkpoint, on one device, and its step.
+def load_engine(
+    directory: Path, report: Report, mesh: Mapping[str, int] | None = None
+) -> tuple[Engine, int]:
+    """The averaged model of a run's newest readable checkpoint, and its step.
+
+    It is cut over a mesh as for training; products round their factors to the compute dtype, so
+    they are kept in it.
+
+    Args:
+      mesh: axes of another mesh than the run's. Without it, where the devices here cannot make the
+        run's mesh, the model is on one device.
 
     Raises:
-      ValueError: `directory` is no run directory, or has no checkpoint yet.
+      ValueError: `directory` is no run directory, or has no checkpoint yet, or the mesh cannot be.
       CheckpointError: none of its checkpoints can be read.
     """
     experiment, tokenizer = stored(directory, report)
-    device = jax.local_devices()[0]
-    experiment = replace(experiment, model=_model_here(experiment.model, device, report))
-    graph, parameters = abstract_model(experiment)
-    placed = jax.sharding.SingleDeviceSharding(device)
+    made = _mesh(experiment.mesh, mesh or {}, report)
+    engine = engine_without_weights(experiment, tokenizer, directory, made, report)
+    _, parameters = abstract_model(engine.experiment)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
         nnx.to_pure_dict(parameters),
+        parameter_shardings(parameters, engine.devices.mesh),
     )
     step, average = load_average(directory / "checkpoints", abstract, report)
+    average = _narrowed(average, parameters, experiment.model.compute_dtype, donate=True)
+    return replace(engine, parameters=average), step
+
+
+def engine_without_weights(
+    experiment: Experiment, tokenizer: Tokenizer, directory: Path, mesh: Mesh, report: Report
+) -> Engine:
+    """The engine of a run on the devices of a mesh; `Engine.with_weights` gives it weights."""
+    devices = Devices(whole_rows(mesh))
+    device = devices.mesh.devices.flat[0]
+    experiment = replace(experiment, model=_model_here(experiment.model, device, report))
+    graph, _ = abstract_model(experiment)
     codec = load_codec(directory / "autoencoder") if (directory / "autoencoder").is_dir() else None
-    return Engine(experiment, tokenizer, graph, average, codec), step
+    return Engine(experiment, tokenizer, graph, {}, codec, devices)
+
+
+def _mesh(config: MeshConfig, asked: Mapping[str, int], report: Report) -> Mesh:
+    if asked:
+        mesh = make_mesh(replace(config, **asked))
+    else:
+        try:
+            mesh = make_mesh(config)
+        except ValueError as error:
+            if jax.process_count() > 1:
+                raise
+            report(f"{error}; using one device, unless --mesh.data or its like say otherwise")
+            mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    check_collectives(mesh)
+    return mesh
+
+
+def _narrowed(values: dict, parameters: nnx.State, dtype: str, donate: bool = False) -> dict:
+    """Values of parameters in `dtype`, but for scales of norms, which are applied in float32."""
+    axes = {path: x.get_metadata("out_sharding") for path, x in nnx.to_flat_state(parameters)}
+
+    @functools.partial(jax.jit, donate_argnums=0 if donate else ())
+    def narrow(values):
+        return jax.tree.map_with_path(
+            lambda path, x: x if "norm" in axes[tuple(p.key for p in path)] else x.astype(dtype),
+            values,
+        )
+
+    return narrow(values)
 
 
 def _model_here(model: ModelConfig, device: jax.Device, report: Report) -> ModelConfig:

@@ -54,6 +54,13 @@ def _axis_sizes(config: MeshConfig, devices: list[Any], slices: int) -> dict[str
     return sizes
 
 
+def whole_rows(mesh: Mesh) -> Mesh:
+    """The same devices with `sequence` a part of `fsdp`: parameters are cut alike, rows whole."""
+    shape = mesh.devices.shape
+    grid = mesh.devices.reshape(shape[0], shape[1] * shape[2], 1, shape[3])
+    return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def check_rows(mesh: Mesh, rows: int, name: str = "data.batch_rows", parts: int = 1) -> None:
     """Raises ValueError unless the batch axes of the mesh divide each of `parts` microbatches."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

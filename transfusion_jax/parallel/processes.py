@@ -17,15 +17,12 @@ import jax
 from jax._src import distributed, xla_bridge
 
 from transfusion_jax.config import ProcessesConfig
-from transfusion_jax.errors import ComeAgain, require
+from transfusion_jax.errors import ComeAgain, ProcessLost, require
+from transfusion_jax.parallel.roll_call import call_roll
 
-WAIT = 1000 * 1800  # milliseconds; the leader may be planning the packing of a billion documents
+WAIT = 1000 * 86400  # milliseconds; who is gone is known by its heartbeats, not by this
 LEAVING = 2.0  # seconds that the leader, whose end would end the others, leaves them to speak
 _questions = itertools.count()
-
-
-class ProcessLost(ComeAgain):
-    """Another process of the run is gone."""
 
 
 def join(
@@ -55,6 +52,7 @@ def join(
     by_hand = any(value is not None for value in asked.values())
     if by_hand:
         _check(asked)
+        call_roll(coordinator, num_processes, process_id, config.initialization_timeout)
     elif xla_bridge.backends_are_initialized():
         return  # called from a program that computes already: it is alone
     try:
@@ -101,9 +99,9 @@ def joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, at_once: bool = False) -> NoReturn:
     """Ends this process without waiting for the others, who may have failed for the same reason."""
-    if is_leader():
+    if is_leader() and not at_once:
         time.sleep(LEAVING)
     os._exit(code)
 
@@ -113,13 +111,18 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
+def numbered() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    return jax.process_index(), jax.process_count()
+
+
 def gathered(value: Any) -> list[Any]:
     """What every process says here, in order of processes; values are JSON. All must say something.
 
     No device is involved, so it works while computations cannot.
 
     Raises:
-      ProcessLost: another process said nothing in time.
+      ProcessLost: another process says nothing.
     """
     count = jax.process_count()
     if count == 1:

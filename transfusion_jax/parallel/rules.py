@@ -1,6 +1,7 @@
 """The one table from logical axes to mesh axes, and the placements derived from it."""
 
 import functools
+import math
 
 import jax
 from flax import nnx
@@ -83,10 +84,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Pins an activation to its logical axes on the current mesh; the identity without one."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins an activation to its logical axes on the current mesh; the identity without one.
+
+    An axis whose devices do not divide it is not cut, as the one position of a decoding step.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    spec = partition_spec(axes)
+    devices = [math.prod(mesh.shape[name] for name in mesh_axes(axis)) for axis in axes]
+    parts = zip(spec, x.shape, devices, strict=True)
+    divided = PartitionSpec(*(cut if size % n == 0 else None for cut, size, n in parts))
+    return jax.lax.with_sharding_constraint(x, divided)
 
 
 def gathered(parameter: nnx.Variable, dtype: jax.typing.DTypeLike) -> Array:

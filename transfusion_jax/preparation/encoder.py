@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import numpy as np
 
 from transfusion_jax.autoencoder.codec import Codec, load_codec
 from transfusion_jax.errors import require
+from transfusion_jax.files import local_path
 from transfusion_jax.preparation.config import Preparation
 from transfusion_jax.preparation.shards import ENCODED, Encode
 
@@ -19,7 +19,7 @@ def codec_of(preparation: Preparation) -> Codec:
     Raises:
       ValueError: it cannot be read, or does not take such pictures.
     """
-    path = Path(preparation.autoencoder)
+    path = local_path(preparation.autoencoder)
     trained = path / "autoencoder"  # in the run directory of `transfusion-jax autoencoder`
     codec = load_codec(trained if trained.is_dir() else path)
     codec.latent_shape(preparation.height, preparation.width)

@@ -3,12 +3,12 @@
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.errors import require
+from transfusion_jax.files import local_path
 from transfusion_jax.preparation.readers.raw import Picture, Rejected
 from transfusion_jax.preparation.workers import Named, chosen
 
@@ -26,7 +26,7 @@ def given_tokenizer(path: str) -> Tokenizer | None:
     if not path:
         return None
     try:
-        return Tokenizer(Path(path).read_bytes(), path)
+        return Tokenizer(local_path(path).read_bytes(), path)
     except OSError as error:
         raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
 

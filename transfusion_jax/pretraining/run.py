@@ -22,7 +22,7 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
-from transfusion_jax.files import write_atomic
+from transfusion_jax.files import local_path, write_atomic
 from transfusion_jax.model.work import batch_work, model_flops
 from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.processes import check_collectives, is_leader
@@ -210,7 +210,7 @@ def tokenizer_of(experiment: Experiment, directory: Path) -> Tokenizer:
     if not path.exists():
         if not experiment.tokenizer.path:
             return _sources_tokenizer(experiment)
-        path = Path(experiment.tokenizer.path)
+        path = local_path(experiment.tokenizer.path)
     try:
         return Tokenizer(path.read_bytes(), str(path))
     except OSError as error:

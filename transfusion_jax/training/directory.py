@@ -5,7 +5,6 @@ checkpoints/    Orbax: the state, the seconds of training, the digests of the da
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,11 +76,6 @@ def check_directory(experiment: Any, directory: Path) -> None:
 
 
 def _check(experiment: Any, directory: Path) -> None:
-    require(
-        not re.match("[a-z][a-z0-9+]*:/", str(directory)),
-        f"{directory} is not a local path: run directories are on a file system that all processes "
-        "share; mount a bucket, for example with gcsfuse",
-    )
     stored = directory / CONFIG
     if stored.exists():
         earlier = loads(stored.read_text(), str(stored), type(experiment))

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from transfusion_jax.parallel.processes import ProcessLost, is_leader, noticing_loss
+from transfusion_jax.errors import ProcessLost
+from transfusion_jax.parallel.processes import is_leader, noticing_loss
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.directory import RunDirectory
@@ -103,10 +104,12 @@ def train(
         raise
     run.directory.close()
     step = int(outcome.state.step)
-    if outcome.stopped_by:
+    if outcome.stopped_by and step:
         report(
             f"stopped by {outcome.stopped_by} at step {step}, saved; the same command resumes it"
         )
+    elif outcome.stopped_by:
+        report(f"stopped by {outcome.stopped_by} before the first step")
     else:
         report(f"trained {step} steps in {outcome.seconds:.0f} s")
     return outcome

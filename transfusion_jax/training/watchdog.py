@@ -23,13 +23,16 @@ class TrainingFailed(WorkFailed):
 
 
 class Watch:
-    """Turns SIGTERM and the first Ctrl-C into a request to save and stop; the second interrupts.
-    Ends the process if nothing moves.
+    """Turns signals into a request to save and stop: SIGTERM and the first Ctrl-C, unless others
+    are named; the second Ctrl-C interrupts. Ends the process if nothing moves.
 
     With several processes, JAX's preemption service makes all of them stop at the same point. It
     takes over SIGTERM when processes join, and a handler set later would disable it, so a watch
     begins before.
     """
+
+    def __init__(self, *signals: signal.Signals):
+        self._signals = signals or (signal.SIGTERM, signal.SIGINT)
 
     def __enter__(self) -> "Watch":
         self._received: str | None = None
@@ -37,10 +40,7 @@ class Watch:
         self._points = 0
         self._moved = time.monotonic()
         self._over = threading.Event()
-        self._previous = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._previous = {number: signal.signal(number, self._receive) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:

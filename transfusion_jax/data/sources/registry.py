@@ -10,6 +10,7 @@ from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.data.sources.scenes.source import Scenes
 from transfusion_jax.data.sources.source import Source
 from transfusion_jax.data.sources.synthetic import Synthetic
+from transfusion_jax.files import local_path
 
 SOURCES: dict[str, Callable[[Experiment, str], Source]] = {
     "comparisons": comparisons.source,
@@ -28,7 +29,7 @@ def load_sources(experiment: Experiment, split: str) -> list[Source]:
     """
     names = [source.name for source in experiment.data.sources]
     for name in names:
-        if name not in SOURCES and not Path(name).is_dir():
+        if name not in SOURCES and not local_path(name).is_dir():
             raise ValueError(
                 f"source {name!r} is not one of {sorted(SOURCES)}, nor a directory of prepared data"
             )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from transfusion_jax.files import local_path
 from transfusion_jax.preparation.readers.collection import Arrays, Collection, Each, FileReader
 from transfusion_jax.preparation.readers.folder import Folder
 from transfusion_jax.preparation.readers.lines import (
@@ -100,7 +101,7 @@ def find_inputs(path: str, columns: Columns, max_bytes: int, each: Each = map) -
         folder = Folder(Path(), max_bytes)
         reader = TensorflowDatasets(path, columns, max_bytes)
         return [Input(path, "tfds", folder, columns, {}, len(reader), reader.digest(), path)]
-    place = Path(path)
+    place = local_path(path)
     if place.is_file():
         folder = Folder(place.parent, max_bytes, place.name)
         return [_file(path, folder, columns, each)]
@@ -113,7 +114,7 @@ def stamp_of(path: str) -> str:
     """A digest of the names, sizes and times of an input's files; the same if none has changed."""
     if path.startswith("tfds:"):
         return path
-    place = Path(path)
+    place = local_path(path)
     if place.is_file():
         info = place.stat()
         return digest_of(info.st_size, info.st_mtime_ns)
