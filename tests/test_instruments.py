@@ -182,11 +182,14 @@ def test_a_prompt_longer_than_a_row_is_refused(watched, tmp_path):
         trained(long, tmp_path / "run")
 
 
+SCOPES = (b"block/attention/", b"block/mlp/", b"text_loss/", b"image_loss/", b"update/")
+
+
 def test_a_profile_holds_the_named_scopes(whole):
     directory, said = whole
     (trace,) = (directory / "profile").rglob("*.xplane.pb")
     held = trace.read_bytes()
-    for scope in (b"block", b"attention", b"mlp", b"text_loss", b"image_loss", b"update"):
+    for scope in SCOPES:
         assert scope in held, scope
     assert any(f"profiled steps 6 to 7 into {directory / 'profile'}" in line for line in said)
 

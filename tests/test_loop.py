@@ -125,7 +125,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
 
 
 def test_rates_are_since_the_last_logged_step(tmp_path, monkeypatch):
-    """Of a resumed run, by a clock that is set by hand."""
+    """Of a resumed run, by a clock that is set by hand; without the time of checkpoints."""
     now = [100.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr("transfusion_jax.training.monitor.time", clock)
@@ -138,6 +138,8 @@ def test_rates_are_since_the_last_logged_step(tmp_path, monkeypatch):
                 now[0] += 0.25
             now[0] += 1.75
             monitor.read(step, metrics)
+            with monitor.saving(step):
+                now[0] += 100
     rows = read_metrics(tmp_path / "line")
     assert [row["step"] for row in rows] == [6, 9]
     assert [row["points_per_second"] for row in rows] == [8 / 2, 8 / 2]
