@@ -22,7 +22,9 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.evaluation.samples import sampler
 from transfusion_jax.generation.engine import Engine, load_engine
 from transfusion_jax.parallel.mesh import make_mesh
+from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.pretraining.run import open_run
+from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
 from transfusion_jax.training.loop import train
 from transfusion_jax.training.metrics import MetricsLog, read_events, read_metrics
@@ -182,7 +184,16 @@ def test_a_prompt_longer_than_a_row_is_refused(watched, tmp_path):
         trained(long, tmp_path / "run")
 
 
-SCOPES = (b"block/attention/", b"block/mlp/", b"text_loss/", b"image_loss/", b"update/")
+SCOPES = ("block/attention/", "block/mlp/", "jvp(text_loss)/", "jvp(image_loss)/", "/update/")
+
+
+def test_the_lowered_step_holds_the_named_scopes(plain):
+    mesh = make_mesh(plain.mesh, jax.devices()[:2])
+    planned = blueprint(plain, mesh)
+    with jax.set_mesh(mesh):
+        lowered = compiled_step(planned).lower(planned.abstract, abstract_batch(plain, mesh))
+    text = lowered.as_text(debug_info=True)
+    assert all(scope in text for scope in SCOPES)
 
 
 def test_a_profile_holds_the_named_scopes(whole):
@@ -190,7 +201,7 @@ def test_a_profile_holds_the_named_scopes(whole):
     (trace,) = (directory / "profile").rglob("*.xplane.pb")
     held = trace.read_bytes()
     for scope in SCOPES:
-        assert scope in held, scope
+        assert scope.encode() in held, scope
     assert any(f"profiled steps 6 to 7 into {directory / 'profile'}" in line for line in said)
 
 

@@ -32,7 +32,7 @@ FAULTS = (
         "validation",
     ),
     Fault(
-        "validation by a seed of its own at every size of batch",
+        "what a held-out row draws depends on the batch",
         "pretraining/validation.py",
         "np.random.default_rng((number, r))",
         "np.random.default_rng((number, size, r))",
