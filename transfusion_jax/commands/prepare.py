@@ -1,7 +1,6 @@
 """`prepare`: makes a data set from pictures, captions and text."""
 
 import argparse
-import signal
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -84,7 +83,6 @@ def _joined_part(
     from transfusion_jax.parallel.processes import numbered
 
     join_processes(arguments)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is done is kept: no need to stop together
     number, count = numbered()
     if count == 1:
         return part

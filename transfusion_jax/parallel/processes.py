@@ -55,6 +55,7 @@ def join(
         call_roll(coordinator, num_processes, process_id, config.initialization_timeout)
     elif xla_bridge.backends_are_initialized():
         return  # called from a program that computes already: it is alone
+    jax.config.update("jax_enable_preemption_service", False)  # see `stopping.py`
     try:
         jax.distributed.initialize(
             coordinator,

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 import jax
-from jax.experimental import multihost_utils
 
 from transfusion_jax.errors import ComeAgain, WorkFailed
+from transfusion_jax.parallel.stopping import Stopping
 
 AGAIN = 42
 """Exit code: the same command continues the work."""
@@ -26,9 +26,7 @@ class Watch:
     """Turns signals into a request to save and stop: SIGTERM and the first Ctrl-C, unless others
     are named; the second Ctrl-C interrupts. Ends the process if nothing moves.
 
-    With several processes, JAX's preemption service makes all of them stop at the same point. It
-    takes over SIGTERM when processes join, and a handler set later would disable it, so a watch
-    begins before.
+    With several processes, a signal to one of them makes all stop at the same point.
     """
 
     def __init__(self, *signals: signal.Signals):
@@ -36,8 +34,8 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._received: str | None = None
+        self._stopping: Stopping | None = None
         self._passed_on = False
-        self._points = 0
         self._moved = time.monotonic()
         self._over = threading.Event()
         self._previous = {number: signal.signal(number, self._receive) for number in self._signals}
@@ -45,9 +43,10 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        if self._stopping:
+            self._stopping.close()
         for number, handler in self._previous.items():
-            if jax.process_count() == 1 or number == signal.SIGINT:
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received == "SIGINT":
@@ -62,13 +61,11 @@ class Watch:
         self._moved = time.monotonic()
         if jax.process_count() == 1:
             return self._received
+        self._stopping = self._stopping or Stopping()
         if self._received and not self._passed_on:
             self._passed_on = True
-            os.kill(os.getpid(), signal.SIGTERM)
-        self._points += 1
-        if multihost_utils.reached_preemption_sync_point(self._points):
-            return self._received or "SIGTERM to one of the processes"
-        return None
+            self._stopping.ask(f"{self._received} to process {jax.process_index()}")
+        return self._stopping.passed()
 
     def check(self) -> None:
         """As `moved`; raises ComeAgain if a signal came."""
