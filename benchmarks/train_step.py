@@ -4,7 +4,7 @@
 
 Rows come from the `synthetic` source (web-like lengths, images of 256 patches that are half of the
 positions) through the same pipeline as in training. Model FLOPs are those of plans
-(`planning/rows.py`): every matrix product three times, for forward and backward; logits at text
+(`model/work.py`): every matrix product three times, for forward and backward; logits at text
 targets only; attention by its intervals; no recomputation.
 """
 
@@ -22,9 +22,9 @@ from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.host import keep_freed_memory
 from transfusion_jax.model.interface import Model
+from transfusion_jax.model.work import batch_work, model_flops
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
-from transfusion_jax.planning.rows import model_flops, row_work, rows_of
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
 
@@ -61,8 +61,8 @@ def product_rate(dtype: str, size: int = 2048) -> float:
 
 
 def step_flops(model: Model, experiment: Experiment, batch) -> float:
-    rows = rows_of(batch, experiment.image.patches, "of the batch")
-    return model_flops(model, experiment, row_work(rows, 0))
+    work = batch_work(jax.tree.map(np.asarray, batch), experiment.image.patches)
+    return model_flops(model.multiplications(), experiment, work)
 
 
 @dataclass(frozen=True)

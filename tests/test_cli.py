@@ -46,6 +46,13 @@ def fails(capsys, *arguments: str) -> str:
         ("--sampler.steps 5000", "sampler.steps=5000"),
         ("nonsense", "nonsense"),
         ("--evaluation scenes", "suite 'scenes' judges pictures of 32x32x3 or 64x64x3"),
+        ("--profile 5", "--profile 5 is not START:STOP, as in 20:25"),
+        ("--profile 0:4", "--profile 0:4 must be steps from 1 to train.steps="),
+        ("--profile 7:5", "--profile 7:5 must be steps from 1"),
+        ("--profile 5:99999999", "must be steps from 1"),
+        ("--train.validate-every -1", "train.validate_every=-1 must not be negative"),
+        ("--train.sample-every 5", "train.sample_every=5 needs train.sample_prompts"),
+        ("--train.spike-window 0", "train.spike_window=0 must be positive"),
         ("--tyro-print-completion bash", "cannot use --tyro-print-completion bash"),
     ],
 )

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from transfusion_jax.training.checkpoint import Checkpoints
+from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loop import train
 from transfusion_jax.training.metrics import read_metrics
 from transfusion_jax.training.monitor import Monitor
+from transfusion_jax.training.observation import Observation, Observer
 from transfusion_jax.training.watchdog import TrainingFailed, Watch
 
 LINE = line.Line()
@@ -108,20 +110,22 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
         events.append("step")
         return run.step(state, batch)
 
-    def after(number, state):
-        events.append(f"after {number}")
+    def look(number, state):
+        events.append(f"look {number}")
+        return Observation()
 
     del events[:]
-    train(replace(run, step=step, after=after), lambda said: None)
+    instruments = Instruments(observers=(Observer(2, look),))
+    train(replace(run, step=step, instruments=instruments), lambda said: None)
     assert events == [
-        *("step", "after 1", "step", "read 1", "after 2", "step", "read 2", "read 3", "after 3"),
-        *("step", "read 4", "after 4"),
+        *("step", "step", "read 1", "look 2", "step", "read 2", "read 3"),
+        *("step", "look 4", "read 4"),
     ]
     assert run.step._cache_size() == 1  # compiled once
 
 
 def test_rates_are_since_the_last_logged_step(tmp_path, monkeypatch):
-    """Of a resumed run, by a clock that is set by hand."""
+    """Of a resumed run, by a clock that is set by hand; without the time of checkpoints."""
     now = [100.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr("transfusion_jax.training.monitor.time", clock)
@@ -134,6 +138,8 @@ def test_rates_are_since_the_last_logged_step(tmp_path, monkeypatch):
                 now[0] += 0.25
             now[0] += 1.75
             monitor.read(step, metrics)
+            with monitor.saving(step):
+                now[0] += 100
     rows = read_metrics(tmp_path / "line")
     assert [row["step"] for row in rows] == [6, 9]
     assert [row["points_per_second"] for row in rows] == [8 / 2, 8 / 2]

@@ -29,14 +29,16 @@ from transfusion_jax.config import (
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.build import abstract_model
+from transfusion_jax.model.work import model_flops
+from transfusion_jax.parallel.chips import CHIPS
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning import topology as topology_lib
 from transfusion_jax.planning.plan import Memory, Plan, _bytes_asked_for, make_plan
 from transfusion_jax.planning.program import read_program
-from transfusion_jax.planning.rows import Rows, model_flops, row_work, rows_of, sample_rows
+from transfusion_jax.planning.rows import Rows, row_work, rows_of, sample_rows
 from transfusion_jax.planning.search import microbatch_counts, remedies, search
-from transfusion_jax.planning.topology import CHIPS, find_topology, larger
+from transfusion_jax.planning.topology import find_topology, larger
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
 needs_libtpu = pytest.mark.skipif(
@@ -235,7 +237,9 @@ def test_model_flops_are_those_of_the_products_with_parameters():
     square = Intervals(jnp.zeros((2, 512), jnp.int32), jnp.full((2, 512), 512, jnp.int32))
     # Logits of every position and patches of every slot are computed here, whatever the rows hold.
     rows = Rows(square, float(experiment.image_slots), 512.0, "by hand")
-    ours = model_flops(nnx.merge(graph, parameters), experiment, row_work(rows, 0))
+    ours = model_flops(
+        nnx.merge(graph, parameters).multiplications(), experiment, row_work(rows, 0)
+    )
     assert ours / 3 == pytest.approx(program.flops, rel=1e-3)
 
 
@@ -254,7 +258,9 @@ def test_logits_without_a_target_are_no_model_flops():
     assert (text.targets, image.targets, text.images, image.images) == (36, 3, 0, 1)
     work = row_work(text, 0)
     fewer = replace(work, targets=image.targets)
-    apart = model_flops(model, experiment, work) - model_flops(model, experiment, fewer)
+    apart = model_flops(model.multiplications(), experiment, work) - model_flops(
+        model.multiplications(), experiment, fewer
+    )
     assert apart == 2 * 6 * (36 - 3) * 64 * 384
     both = rows_of(packings.batch(["t" * 36, "tItt"]), packings.P, "by hand")
     assert (both.targets, both.images) == ((36 + 3) / 2, 1 / 2)

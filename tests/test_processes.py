@@ -263,7 +263,11 @@ def test_four_processes_then_two_then_one_read_every_row_once(workplace, alone):
 @pytest.mark.parametrize("when", ["start", "evaluation"])
 def test_a_signal_beside_training_stops_all(workplace, when):
     name = f"beside-{when}"
-    flags = ["--train.steps", "4", "--evaluation", "digits", "likelihood", "sums"] if when == "evaluation" else []
+    flags = (
+        ["--train.steps", "4", "--evaluation", "digits", "likelihood", "sums"]
+        if when == "evaluation"
+        else []
+    )
     processes = start(workplace, name, 2, *flags)
     if when == "start":
         while not (workplace / name / "lock").exists():

@@ -3,6 +3,9 @@
 import ctypes
 import os
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 # From malloc.h of the GNU C library.
 M_TRIM_THRESHOLD = -1
@@ -35,3 +38,46 @@ def keep_freed_memory() -> bool:
         mallopt(M_TOP_PAD, 64 << 20),
     ]
     return all(done)
+
+
+def process_start() -> float:
+    """When this process was started, as `time.time()` counts; now, where the system does not say
+    it."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.time()
+    # After the name of the program, which may hold spaces, come fields 3, 4, ...; number 22 is the
+    # start, in ticks of a clock that began with the machine.
+    ticks = int(stat.read_text().rpartition(")")[2].split()[22 - 3])
+    running = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - running
+
+
+def cache_compiled(report: Callable[[str], None]) -> Path | None:
+    """Makes JAX keep what it compiles from now on in a directory of the user.
+
+    That is `transfusion_jax/xla` under `$XDG_CACHE_HOME`, or else `~/.cache`. JAX's own variables
+    come first: `JAX_COMPILATION_CACHE_DIR` names another directory, and
+    `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
+
+    Not for CPUs: JAX files a program under a key without the features of the processor that it was
+    compiled for, so machines with one home directory would run each other's instructions.
+
+    Returns:
+      The directory; None where nothing is kept.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu" or not jax.config.jax_enable_compilation_cache:
+        return None
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(home) / "transfusion_jax" / "xla"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        report(f"compiled programs are not kept: {directory}: {error.strerror}")
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    return directory

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "transfusion_jax"
-LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "generation", "model",
-         "planning", "preflight", "preparation", "training")  # fmt: skip
+LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "generation",
+         "instruments", "model", "planning", "preflight", "preparation", "training")  # fmt: skip
 
 
 @dataclass(frozen=True)

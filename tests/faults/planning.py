@@ -54,14 +54,14 @@ FAULTS = (
     ),
     Fault(
         "backward pass of attention forgotten",
-        "planning/rows.py",
+        "model/work.py",
         "12.0 * attention",
         "4.0 * attention",
         "plan",
     ),
     Fault(
         "logits of all positions are model flops",
-        "planning/rows.py",
+        "model/work.py",
         '"target": work.targets',
         '"target": experiment.data.row_length',
         "plan",

@@ -15,6 +15,7 @@ from transfusion_jax.commands.joining import (
 )
 from transfusion_jax.commands.terminal import note_leading
 from transfusion_jax.files import write_json
+from transfusion_jax.host import cache_compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             check_suites(engine, names)
         if not names:
             note_leading(f"{arguments.run_dir} names no suite to run; --suite NAME does")
+        cache_compiled(note_leading)
         engine = replace(engine, moved=watch.check)
         metrics = evaluate(engine, names, arguments.run_dir / "samples", note_leading, rows)
     if not is_leader():

@@ -14,6 +14,7 @@ from transfusion_jax.commands.joining import (
     join_processes,
 )
 from transfusion_jax.commands.terminal import say, say_leading
+from transfusion_jax.host import cache_compiled
 
 SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
 """Flags that override fields of the run's sampler."""
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Watch(signal.SIGTERM) as watch, noticing_loss():
         with user_input():
             engine, request = _request(arguments)
+        cache_compiled(say_leading)
         engine = replace(engine, moved=watch.check)
         answers = engine.generate([request] * arguments.num, arguments.seed)
     if not is_leader():

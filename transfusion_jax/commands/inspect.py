@@ -16,6 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--row", type=int, default=0, metavar="N", help="which row of the run (default: 0)"
     )
     parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="the run that the row is of (default: runs/<name of the experiment>): its tokenizer "
+        "is used, and an experiment with other rows is refused",
+    )
+    parser.add_argument(
         "--out",
         type=local,
         metavar="FILE",
@@ -25,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.data.pipeline import Data
-    from transfusion_jax.evaluation.inspection import inspect_row, totals
+    from transfusion_jax.evaluation.inspection import check_run, inspect_row, totals
     from transfusion_jax.figures import check_format
     from transfusion_jax.pretraining.run import tokenizer_of
 
@@ -36,7 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
         out = arguments.out or Path(f"{experiment.name}_row_{arguments.row}.png")
         check_file("--out", out)
         check_format(out)
-        data = Data(experiment, tokenizer_of(experiment, Path("runs") / experiment.name))
+        directory = arguments.run_dir or Path("runs") / experiment.name
+        if arguments.run_dir is not None:
+            check_run(experiment, directory)
+        data = Data(experiment, tokenizer_of(experiment, directory))
     say(inspect_row(data, arguments.row, out))
     say(totals(data))
     say(f"picture   {out}")

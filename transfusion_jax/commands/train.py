@@ -9,6 +9,7 @@ from transfusion_jax.commands.experiments import add_experiment, asked_experimen
 from transfusion_jax.commands.joining import add_processes, join_processes
 from transfusion_jax.commands.terminal import say, say_leading, table
 from transfusion_jax.config import Experiment
+from transfusion_jax.host import cache_compiled, process_start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,31 +22,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: runs/<name of the experiment>)",
     )
     add_processes(parser)
+    parser.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="trace steps START to STOP into <run>/profile, for xprof or TensorBoard",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from transfusion_jax.commands.instruments import equipped
     from transfusion_jax.evaluation.suite import check_experiment
     from transfusion_jax.evaluation.summary import summarise
     from transfusion_jax.parallel.processes import is_leader, noticing_loss
     from transfusion_jax.pretraining.run import open_run
     from transfusion_jax.training.loop import train
+    from transfusion_jax.training.profile import Window
     from transfusion_jax.training.watchdog import AGAIN, Watch
 
     with Watch() as watch:
         with user_input():
             experiment = asked_experiment(arguments)
             check_experiment(experiment)
+            steps = experiment.train.steps
+            window = Window.parse(arguments.profile, steps) if arguments.profile else None
             directory = arguments.run_dir or Path("runs") / experiment.name
             join_processes(arguments, experiment.processes)
             watch.against_stalls(experiment.processes.stall_timeout, directory)
             opened = open_run(experiment, directory, say_leading)
-        outcome = train(opened, say_leading, watch)
+            opened = equipped(opened, experiment, window, say_leading)
+        cache_compiled(say_leading)
+        outcome = train(opened, say_leading, watch, process_start())
         if outcome.stopped_by:
             return AGAIN
         seconds = outcome.seconds
+        account = outcome.account
         del outcome, opened  # evaluation needs the averaged weights only
         with user_input(), noticing_loss():
-            summary = summarise(directory, seconds, say_leading, watch.check)
+            summary = summarise(directory, seconds, account, say_leading, watch.check)
     if is_leader():
         _report(directory, summary)
     return 0

@@ -35,6 +35,13 @@ class Experiment:
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.failed_save",
+        "train.validate_every",
+        "train.validation_rows",
+        "train.sample_every",
+        "train.sample_prompts",
+        "train.spike_",
+        "train.stall_steps",
+        "train.wandb_project",
         "sampler.",
     )
     """Prefixes of the fields that may change when a run is resumed."""

@@ -102,6 +102,23 @@ class TrainConfig:
     one may succeed), or "stop"."""
     max_skipped_steps: int = 10
     """Training stops after this many steps in a row with non-finite gradients."""
+    validate_every: int = 0
+    """Steps between two measurements of the averaged weights on held-out rows; 0: none."""
+    validation_rows: int = 64
+    """At most so many held-out rows of each source."""
+    sample_every: int = 0
+    """Steps between two answers of the averaged weights to `sample_prompts`; 0: none."""
+    sample_prompts: tuple[str, ...] = ()
+    """The same at every time; answers are shown in TensorBoard."""
+    spike_window: int = 100
+    """Losses before a step that say what is usual."""
+    spike_deviations: float = 12.0
+    """A loss so many standard deviations above the usual is named, with its rows (our choice);
+    0: never."""
+    stall_steps: int = 5000
+    """A loss that two blocks of so many steps have not lowered is named (our choice); 0: never."""
+    wandb_project: str = ""
+    """The project of Weights & Biases that metrics also go to; empty: none."""
 
     def __post_init__(self):
         for name in (
@@ -112,8 +129,17 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "max_skipped_steps",
+            "validation_rows",
+            "spike_window",
         ):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        for name in ("validate_every", "sample_every", "spike_deviations", "stall_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}={value} must not be negative")
+        require(
+            not self.sample_every or len(self.sample_prompts) > 0,
+            f"train.sample_every={self.sample_every} needs train.sample_prompts",
+        )
         require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay} must be in [0, 1)")
         require(
             self.image_loss_weight >= 0,

@@ -13,11 +13,23 @@ from matplotlib.colors import ListedColormap
 
 from transfusion_jax.autoencoder.codec import load_codec
 from transfusion_jax.batch import Batch
+from transfusion_jax.config import Experiment
+from transfusion_jax.config.stored import differences
 from transfusion_jax.data.pipeline import Data, stack
 from transfusion_jax.figures import INK, save, show, wrapped
 from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.pretraining.run import stored
 
 COUNTED = 256  # rows of the totals
+
+
+def check_run(experiment: Experiment, directory: Path) -> None:
+    """Raises ValueError unless row i of `experiment` is row i of the run in `directory`."""
+    earlier, _ = stored(directory, lambda line: None)
+    if changed := differences(earlier, experiment):
+        raise ValueError(
+            f"the rows of {directory} are of another config; what differs: {'; '.join(changed)}"
+        )
 
 
 def inspect_row(data: Data, number: int, path: Path) -> str:

@@ -13,22 +13,40 @@ from transfusion_jax.generation.engine import load_engine, nothing
 from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.processes import is_leader
 from transfusion_jax.pretraining.run import stored
+from transfusion_jax.training.goodput import Account
 
 
 def summarise(
     directory: Path,
     train_seconds: float,
+    account: Account,
     report: Callable[[str], None],
     moved: Callable[[], None] = nothing,
 ) -> dict:
     """Evaluates a finished run by its own suites, if it names any; writes `summary.json` and
     `samples/`.
 
-    `moved()` is called between batches; what it raises ends the evaluation.
+    Args:
+      account: of the run's time, which evaluation is charged to.
+      moved: called between batches; what it raises ends the evaluation.
 
     Raises:
       ValueError: a suite cannot measure this model.
     """
+    try:
+        with account.during("evaluation"):
+            return _summary(directory, train_seconds, account, report, moved)
+    finally:
+        account.write()
+
+
+def _summary(
+    directory: Path,
+    train_seconds: float,
+    account: Account,
+    report: Callable[[str], None],
+    moved: Callable[[], None],
+) -> dict:
     experiment, _ = stored(directory, report)
     samples = directory / "samples"
     if experiment.evaluation:
@@ -39,7 +57,8 @@ def summarise(
     else:
         _, parameters = abstract_model(experiment)
         metrics = {"parameters": sum(x.size for x in jax.tree.leaves(parameters))}
-    summary = {**metrics, "steps": experiment.train.steps, "train_seconds": round(train_seconds, 1)}
+    times = {"train_seconds": round(train_seconds, 1), **account.summary()}
+    summary = {**metrics, "steps": experiment.train.steps, **times}
     if is_leader():
         samples.mkdir(exist_ok=True)
         curves(directory, samples / "curves.png")

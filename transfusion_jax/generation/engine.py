@@ -128,6 +128,21 @@ class Engine:
         changed = replace(self.experiment.sampler, **changes)
         return replace(self, experiment=replace(self.experiment, sampler=changed))
 
+    def with_weights(self, parameters: dict) -> "Engine":
+        """The same model with other weights, cut as in training and rounded to the compute dtype.
+
+        What is compiled, now or later, serves both.
+        """
+        _, shapes = abstract_model(self.experiment)
+        placed = jax.device_put(
+            _narrowed(parameters, shapes, self.experiment.model.compute_dtype),
+            parameter_shardings(shapes, self.devices.mesh),
+        )
+        other = replace(self, parameters=placed)
+        for phase in ("_start", "_write_text", "_draw_images"):
+            other.__dict__[phase] = getattr(self, phase)
+        return other
+
     def _read(self, requests: Sequence[Request]) -> tuple[Batch, Array]:
         return read_requests(requests, self.experiment, self.tokenizer, self.image)
 
@@ -177,19 +192,29 @@ def load_engine(
       CheckpointError: none of its checkpoints can be read.
     """
     experiment, tokenizer = stored(directory, report)
-    devices = Devices(whole_rows(_mesh(experiment.mesh, mesh or {}, report)))
-    device = devices.mesh.devices.flat[0]
-    experiment = replace(experiment, model=_model_here(experiment.model, device, report))
-    graph, parameters = abstract_model(experiment)
+    made = _mesh(experiment.mesh, mesh or {}, report)
+    engine = engine_without_weights(experiment, tokenizer, directory, made, report)
+    _, parameters = abstract_model(engine.experiment)
     abstract = jax.tree.map(
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
         nnx.to_pure_dict(parameters),
-        parameter_shardings(parameters, devices.mesh),
+        parameter_shardings(parameters, engine.devices.mesh),
     )
     step, average = load_average(directory / "checkpoints", abstract, report)
-    average = _narrowed(average, parameters, experiment.model.compute_dtype)
+    average = _narrowed(average, parameters, experiment.model.compute_dtype, donate=True)
+    return replace(engine, parameters=average), step
+
+
+def engine_without_weights(
+    experiment: Experiment, tokenizer: Tokenizer, directory: Path, mesh: Mesh, report: Report
+) -> Engine:
+    """The engine of a run on the devices of a mesh; `Engine.with_weights` gives it weights."""
+    devices = Devices(whole_rows(mesh))
+    device = devices.mesh.devices.flat[0]
+    experiment = replace(experiment, model=_model_here(experiment.model, device, report))
+    graph, _ = abstract_model(experiment)
     codec = load_codec(directory / "autoencoder") if (directory / "autoencoder").is_dir() else None
-    return Engine(experiment, tokenizer, graph, average, codec, devices), step
+    return Engine(experiment, tokenizer, graph, {}, codec, devices)
 
 
 def _mesh(config: MeshConfig, asked: Mapping[str, int], report: Report) -> Mesh:
@@ -207,11 +232,11 @@ def _mesh(config: MeshConfig, asked: Mapping[str, int], report: Report) -> Mesh:
     return mesh
 
 
-def _narrowed(values: dict, parameters: nnx.State, dtype: str) -> dict:
+def _narrowed(values: dict, parameters: nnx.State, dtype: str, donate: bool = False) -> dict:
     """Values of parameters in `dtype`, but for scales of norms, which are applied in float32."""
     axes = {path: x.get_metadata("out_sharding") for path, x in nnx.to_flat_state(parameters)}
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0 if donate else ())
     def narrow(values):
         return jax.tree.map_with_path(
             lambda path, x: x if "norm" in axes[tuple(p.key for p in path)] else x.astype(dtype),

@@ -103,9 +103,14 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config.width, config.ffn_width, out_gain, rngs=rngs)
 
     def __call__(self, x_BLD, cos_sin, intervals, cache=None):
-        out_BLD, cache = self.attention(self.attention_norm(x_BLD), cos_sin, intervals, cache)
-        x_BLD = x_BLD + out_BLD
-        return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache
+        with jax.named_scope("block"):
+            with jax.named_scope("attention"):
+                out_BLD, cache = self.attention(
+                    self.attention_norm(x_BLD), cos_sin, intervals, cache
+                )
+            x_BLD = x_BLD + out_BLD
+            with jax.named_scope("mlp"):
+                return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache
 
 
 class Transformer(nnx.Module):

@@ -66,10 +66,11 @@ class Transfusion(nnx.Module):
         noisy_BMhwc = self.process.corrupt(batch.latents_BMhwc, noise.noise_BMhwc, noise.t_BM)
         hidden_BLD, predicted_BMhwc = self(batch, noisy_BMhwc, noise.t_BM)
         target_BMhwc = self.process.target(batch.latents_BMhwc, noise.noise_BMhwc, noise.t_BM)
-        return {
-            "text": text_loss(hidden_BLD, batch.text_target_BL, self.head(), vocab_chunk),
-            "image": image_loss(predicted_BMhwc, target_BMhwc),
-        }
+        with jax.named_scope("text_loss"):
+            text_BL = text_loss(hidden_BLD, batch.text_target_BL, self.head(), vocab_chunk)
+        with jax.named_scope("image_loss"):
+            image_BM = image_loss(predicted_BMhwc, target_BMhwc)
+        return {"text": text_BL, "image": image_BM}
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         return {"text": batch.text_weight_BL, "image": batch.image_weight_BM}

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import nnx
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
+from transfusion_jax.model.work import model_flops
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import RULES, batch_sharding, mesh_axes
 from transfusion_jax.planning.program import Program, read_program
-from transfusion_jax.planning.rows import Rows, RowWork, model_flops, row_work
+from transfusion_jax.planning.rows import Rows, RowWork, row_work
 from transfusion_jax.planning.topology import HOST, Topology
 from transfusion_jax.pretraining.state import Blueprint, blueprint
 from transfusion_jax.pretraining.step import compiled_step
@@ -151,7 +151,7 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(parameters)),
         memory=memory,
-        model_flops=model_flops(nnx.merge(planned.graph, parameters), experiment, work),
+        model_flops=model_flops(planned.multiplications, experiment, work),
         costs=costs,
         compile_seconds=seconds,
         unsharded=unsharded({"batch": vars(batch), **parameters}),

@@ -14,7 +14,7 @@ from transfusion_jax.data.pipeline import Data, stack
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.model.attention.block_pairs import visible_blocks
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
-from transfusion_jax.model.interface import Model
+from transfusion_jax.model.work import Work, batch_work
 from transfusion_jax.pretraining.run import tokenizer_of
 
 SAMPLE = 32
@@ -33,13 +33,9 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class RowWork:
-    """Means over rows."""
+class RowWork(Work):
+    """Means over rows, with what an implementation of attention computes."""
 
-    images: float
-    targets: float
-    pairs: float
-    """Pairs of a query and a key that it sees."""
     computed_pairs: float
     """Pairs of a query and a key in the pairs of blocks that a kernel computes: those in which some
     query sees some key."""
@@ -50,14 +46,9 @@ class RowWork:
 
 def rows_of(batch: Batch, patches: int, origin: str) -> Rows:
     """The rows of a batch whose images have `patches` patches."""
-    batch = jax.tree.map(jnp.asarray, batch)
-    count = len(batch.tokens_BL)
-    return Rows(
-        row_intervals(batch, patches),
-        float(batch.image_weight_BM.sum()) / count,
-        float((batch.text_weight_BL > 0).sum()) / count,
-        origin,
-    )
+    work = batch_work(jax.tree.map(np.asarray, batch), patches)
+    intervals = row_intervals(jax.tree.map(jnp.asarray, batch), patches)
+    return Rows(intervals, work.images, work.targets, origin)
 
 
 def sample_rows(experiment: Experiment) -> Rows:
@@ -109,23 +100,3 @@ def _loop_blocks(some: np.ndarray, together: int) -> float:
     from_first = np.logical_or.accumulate(groups, axis=2)
     to_last = np.logical_or.accumulate(groups[..., ::-1], axis=2)[..., ::-1]
     return float((from_first & to_last).sum(2).mean())
-
-
-def model_flops(model: Model, experiment: Experiment, work: RowWork) -> float:
-    """FLOPs that a step needs, forward and backward.
-
-    6 per weight and vector it multiplies: blocks multiply every position, the vocabulary projection
-    positions with a text target, patch layers patches. 12 H per head, layer and pair of positions
-    that may see each other. Not counted: recomputation, computed pairs that are masked, and logits
-    that enter no loss.
-    """
-    config = experiment.model
-    counts = {
-        "position": experiment.data.row_length,
-        "target": work.targets,
-        "patch": work.images * experiment.image.patches,
-        "image": work.images,
-    }
-    weights = sum(n * counts[of] for of, n in model.multiplications().items())
-    attention = work.pairs * config.width * config.layers
-    return experiment.data.batch_rows * (6.0 * weights + 12.0 * attention)

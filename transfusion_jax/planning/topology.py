@@ -1,4 +1,4 @@
-"""TPU slices: the rates of their chips, and their devices as the compiler sees them."""
+"""TPU slices: their devices as the compiler sees them, and the links between their chips."""
 
 import importlib.util
 import math
@@ -10,39 +10,13 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-GIB = 2**30
+from transfusion_jax.parallel.chips import CHIPS, Chip, count_chips
+
 HOST = 15e9
 """Bytes per second between a chip and its host, one way (PCIe; Austin et al. 2025, "How to Scale
 Your Model")."""
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Published figures of one chip (Google Cloud's TPU documentation), except `memory`."""
-
-    memory: int
-    """Bytes of HBM that the compiler lets a program use."""
-    flops: float
-    """Per second, bfloat16."""
-    bandwidth: float
-    """Bytes per second to and from HBM."""
-    link: float
-    """Bytes per second over one link between neighbours, one way."""
-    network: float
-    """Bytes per second to another slice, one way: its share of its host's network card."""
-    torus: int
-    """Dimensions of the slice; each has a link in both directions."""
-    ring: int
-    """A dimension of at least so many chips is closed to a ring."""
-
-
-CHIPS = {
-    "v4": Chip(int(30.75 * GIB), 275e12, 1.228e12, 50e9, 6.25e9, torus=3, ring=4),
-    "v5e": Chip(int(15.75 * GIB), 197e12, 0.819e12, 50e9, 3.125e9, torus=2, ring=16),
-    "v5p": Chip(int(95.73 * GIB), 459e12, 2.765e12, 100e9, 6.25e9, torus=3, ring=4),
-    "v6e": Chip(int(31.24 * GIB), 918e12, 1.638e12, 100e9, 12.5e9, torus=2, ring=16),
-    "tpu7x": Chip(int(189.48 * GIB), 2307e12, 7.38e12, 100e9, 12.5e9, torus=3, ring=4),
-}
 # Without these, libtpu asks the metadata server for this machine's TPUs and locks them. The values
 # do not matter to a topology that is named.
 ENVIRONMENT = {
@@ -67,7 +41,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        return len({(getattr(device, "slice_index", 0), *device.coords) for device in self.devices})
+        return count_chips(self.devices)
 
     @property
     def devices_per_chip(self) -> int:

@@ -4,25 +4,32 @@ config.json       the resolved experiment           metrics.jsonl   one object p
 tokenizer.model   its sentencepiece model           tensorboard/    the same, as event files
 ledger.json       what became of every document     samples/        pictures
 checkpoints/      Orbax                             summary.json    the numbers at the end
-autoencoder/      of a run on latents
+autoencoder/      of a run on latents           events.jsonl    what was odd about the loss
+goodput.json      where the time went           profile/        traces of `--profile`
 """
 
+import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.config import stored as stored_config
+from transfusion_jax.data.mixture import first_step
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.source import LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.files import local_path, write_atomic
+from transfusion_jax.model.work import batch_work, model_flops
 from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.processes import check_collectives, is_leader
 from transfusion_jax.parallel.rules import batch_sharding
-from transfusion_jax.pretraining.state import blueprint
+from transfusion_jax.pretraining.state import Blueprint, blueprint
 from transfusion_jax.pretraining.step import compiled_step
+from transfusion_jax.pretraining.validation import validator
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.directory import (
     RunDirectory,
@@ -31,7 +38,10 @@ from transfusion_jax.training.directory import (
     open_directory,
 )
 from transfusion_jax.training.feed import Feed
+from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loop import Run
+from transfusion_jax.training.loss_watch import LossWatch
+from transfusion_jax.training.weights_and_biases import Project
 
 
 def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
@@ -50,7 +60,9 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     tokenizer = tokenizer_of(experiment, directory)
     data = Data(experiment, tokenizer)
     latents = latent_space(data)
-    feed = _feed(data)
+    feed = _feed(data, planned)
+    validators = (validator(planned, mesh, tokenizer),) if experiment.train.validate_every else ()
+    instruments = Instruments(validators, loss_watch(experiment), project=_project(experiment))
 
     def fill(path: Path) -> None:
         write_atomic(path / "tokenizer.model", tokenizer.model)
@@ -71,10 +83,43 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
         title=f"{experiment.name}: a transformer of {planned.parameters:,} parameters "
         f"({model.layers} layers, width {model.width}, {model.heads} heads)",
         details=_details(data, _ledger(data, opened)),
+        instruments=instruments,
     )
 
 
-def _feed(data: Data) -> Feed:
+def loss_watch(experiment: Experiment) -> LossWatch:
+    """What is looked for in the loss of a run, and where its rows are."""
+    train = experiment.train
+    return LossWatch(
+        spike_window=train.spike_window,
+        spike_deviations=train.spike_deviations,
+        stall_steps=train.stall_steps,
+        seed=train.seed,
+        rows=experiment.data.batch_rows,
+        # Batch s, counted from 0, belongs to step s + 1.
+        changes=frozenset(
+            first_step(phase.start, train.steps) + 1 for phase in experiment.data.phases
+        ),
+    )
+
+
+def _project(experiment: Experiment) -> Project | None:
+    """Of Weights & Biases; None where it is not used."""
+    project = experiment.train.wandb_project
+    if not project:
+        return None
+    return Project(project, experiment.name, dataclasses.asdict(experiment))
+
+
+def step_flops(planned: Blueprint) -> Callable[[Batch], float]:
+    """What counts the model FLOPs of a step, from a batch in the host's memory."""
+    experiment = planned.experiment
+    patches = experiment.image.patches
+    each = planned.multiplications
+    return lambda batch: model_flops(each, experiment, batch_work(batch, patches))
+
+
+def _feed(data: Data, planned: Blueprint) -> Feed:
     """The packed rows as the training loop reads them."""
     config = data.experiment.data
     names = [source.name for source in data.sources]
@@ -86,6 +131,7 @@ def _feed(data: Data) -> Feed:
         unit="tokens",
         amount=config.batch_rows * config.row_length,
         epochs=data.epochs,
+        flops=step_flops(planned),
     )
 
 

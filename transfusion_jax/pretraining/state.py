@@ -38,6 +38,11 @@ class Blueprint:
         """How many numbers the model has."""
         return sum(x.size for x in jax.tree.leaves(self.abstract.parameters))
 
+    @functools.cached_property
+    def multiplications(self) -> dict[str, int]:
+        """As `Model.multiplications`."""
+        return nnx.merge(self.graph, self.abstract.parameters).multiplications()
+
 
 def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     """Plans the state of an experiment on a mesh, without making any array.

@@ -42,10 +42,11 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         gradients, losses = _gradients(blueprint, state.parameters, batch, state.step)
-        norm = optax.tree.norm(gradients)
-        new = updated(state, blueprint.optimizer, gradients, settings.ema_decay)
-        current_rate = rate(updates_made(state))
-        new_state, counts = advance(state, new, losses.total, norm)
+        with jax.named_scope("update"):
+            norm = optax.tree.norm(gradients)
+            new = updated(state, blueprint.optimizer, gradients, settings.ema_decay)
+            current_rate = rate(updates_made(state))
+            new_state, counts = advance(state, new, losses.total, norm)
         return new_state, {
             "loss": losses.total,
             "text_loss": losses.text,

@@ -35,6 +35,9 @@ class Feed:
     """Of the unit, in a global batch."""
     epochs: Callable[[int], dict[str, float]] = _no_epochs
     """How often each source has been read by a step."""
+    flops: Callable[[Any], float] | None = None
+    """Model FLOPs of a step on a batch, by the rows that this process holds of it; None: they are
+    not counted."""
 
     def read(self, start: int, sharding: NamedSharding) -> Iterator[Any]:
         """The rows that this process holds, batch by batch from step `start` on, read ahead."""

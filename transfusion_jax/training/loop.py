@@ -10,19 +10,17 @@ import jax
 from jax.sharding import Mesh
 
 from transfusion_jax.errors import ProcessLost
-from transfusion_jax.parallel.processes import noticing_loss
+from transfusion_jax.parallel.processes import is_leader, noticing_loss
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.directory import RunDirectory
 from transfusion_jax.training.feed import Feed
+from transfusion_jax.training.goodput import Account, open_account
+from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.monitor import Monitor
 from transfusion_jax.training.settings import Settings
 from transfusion_jax.training.update import Metrics
 from transfusion_jax.training.watchdog import TrainingFailed, Watch
-
-
-def _nothing(step: int, state: Any) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ class Run:
     """What is trained, in a line."""
     details: tuple[tuple[str, str], ...] = ()
     """Label and text of more lines about it."""
-    after: Callable[[int, Any], None] = _nothing
-    """Called after each step with its number and the new state; it must not keep the state."""
+    instruments: Instruments = Instruments()
 
     def description(self) -> str:
         """What is trained, on what, for how long."""
@@ -75,12 +72,19 @@ class Outcome:
     """Of training, over all its restarts."""
     stopped_by: str | None
     """The signal that ended it early."""
+    account: Account
+    """Where the time of the run went."""
 
 
-def train(run: Run, report: Report, watch: Watch | None = None) -> Outcome:
+def train(
+    run: Run, report: Report, watch: Watch | None = None, begun: float | None = None
+) -> Outcome:
     """Trains to the last step, or until a signal asks to stop; either way the state is saved.
 
     Without a watch of the caller's, it keeps one of its own.
+
+    Args:
+      begun: when this process began (as `time.time()`), for the run's account of its time.
 
     Raises:
       TrainingFailed: too many steps in a row without finite gradients, or a checkpoint was not
@@ -88,9 +92,11 @@ def train(run: Run, report: Report, watch: Watch | None = None) -> Outcome:
       ProcessLost: another process of the run is gone.
     """
     report(run.description())
+    account = _account(run, report, begun)
     try:
         with contextlib.ExitStack() as stack, noticing_loss():
-            outcome = _train(run, report, watch or stack.enter_context(Watch()))
+            stack.callback(account.write)
+            outcome = _train(run, report, watch or stack.enter_context(Watch()), account)
     except ProcessLost:
         raise  # closing would wait for the process that is gone
     except BaseException:
@@ -109,20 +115,31 @@ def train(run: Run, report: Report, watch: Watch | None = None) -> Outcome:
     return outcome
 
 
-def _train(run: Run, report: Report, watch: Watch) -> Outcome:
+def _account(run: Run, report: Report, begun: float | None) -> Account:
+    """The run's account, which one process keeps."""
+    if not is_leader():
+        return Account()
+    return open_account(run.directory.path, run.directory.start, report, begun)
+
+
+def _train(run: Run, report: Report, watch: Watch, account: Account) -> Outcome:
     if run.directory.start >= run.settings.steps:
-        return Outcome(run.directory.state, run.directory.train_seconds, None)
+        return Outcome(run.directory.state, run.directory.train_seconds, None, account)
     report("compiling the training step; time left is shown from the second step on")
     begin = time.perf_counter() - run.directory.train_seconds
-    state, stopped_by = _take_steps(run, begin, watch)
-    if not run.directory.checkpoints.wait():
+    state, stopped_by = _take_steps(run, begin, watch, account, report)
+    with account.during("checkpoints"):
+        saved = run.directory.checkpoints.wait()
+    if not saved:
         raise TrainingFailed(
             f"trained to step {int(state.step)}, but its checkpoint could not be saved"
         )
-    return Outcome(state, time.perf_counter() - begin, stopped_by)
+    return Outcome(state, time.perf_counter() - begin, stopped_by, account)
 
 
-def _take_steps(run: Run, begin: float, watch: Watch) -> tuple[Any, str | None]:
+def _take_steps(
+    run: Run, begin: float, watch: Watch, account: Account, report: Report
+) -> tuple[Any, str | None]:
     """The last state, saved, and the signal that ended the run early; `begin` is a clock time."""
     settings = run.settings
     start = run.directory.start
@@ -133,21 +150,32 @@ def _take_steps(run: Run, begin: float, watch: Watch) -> tuple[Any, str | None]:
         return state, stopped_by
     batches = run.feed.read(start, sharding)
     pending = None
-    with Monitor(run.directory.path, settings, start, run.feed) as monitor:
+    monitor = Monitor(
+        run.directory.path,
+        settings,
+        start,
+        run.feed,
+        run.instruments,
+        account,
+        list(run.mesh.devices.flat),
+        report,
+    )
+    with monitor, account.during("steps"):
         for step in range(start + 1, settings.steps + 1):
-            with monitor.waiting():
+            with monitor.waiting(pending):
                 batch = next(batches)
-            with jax.set_mesh(run.mesh):
+            with jax.set_mesh(run.mesh), monitor.dispatching(step, batch):
                 state, metrics = run.step(state, run.feed.on_devices(batch, sharding))
             if pending is not None:
                 monitor.read(*pending)
             pending = step, metrics
+            monitor.observe(step, state)
             stopped_by = watch.moved()
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped_by:
                 monitor.read(*pending)
                 pending = None
-                run.directory.save(state, time.perf_counter() - begin)
-            run.after(step, state)
+                with monitor.saving(step):
+                    run.directory.save(state, time.perf_counter() - begin)
             if stopped_by:
                 break
     return state, stopped_by

@@ -7,7 +7,7 @@ checkpoints/     Orbax
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from transfusion_jax.parallel.rules import batch_sharding, replicated
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.directory import check_directory, open_directory
 from transfusion_jax.training.feed import Feed
+from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loop import Run, train
+from transfusion_jax.training.observation import Observation, Observer
 from transfusion_jax.training.watchdog import Watch
 
 PREFETCH = 8  # batches read ahead of the step
@@ -76,7 +78,7 @@ def open_run(experiment: AutoencoderExperiment, directory: Path, report: Report)
         step=judged_step,
         title=_title(planned),
         details=(("data", f"{experiment.data}: {len(known)} pictures, {len(held_out)} held out"),),
-        after=_shower(planned, held_out, directory),
+        instruments=Instruments(observers=(_shower(planned, held_out, directory),)),
     )
     return AutoencoderRun(run, planned, judges, held_out)
 
@@ -129,15 +131,14 @@ def _title(blueprint: Blueprint) -> str:
     )
 
 
-def _shower(
-    blueprint: Blueprint, held_out: Sequence[np.ndarray], directory: Path
-) -> Callable[[int, State], None]:
-    """What follows each step: every `train.sample_every` steps, writes a few reconstructions."""
+def _shower(blueprint: Blueprint, held_out: Sequence[np.ndarray], directory: Path) -> Observer:
+    """Writes a few reconstructions every `train.sample_every` steps."""
     reconstruct = reconstructor(blueprint)
 
-    def after(step: int, state: State) -> None:
-        if step % blueprint.experiment.train.sample_every == 0 and is_leader():
+    def look(step: int, state: State) -> Observation:
+        if is_leader():
             path = directory / "samples" / f"step_{step:07}.png"
             show(reconstruct, averaged(state), held_out, path)
+        return Observation()
 
-    return after
+    return Observer(blueprint.experiment.train.sample_every, look)

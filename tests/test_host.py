@@ -1,0 +1,72 @@
+"""Settings of the host process."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from transfusion_jax.host import cache_compiled, process_start
+
+CACHED = """
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from transfusion_jax.host import cache_compiled
+
+found = []
+jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
+if "accelerator" in sys.argv:
+    jax.default_backend = lambda: "gpu"  # what compiles here is a CPU nevertheless
+directory = cache_compiled(print)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))
+print(directory, found.count("/jax/compilation_cache/cache_hits"))
+"""
+
+
+def start(home: Path, *arguments: str, **variables: str) -> str:
+    environment = {
+        "XDG_CACHE_HOME": str(home),
+        "PATH": "/usr/bin",
+        "PYTHONPATH": ":".join(sys.path),
+    }
+    command = [sys.executable, "-c", CACHED, *arguments]
+    found = subprocess.run(
+        command, env=environment | variables, capture_output=True, text=True, check=True
+    )
+    return found.stdout.splitlines()[-1]
+
+
+def test_a_second_start_compiles_nothing_that_the_first_compiled(tmp_path):
+    where = tmp_path / "transfusion_jax" / "xla"
+    assert start(tmp_path, "accelerator") == f"{where} 0"
+    words = start(tmp_path, "accelerator").split()
+    assert words[0] == str(where) and int(words[1]) > 0
+
+
+def test_it_is_off_on_cpus_and_where_a_user_says_so(tmp_path):
+    assert cache_compiled(print) is None
+    off = start(tmp_path, "accelerator", JAX_ENABLE_COMPILATION_CACHE="false")
+    assert off == "None 0" and not (tmp_path / "transfusion_jax").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_said_and_nothing_is_kept(tmp_path, monkeypatch):
+    said = []
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    assert cache_compiled(said.append) is None
+    assert "compiled programs are not kept" in said[0] and "Not a directory" in said[0]
+
+
+def test_the_start_of_this_process_is_known():
+    stat = subprocess.run(
+        ["ps", "-o", "etimes=", "-p", str(os.getpid())],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert abs(time.time() - process_start() - int(stat.stdout)) < 2

@@ -1,0 +1,25 @@
+"""What `train` looks at a run with, beyond what the run brings."""
+
+from dataclasses import replace
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.evaluation.samples import sampler
+from transfusion_jax.training.checkpoint import Report
+from transfusion_jax.training.loop import Run
+from transfusion_jax.training.profile import Window
+
+
+def equipped(run: Run, experiment: Experiment, window: Window | None, report: Report) -> Run:
+    """The run with samples, if it asks for them, and with a profile of a window of steps.
+
+    Raises:
+      ValueError: a prompt is longer than a row, or steps of the window have been taken.
+    """
+    instruments = run.instruments
+    if experiment.train.sample_every:
+        samples = sampler(experiment, run.directory.path, run.mesh, report)
+        instruments = replace(instruments, observers=(*instruments.observers, samples))
+    if window is not None:
+        window.check(run.directory.start)
+        instruments = replace(instruments, profile=window)
+    return replace(run, instruments=instruments)
