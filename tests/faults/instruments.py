@@ -1,4 +1,4 @@
-"""Faults of what shows a run: validation, gauges, goodput, loss watch, profile, Weights & Biases."""
+"""Faults of what shows a run: validation, gauges, goodput, loss watch, profile, W&B."""
 
 from faults.fault import Fault
 
