@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transfusion_jax.training import checkpoint as checkpoint_lib
 from transfusion_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
+    CheckpointUnreadable,
     checksum,
     load_average,
 )
@@ -160,6 +162,65 @@ def test_a_save_that_fails_leaves_the_last_good_one(state, tmp_path, monkeypatch
     saved.save(replace(state, step=state.step + 2), PROGRESS)
     assert saved.wait() and saved.steps == [20, 22]
     saved.close()
+
+
+def two_saved(state, path, said):
+    saved = checkpoints(path, said)
+    for step in (20, 25):
+        saved.save(replace(state, step=jnp.int32(step)), PROGRESS)
+    assert saved.wait()
+    return saved
+
+
+def test_an_error_of_reading_is_tried_again_and_is_no_damage(state, tmp_path, monkeypatch):
+    said = []
+    saved = two_saved(state, tmp_path, said)
+    load = checkpoint_lib.ocp.load_checkpointables
+    errors = [OSError(5, "Input/output error"), ValueError("UNAVAILABLE: timed out")]
+
+    def flaky(*arguments):
+        if errors:
+            raise errors.pop()
+        return load(*arguments)
+
+    monkeypatch.setattr(checkpoint_lib, "RETRIES", (0.0, 0.0))
+    monkeypatch.setattr(checkpoint_lib.ocp, "load_checkpointables", flaky)
+    restored, _ = saved.restore(abstract(state))
+    assert int(restored.step) == 25 and errors == []
+    errors += [OSError(5, "Input/output error")] * 3
+    with pytest.raises(CheckpointUnreadable, match=r"process 0 cannot read .*/25 \(.*Input/output"):
+        saved.restore(abstract(state))
+    assert saved.steps == [20, 25] and not (tmp_path / "damaged").exists()
+    saved.close()
+
+
+@pytest.mark.parametrize(
+    ("other", "used"),
+    [
+        ([None, None], 25),
+        ([[False, "cannot be decoded"], None], 20),  # only this process could read step 25
+        ([[True, "stale file handle"], None], None),
+    ],
+    ids=["readable", "damaged", "unreadable"],
+)
+def test_what_another_process_finds_holds_for_all(state, tmp_path, monkeypatch, other, used):
+    said = []
+    saved = two_saved(state, tmp_path, said)
+    answers = list(other)
+
+    def gathered(value):
+        """Another process says the same, but of what it reads what the test says."""
+        return [value, answers.pop(0) if value is None and answers else value]
+
+    monkeypatch.setattr(checkpoint_lib, "gathered", gathered)
+    if used is None:
+        with pytest.raises(CheckpointUnreadable, match="process 1 cannot read .*stale file"):
+            saved.restore(abstract(state))
+        assert not (tmp_path / "damaged").exists()
+    else:
+        restored, _ = saved.restore(abstract(state))
+        assert int(restored.step) == used
+        assert (tmp_path / "damaged" / "25").exists() == (used == 20)
 
 
 def test_old_checkpoints_are_removed_by_policy(state, tmp_path):

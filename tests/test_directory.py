@@ -1,11 +1,13 @@
 import json
+import os
+import socket
 from dataclasses import replace
 
 import line
 import pytest
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
-from transfusion_jax.config import Experiment
+from transfusion_jax.config import Experiment, TrainConfig
 from transfusion_jax.config.fields import flattened
 from transfusion_jax.config.stored import differences
 from transfusion_jax.data.pipeline import Data
@@ -19,7 +21,7 @@ LINE = line.Line()
 def opened(path, experiment=LINE):
     """The directory of a run that is opened and closed."""
     run = line.open_run(experiment, path, lambda said: None)
-    run.directory.checkpoints.close()
+    run.directory.close()
     return run
 
 
@@ -74,7 +76,7 @@ def test_data_that_changed_under_a_run_is_named(tmp_path):
     path = tmp_path / "run"
     run = line.open_run(LINE, path, lambda said: None)
     run.directory.save(run.initialise(), 1.5)
-    run.directory.checkpoints.close()
+    run.directory.close()
     again = opened(path)
     assert again.directory.train_seconds == 1.5 and again.directory.start == 0
     abstract = run.initialise()
@@ -99,10 +101,17 @@ def test_an_autoencoders_digest_used_to_be_a_string(tmp_path):
         directory_lib._check_data(tmp_path, (("pictures", "abc"),), "abd")
 
 
-@pytest.mark.parametrize("kind", [Experiment, AutoencoderExperiment])
-def test_resumable_fields_exist(kind):
-    names = list(flattened(kind("name")))
-    for beginning in kind.RESUMABLE:
+@pytest.mark.parametrize(
+    "full",
+    [
+        Experiment("name", train=TrainConfig(sample_prompts=("a two",))),
+        AutoencoderExperiment("name"),
+    ],
+    ids=["transformer", "autoencoder"],
+)
+def test_resumable_fields_exist(full):
+    names = list(flattened(full))
+    for beginning in full.RESUMABLE:
         assert any(name.startswith(beginning) for name in names), beginning
 
 
@@ -138,13 +147,40 @@ def test_a_resumed_pretraining_run_has_the_new_sampler_and_counts_once(
     for seconds in (1.0, 2.0):
         run.directory.save(state, seconds)
         state = replace(state, step=state.step + 1)
-    run.directory.checkpoints.close()
+    run.directory.close()
 
     del counted[:]
     changed = replace(experiment, sampler=replace(experiment.sampler, steps=2, temperature=0.5))
     again = open_run(changed, tmp_path / "run", lambda said: None)
-    again.directory.checkpoints.close()
+    again.directory.close()
     assert counted == ["fingerprints"]
     assert again.directory.start == 1 and again.directory.train_seconds == 2.0
     assert again.description().splitlines()[1] == data
     assert stored(tmp_path / "run", lambda said: None)[0] == changed
+
+
+def test_a_directory_in_use_is_refused_until_it_is_closed(tmp_path):
+    first = line.open_run(LINE, tmp_path / "run", print)
+    holder = f"is in use by process {os.getpid()} on {socket.gethostname()} since"
+    with pytest.raises(ValueError, match=holder):
+        line.open_run(LINE, tmp_path / "run", print)
+    first.directory.close()
+    line.open_run(LINE, tmp_path / "run", print).directory.close()
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([[["line", "x"]], [["line", "y"]]], "process 1 reads other data than process 0: line"),
+        ([True, False], "process 1 does not see"),
+    ],
+)
+def test_processes_that_do_not_share_what_they_must(tmp_path, monkeypatch, answers, message):
+    kind = type(answers[0])
+    monkeypatch.setattr(
+        directory_lib,
+        "gathered",
+        lambda value: answers if isinstance(value, kind) else [value, value],
+    )
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path / "run")

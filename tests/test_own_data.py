@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -208,3 +211,25 @@ def test_sources_prepared_with_other_tokenizers_are_refused(folder, tmp_path, mo
         == 0
     )
     assert main(["inspect", "both.py"]) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_prepare_what_one_does(folder, codec, tmp_path):
+    flags = ("--autoencoder", str(codec), "--shard-bytes", "10000")
+    assert prepare(folder, tmp_path / "one", *flags) == 0
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-c", "import sys; from test_own_data import prepare; "
+               "sys.exit(prepare(*sys.argv[1:]))", str(folder), str(tmp_path / "two"), *flags,
+               "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]  # fmt: skip
+    processes = [
+        subprocess.Popen([*command, "--process-id", str(i)], cwd=Path(__file__).parent)
+        for i in range(2)
+    ]
+    assert [process.wait(200) for process in processes] == [0, 0]
+    one, two = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.array_record")}
+        for name in ("one", "two")
+    )
+    assert len(one) > 2 and one == two

@@ -64,18 +64,20 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(workplace, run_dir, count: int, *arguments: str, pause=0.0) -> list[subprocess.Popen]:
-    """`train` in so many processes of one device each; it pauses after each step."""
+def start(
+    workplace, run_dir, count: int, *arguments: str, pause=0.0, command="train"
+) -> list[subprocess.Popen]:
+    """A command in so many processes of one device each; training pauses after each step."""
     port = free_port()
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PAUSE": str(pause)}
-    command = [sys.executable, "-m", "transfusion_jax", "train", "tiny.py", "--run-dir", run_dir]
+    what = ["train", "tiny.py", "--run-dir", run_dir] if command == "train" else [command, run_dir]
     processes = []
     for number in range(count):
         flags = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
-        flags += ["--process-id", str(number)] if count > 1 else []
+        flags = [*flags, "--process-id", str(number)] if count > 1 else []
         processes.append(
             subprocess.Popen(
-                [*command, *arguments, *(flags if count > 1 else [])],
+                [sys.executable, "-m", "transfusion_jax", *what, *arguments, *flags],
                 cwd=workplace,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -283,3 +285,17 @@ def test_a_signal_beside_training_stops_all(workplace, when):
     assert [code for code, _, _ in found] == [42, 42], found
     assert "stopped by" in found[0][1] + found[0][2]
     assert not (workplace / name / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_one_does(workplace, alone):
+    measured = []
+    for count in (1, 2):
+        out = workplace / f"metrics-{count}.json"
+        flags = ["--suite", "likelihood", "--max-rows", "20", "--out", str(out)]
+        found = finished(start(workplace, "alone", count, *flags, command="evaluate"))
+        assert [code for code, _, _ in found] == [0] * count, found
+        measured.append(json.loads(out.read_text()))
+    one, two = measured
+    assert one["text_perplexity"] == pytest.approx(two["text_perplexity"], rel=1e-5)
+    assert one["likelihood_rows"] == two["likelihood_rows"] == 20

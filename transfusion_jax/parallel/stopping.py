@@ -6,6 +6,7 @@ points are more than steps: a run can be stopped in the middle of an evaluation.
 
 import contextlib
 import threading
+from typing import Any
 
 import jax
 from jax._src import distributed
@@ -23,8 +24,15 @@ class Stopping:
     latest of these is where all stop.
     """
 
-    def __init__(self) -> None:
-        self._client = distributed.global_state.client
+    def __init__(self, client: Any, process: int, count: int) -> None:
+        """
+        Args:
+          client: of the coordination service.
+          process: the number of this one, of `count`.
+        """
+        self._client = client
+        self._process = process
+        self._count = count
         self._lock = threading.Lock()
         self._passed = 0
         self._stop_at: int | None = None
@@ -65,11 +73,16 @@ class Stopping:
 
     def _agree(self, why: str) -> None:
         with self._lock:
-            own, count = jax.process_index(), jax.process_count()
-            self._client.key_value_set(f"{ASKED}/{own}", str(self._passed))
+            self._client.key_value_set(f"{ASKED}/{self._process}", str(self._passed))
             points = [
                 int(self._client.blocking_key_value_get(f"{ASKED}/{process}", PATIENCE))
-                for process in range(count)
+                for process in range(self._count)
             ]
             self._why = why
             self._stop_at = max(points) + 1
+
+
+def stopping() -> Stopping:
+    """Of the processes that have joined."""
+    client = distributed.global_state.client
+    return Stopping(client, jax.process_index(), jax.process_count())

@@ -25,7 +25,6 @@ from transfusion_jax.training.update import (
     updates_made,
 )
 
-
 LOOPS_KEEP_SUMS = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
 """Sums over devices stay in the loop over microbatches. XLA for TPU moves them behind it, which has
 given wrong gradients of embeddings (libtpu 0.0.48)."""

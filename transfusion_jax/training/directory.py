@@ -112,11 +112,27 @@ def open_directory(
         data, or do not share the directory; or another run is using it.
       CheckpointError: the run has checkpoints, and none can be read.
     """
-    config, text = path / CONFIG, dumps(experiment)
     _check_same(fingerprints)
-    lock, problem = _prepared(path, text, fill) if is_leader() else (None, None)
+    lock, problem = _prepared(path, dumps(experiment), fill) if is_leader() else (None, None)
     if problem := gathered(problem)[0]:
         raise ValueError(problem)
+    try:
+        return _opened(path, experiment, abstract, fingerprints, report, lock)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+
+
+def _opened(
+    path: Path,
+    experiment: Any,
+    abstract: Any,
+    fingerprints: Fingerprints,
+    report: Report,
+    lock: Lock | None,
+) -> RunDirectory:
+    config, text = path / CONFIG, dumps(experiment)
     seen = gathered(config.exists())
     require(
         all(seen),

@@ -26,7 +26,7 @@ class Window:
         window = Window(int(found[1]), int(found[2]))
         require(
             1 <= window.start <= window.stop <= steps,
-            f"--profile {text} must be steps from 1 to train.steps={steps}, the first of them first",
+            f"--profile {text} must be steps from 1 to train.steps={steps}, the first one first",
         )
         return window
 

@@ -12,7 +12,7 @@ from types import FrameType
 import jax
 
 from transfusion_jax.errors import ComeAgain, WorkFailed
-from transfusion_jax.parallel.stopping import Stopping
+from transfusion_jax.parallel.stopping import Stopping, stopping
 
 AGAIN = 42
 """Exit code: the same command continues the work."""
@@ -61,7 +61,7 @@ class Watch:
         self._moved = time.monotonic()
         if jax.process_count() == 1:
             return self._received
-        self._stopping = self._stopping or Stopping()
+        self._stopping = self._stopping or stopping()
         if self._received and not self._passed_on:
             self._passed_on = True
             self._stopping.ask(f"{self._received} to process {jax.process_index()}")
