@@ -237,6 +237,20 @@ def test_a_stranger_does_not_disturb_a_roll_call():
         stranger.close()
 
 
+def test_a_process_that_was_started_again_is_no_second_one():
+    port = free_port()
+    with ThreadPoolExecutor(3) as pool:
+        zero = pool.submit(call_roll, f"localhost:{port}", 3, 0, 20)
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                first = socket.create_connection(("127.0.0.1", port))
+                break
+        first.sendall(b'{"process": 1, "count": 3}\n')
+        first.close()  # it has died
+        others = [pool.submit(call_roll, f"localhost:{port}", 3, i, 20) for i in (1, 2)]
+        assert [each.result() for each in (zero, *others)] == [None] * 3
+
+
 @pytest.mark.slow
 def test_other_axes_than_data_are_refused_where_sums_would_be_wrong(workplace):
     found = finished(start(workplace, "fsdp", 2, "--mesh.data", "1", "--mesh.fsdp", "2"))

@@ -208,8 +208,8 @@ FAULTS = (
     Fault(
         "a bound on rows is ignored",
         LIKELIHOOD,
-        "data.once(BATCH, rows)",
-        "data.once(BATCH)",
+        "data.once(-(-BATCH // shards) * shards, rows)",
+        "data.once(-(-BATCH // shards) * shards)",
         "likelihood",
     ),
     Fault(
@@ -271,8 +271,8 @@ FAULTS = (
     Fault(
         "evaluate reads all rows whatever is asked",
         "commands/evaluate.py",
-        'metrics = evaluate(engine, names, arguments.run_dir / "samples", note, rows)',
-        'metrics = evaluate(engine, names, arguments.run_dir / "samples", note, None)',
+        'metrics = evaluate(engine, names, arguments.run_dir / "samples", note_leading, rows)',
+        'metrics = evaluate(engine, names, arguments.run_dir / "samples", note_leading, None)',
         "commands",
     ),
     Fault(

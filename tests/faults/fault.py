@@ -6,7 +6,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "transfusion_jax"
 LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "generation",
-         "instruments", "model", "planning", "preflight", "preparation", "training")  # fmt: skip
+         "instruments", "model", "planning", "preflight", "preparation", "processes",
+         "training")  # fmt: skip
 
 
 @dataclass(frozen=True)

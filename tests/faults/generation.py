@@ -61,9 +61,9 @@ FAULTS = (
     ),
     Fault(
         "all rows draw the same tokens",
-        "generation/engine.py",
-        "jnp.arange(len(requests))",
-        "jnp.zeros(len(requests), jnp.int32)",
+        "generation/devices.py",
+        "jnp.arange(count)",
+        "jnp.zeros(count, jnp.int32)",
         "generation statistics",
     ),
     Fault(
@@ -139,8 +139,8 @@ FAULTS = (
     Fault(
         "budget includes the prompt",
         "generation/engine.py",
-        "limit_B = length_B + budget",
-        "limit_B = jnp.full_like(length_B, budget)",
+        "limit_B = self.devices.put(length_B + budget)",
+        "limit_B = self.devices.put(np.full_like(length_B, budget))",
         "generation",
     ),
     Fault(

@@ -118,8 +118,8 @@ FAULTS = (
     Fault(
         "oldest checkpoint restored",
         "training/checkpoint.py",
-        "for step in reversed(self.steps):",
-        "for step in self.steps:",
+        "for step in reversed(gathered(self.steps)[0]):",
+        "for step in gathered(self.steps)[0]:",
         "checkpoint",
     ),
     Fault(

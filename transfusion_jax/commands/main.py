@@ -8,7 +8,9 @@ import argparse
 import errno
 import re
 import sys
+import traceback
 from collections.abc import Sequence
+from types import ModuleType
 
 from transfusion_jax.commands import (
     autoencoder,
@@ -81,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"the memory of a device is full: {str(error).splitlines()[0]}", 1)
     except OSError as error:
         return _fail(f"the disk is full: {error}" if error.errno == errno.ENOSPC else str(error), 1)
+    except Exception as error:
+        if not _joined():
+            raise
+        traceback.print_exc()
+        return _fail(str(error), 1)  # an ordinary exit would wait for the other processes
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -131,7 +138,12 @@ def _help(parser: argparse.ArgumentParser, command: Command, words: Sequence[str
 def _fail(message: str, code: int, at_once: bool = False) -> int:
     """Says what went wrong. One of several processes ends here: an ordinary exit would wait."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    processes = sys.modules.get("transfusion_jax.parallel.processes")
-    if processes and processes.joined():
+    if processes := _joined():
         processes.leave(code, at_once)
     return code
+
+
+def _joined() -> ModuleType | None:
+    """What knows of the other processes, if this one has joined any; imports nothing."""
+    processes = sys.modules.get("transfusion_jax.parallel.processes")
+    return processes if processes and processes.joined() else None

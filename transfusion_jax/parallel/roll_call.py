@@ -34,7 +34,7 @@ def call_roll(coordinator: str, count: int, number: int, timeout: float) -> None
 
 
 def _listen(coordinator: str, count: int, timeout: float, deadline: float) -> None:
-    present: set[int] = set()
+    present: dict[int, socket.socket] = {}
     peers: list[socket.socket] = []
     problem = None
     with contextlib.ExitStack() as stack:
@@ -42,7 +42,7 @@ def _listen(coordinator: str, count: int, timeout: float, deadline: float) -> No
         while len(present) < count - 1 and problem is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                problem = _missing(set(range(1, count)) - present, count, timeout)
+                problem = _missing(set(range(1, count)) - set(present), count, timeout)
                 break
             server.settimeout(left)
             with contextlib.suppress(TimeoutError):
@@ -67,7 +67,7 @@ def _server(coordinator: str) -> socket.socket:
         ) from error
 
 
-def _admit(peer: socket.socket, count: int, present: set[int]) -> str | None:
+def _admit(peer: socket.socket, count: int, present: dict[int, socket.socket]) -> str | None:
     """Enters who has called; what is wrong with it, if anything."""
     peer.settimeout(PATIENCE)
     try:
@@ -77,10 +77,23 @@ def _admit(peer: socket.socket, count: int, present: set[int]) -> str | None:
         return None  # not one of us
     if total != count:
         return f"process {number} was given --num-processes {total}, process 0 {count}"
-    if number in present:
+    if number in present and not _gone(present[number]):
         return f"there are two processes with --process-id {number}"
-    present.add(number)
+    present[number] = peer
     return None
+
+
+def _gone(peer: socket.socket) -> bool:
+    """Whether a peer, which waits for an answer, has ended; it may have been started again."""
+    peer.setblocking(False)
+    try:
+        return peer.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        peer.settimeout(PATIENCE)
 
 
 def _report(coordinator: str, count: int, number: int, timeout: float, deadline: float) -> None:
