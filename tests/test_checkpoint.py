@@ -1,5 +1,6 @@
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,29 @@ def test_a_save_that_fails_leaves_the_last_good_one(state, tmp_path, monkeypatch
     # Once there is room again, the next save succeeds.
     saved.save(replace(state, step=state.step + 2), PROGRESS)
     assert saved.wait() and saved.steps == [20, 22]
+    saved.close()
+
+
+def test_a_save_that_has_no_room_is_not_begun(state, tmp_path, monkeypatch):
+    """Several processes would wait in Orbax for the one that fails."""
+    said = []
+    saved = checkpoints(tmp_path, said)
+    saved.save(state, PROGRESS)
+    later = replace(state, step=state.step + 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        saved.save(later, PROGRESS)
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert said == [
+        f"could not save checkpoint {tmp_path / 'checkpoints' / '25'} (it takes {needed:,} bytes, "
+        "and 1,000 are free); the last good one is step 20"
+    ]
+    assert not saved.wait() and saved.steps == [20]
+    saved.save(later, PROGRESS)
+    assert saved.wait() and saved.steps == [20, 25]
+    shutil.rmtree(tmp_path / "checkpoints")
+    saved.save(replace(state, step=state.step + 9), PROGRESS)
+    assert "(No such file or directory)" in said[-1]
     saved.close()
 
 

@@ -1,11 +1,13 @@
 import json
 import math
+import os
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data
@@ -272,6 +274,36 @@ def test_metrics_are_cut_back_to_the_step_of_a_resumed_run(tmp_path):
     MetricsLog(tmp_path, 3).close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert json.loads(path.read_text().splitlines()[1])["loss"] == 2 / 3
+
+
+def test_rows_after_a_full_disk_are_whole_and_what_was_lost_is_said(tmp_path, monkeypatch):
+    said = []
+    log = MetricsLog(tmp_path, 0, said.append)
+    log.write({"step": 1, "loss": 1.0})
+    write, left = os.pwrite, [10]
+
+    def full(file, content, offset):
+        """There is room for a few bytes more."""
+        if not left:
+            raise OSError(28, "No space left on device")
+        return write(file, content[: left.pop()], offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        log.write({"step": 2, "loss": 2.0})
+        log.write({"step": 3, "loss": 3.0})
+    log.write({"step": 4, "loss": 4.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(EventsWriter, "write_event", lambda *_: full(0, b"", 0))
+        log.write({"step": 5, "loss": 5.0})
+    log.write({"step": 6, "loss": 6.0})
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 4, 5, 6]
+    assert [line.split(" to ")[0] for line in said] == [
+        "could not write the metrics of step 2",
+        "could not write the metrics of step 5",
+    ]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2  # the first ends in the middle
 
 
 def test_mesh_errors_name_what_does_not_fit(experiment):

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -94,6 +95,10 @@ class Checkpoints:
             raise CheckpointError("stopped, as train.failed_save='stop' says")
         step = int(state.step)
         parts = _parts(state)
+        obstacles = [line for line in gathered(_obstacle(self._directory, parts)) if line]
+        if obstacles:
+            self._failed(step, obstacles[0])
+            return
         sums = {name: int(checksum(part)) for name, part in parts.items()}
         try:
             response = self._manager.save_checkpointables_async(
@@ -114,6 +119,7 @@ class Checkpoints:
             failures = [line for line in gathered(None if found is None else _line(found)) if line]
             self._saved = True
             if failures:
+                self._broke_off()
                 self._failed(step, failures[0])
         return self._saved
 
@@ -160,8 +166,8 @@ class Checkpoints:
         gathered(None)  # the others wait
         self._manager.reload()
 
-    def _failed(self, step: int, why: str) -> None:
-        self._saved = False
+    def _broke_off(self) -> None:
+        """Clears away what a save that failed has left, in Orbax and in the directory."""
         with contextlib.suppress(Exception):  # it raises the same error again
             self._manager.close()
         gathered(None)  # all have closed
@@ -170,12 +176,30 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
         gathered(None)
         self._manager = self._open()
+
+    def _failed(self, step: int, why: str) -> None:
+        self._saved = False
         kept = (
             f"the last good one is step {self.steps[-1]}"
             if self.steps
             else "there is no earlier one"
         )
         self._report(f"could not save checkpoint {self._directory / str(step)} ({why}); {kept}")
+
+
+def _obstacle(directory: Path, parts: dict[str, Any]) -> str | None:
+    """Why this process could not save, where that shows beforehand.
+
+    Orbax would find out too, but where one of several processes fails, the others wait for it for
+    many minutes.
+    """
+    needed = sum(x.nbytes for x in jax.tree.leaves(parts))
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            free = shutil.disk_usage(directory).free
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if free >= needed else f"it takes {needed:,} bytes, and {free:,} are free"
 
 
 def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, Any]:

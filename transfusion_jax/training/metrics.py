@@ -1,13 +1,16 @@
 """Metrics of a run: `metrics.jsonl`, one object per logged step, and the same for TensorBoard;
 events in `events.jsonl`."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
+from transfusion_jax.training.board import Board
+from transfusion_jax.training.checkpoint import Report
+from transfusion_jax.training.lines import Lines
 from transfusion_jax.training.observation import Observation
 from transfusion_jax.training.weights_and_biases import Mirror
 
@@ -16,48 +19,72 @@ EVENTS = "events.jsonl"
 
 
 class MetricsLog:
-    """Appends to the metrics of a run directory; removes what a killed run logged after `step`."""
+    """Appends to the metrics of a run directory; removes what a killed run logged after `step`.
 
-    def __init__(self, run_dir: Path, step: int, mirror: Mirror | None = None):
+    What cannot be written is lost; that is reported, once for as long as it lasts.
+    """
+
+    def __init__(
+        self, run_dir: Path, step: int, report: Report = print, mirror: Mirror | None = None
+    ):
         self.path = run_dir / METRICS
-        self._events = run_dir / EVENTS
-        _cut_back(self.path, step)
-        if self._events.exists():
-            _cut_back(self._events, step)
-        self._file = self.path.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        for path in (self.path, run_dir / EVENTS):
+            if path.exists():
+                _cut_back(path, step)
+        self._rows = Lines(self.path)
+        self._events = Lines(run_dir / EVENTS)
+        self._board = Board(run_dir / "tensorboard", step)
         self._mirror = mirror
+        self._report = report
+        self._failing = False
 
     def write(self, row: dict[str, float]) -> None:
         """Writes numbers with all digits of their float32 values, and null for non-finite ones."""
         row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if name not in ("step", "time") and value is not None:
-                self._board.add_scalar(name, value, row["step"])
+        step = row["step"]
+        shown = {
+            name: value
+            for name, value in row.items()
+            if name not in ("step", "time") and value is not None
+        }
+        with self._reporting(f"the metrics of step {step}"):
+            self._rows.append(row)
+            self._board.scalars(step, shown)
         if self._mirror:
             self._mirror.write(row)
 
     def note(self, event: dict[str, Any]) -> None:
         """Appends an event, which has a `step`."""
-        with self._events.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        with self._reporting(f"what happened at step {event['step']}"):
+            self._events.append(event)
 
     def show(self, step: int, seen: Observation) -> None:
         """Shows pictures and texts."""
-        for name, picture in seen.pictures.items():
-            self._board.add_image(name, picture, step, dataformats="HWC")
-        for name, text in seen.texts.items():
-            self._board.add_text(name, text, step)
+        with self._reporting(f"the samples of step {step}"):
+            for name, picture in seen.pictures.items():
+                self._board.picture(step, name, picture)
+            for name, text in seen.texts.items():
+                self._board.text(step, name, text)
         if self._mirror and seen.pictures:
             self._mirror.show(step, dict(seen.pictures))
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        self._rows.close()
+        self._events.close()
+        with self._reporting("the last events"):
+            self._board.close()
         if self._mirror:
             self._mirror.close()
+
+    @contextlib.contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
+        try:
+            yield
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._report(f"could not write {what} to {self.path.parent} ({error.strerror})")
+            self._failing = True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -51,7 +51,7 @@ class Monitor:
         self._log = None
         if leader:
             mirror = Mirror(instruments.project, directory) if instruments.project else None
-            self._log = MetricsLog(directory, start, mirror)
+            self._log = MetricsLog(directory, start, report, mirror)
         self._gauges = Gauges(feed, devices)
         self._profiler = Profiler(instruments.profile, directory / "profile", report)
         self._watcher = LossWatcher(instruments.loss_watch) if instruments.loss_watch else None
