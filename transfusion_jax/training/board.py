@@ -1,5 +1,6 @@
 """Event files for TensorBoard, on a disk that may be full for a while."""
 
+import contextlib
 import secrets
 import time
 from pathlib import Path
@@ -49,5 +50,12 @@ class Board:
             self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
             self._writer.flush()
         except OSError:
-            self._writer = None
+            self._close_failed()
             raise
+
+    def _close_failed(self) -> None:
+        """Lets go of a file that cannot be written; the next event begins another."""
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(OSError):
+            if writer:
+                writer.close()

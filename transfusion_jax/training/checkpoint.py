@@ -31,8 +31,8 @@ from transfusion_jax.training.state import AnyState
 
 Report = Callable[[str], None]
 FULL = os.strerror(errno.ENOSPC)
-
-
+ROOM = 1.1
+SMALL_FILES = 1 << 20  # bytes; a save takes this and ROOM times the bytes of the state
 RETRIES = (1.0, 5.0)  # seconds before a checkpoint that could not be read is read again
 
 
@@ -193,7 +193,7 @@ def _obstacle(directory: Path, parts: dict[str, Any]) -> str | None:
     Orbax would find out too, but where one of several processes fails, the others wait for it for
     many minutes.
     """
-    needed = sum(x.nbytes for x in jax.tree.leaves(parts))
+    needed = int(ROOM * sum(x.nbytes for x in jax.tree.leaves(parts))) + SMALL_FILES
     try:
         with tempfile.TemporaryFile(dir=directory):
             free = shutil.disk_usage(directory).free
