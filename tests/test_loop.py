@@ -89,7 +89,8 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
     before = (directory / "metrics.jsonl").read_text()
     again, said = trained(directory)
     assert (directory / "metrics.jsonl").read_text() == before
-    assert again.seconds == pytest.approx(outcome.seconds, abs=1) and "0 of 12 steps" in said[1]
+    assert 0.4 * outcome.seconds < again.seconds <= outcome.seconds  # the last save is not in it
+    assert "0 of 12 steps" in said[1]
     jax.tree.map(np.testing.assert_array_equal, again.state, outcome.state)
 
 

@@ -47,14 +47,14 @@ def config():
         evaluation=(),
     )
 """
+DIGITS = Path(__file__).parents[1] / "experiments" / "digits.py"
 LOSSES = ("loss", "text_loss", "image_loss")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes")
-    digits = Path(__file__).parents[1] / "experiments" / "digits.py"
-    (path / "tiny.py").write_text(TINY.format(digits=str(digits)))
+    (path / "tiny.py").write_text(TINY.format(digits=str(DIGITS)))
     return path
 
 
@@ -170,8 +170,33 @@ def test_a_directory_in_use_is_refused_by_name(workplace):
     assert err.count("\n") == 1
 
 
-def test_a_process_in_which_nothing_moves_ends_itself(workplace):
-    flags = ["--processes.stall-timeout", "4", "--train.steps", "30"]
+def test_a_process_in_which_nothing_moves_ends_itself(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from transfusion_jax.training.watchdog import Watch
+
+def stuck():
+    time.sleep(100)
+
+with Watch() as watch:
+    watch.against_stalls(0.5, Path(sys.argv[1]))
+    for _ in range(10):
+        time.sleep(0.1)
+        watch.moved()
+    print("moved", flush=True)
+    stuck()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 42 and done.stdout == "moved\n"
+    assert "nothing has moved for" in done.stderr.splitlines()[-1]
+    assert "in stuck" in (tmp_path / "stacks-0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_in_which_nothing_moves_ends_itself(workplace):
+    flags = ["--processes.stall-timeout", "30", "--train.steps", "30"]
     found = finished(start(workplace, "still", 1, *flags, pause=60.0))
     code, _, err = found[0]
     assert code == 42 and "nothing has moved for" in err.splitlines()[-1]
@@ -189,7 +214,7 @@ def test_a_process_in_which_nothing_moves_ends_itself(workplace):
 )
 def test_flags_that_cannot_work_are_one_line(workplace, capsys, flags, message):
     run_dir = workplace / "refused"
-    code = main(["train", str(workplace / "tiny.py"), "--run-dir", str(run_dir), *flags])
+    code = main(["train", str(DIGITS), "--run-dir", str(run_dir), *flags])
     err = capsys.readouterr().err
     assert code == 2 and message in err and err.count("\n") == 1
     assert not run_dir.exists()

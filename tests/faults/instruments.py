@@ -139,8 +139,8 @@ FAULTS = (
     Fault(
         "events after the checkpoint are kept",
         "training/metrics.py",
-        "            _cut_back(self._events, step)\n",
-        "            pass\n",
+        "for path in (self.path, run_dir / EVENTS):",
+        "for path in (self.path,):",
         "loss_watch",
     ),
 )
