@@ -10,17 +10,23 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = {
     "attention_blocks": "--rows 1 --length 512 --blocks 128 --heads 1 --kv-heads 1",
     "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
+    "processes": "--width 64 --layers 1 --length 128 --rows 2 --steps 1 --rounds 1",
     "read_rows": "--rows 16 --pairs 64",
     "scale": "--documents 40000 --starts 1",
     "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
+    "week": "--faults 2 --steps 40",
 }
+SLOW = {"week"}
 
 
 def test_all_benchmarks_are_run_here():
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == set(ARGUMENTS)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ARGUMENTS],
+)
 def test_a_benchmark_runs(name, tmp_path):
     if name == "attention_blocks":
         pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
