@@ -32,10 +32,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=4, help="of the global batch")
     parser.add_argument("--steps", type=int, default=5, help="in a round")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # port, processes, which
     parser.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -119,30 +119,31 @@ class Group:
 
 
 def measure(args: argparse.Namespace) -> None:
+    rounds = []
     with tempfile.TemporaryDirectory() as place:
         one = Group(1, f"{place}/one")
         two = Group(DEVICES, f"{place}/two")
         try:
-            _, a = one.take(1)  # compiles
-            _, b = two.take(1)
-            rounds = [
-                (one.take(args.steps)[0], two.take(args.steps)[0]) for _ in range(args.rounds)
-            ]
+            losses = [group.take(1)[1] for group in (one, two)]  # compiles
+            print(f"{'loss of the first step':27}{losses[0]:8.5f} and {losses[1]:.5f}", flush=True)
+            for _ in range(args.rounds):
+                rounds.append(
+                    [1e3 * group.take(args.steps)[0] / args.steps for group in (one, two)]
+                )
+                print(f"{'ms a step':27}{rounds[-1][0]:8.1f} and {rounds[-1][1]:.1f}", flush=True)
         finally:
             one.close()
             two.close()
-    names = ("one process of two devices", "two processes of one")
-    for name, seconds in zip(names, zip(*rounds, strict=True), strict=True):
-        each = [1e3 * x / args.steps for x in seconds]
-        print(
-            f"{name:28}{statistics.median(each):7.1f} ms a step ({min(each):.1f}-{max(each):.1f})"
-        )
-    ratios = [two / one for one, two in rounds]
+    alone, together = (statistics.median(each) for each in zip(*rounds, strict=True))
+    ratios = [b / a for a, b in rounds]
     print(
-        f"{'ratio':28}{statistics.median(ratios):7.2f} ({min(ratios):.2f}-{max(ratios):.2f}), "
-        f"median of {args.rounds} rounds of {args.steps} steps"
+        f"{'one process of two devices':27}{alone:8.1f} ms a step, median of {args.rounds} rounds"
     )
-    print(f"{'loss of the first step':28}{a:.6f} and {b:.6f}")
+    print(f"{'two processes of one':27}{together:8.1f}")
+    print(
+        f"{'ratio':27}{statistics.median(ratios):8.2f}, median of rounds "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
+    )
 
 
 if __name__ == "__main__":
