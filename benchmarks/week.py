@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", type=int, default=1024, help="of the imagined pod")
     parser.add_argument("--faults", type=int, help="in the week (default: by the published rate)")
-    parser.add_argument("--steps", type=int, default=672, help="in the week")
+    parser.add_argument("--steps", type=int, default=336, help="in the week")
     parser.add_argument("--restart-minutes", type=float, default=15.0, help="of the imagined pod")
     parser.add_argument("--seed", type=int, default=2)
     return parser.parse_args()
