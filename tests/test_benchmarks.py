@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,17 +12,23 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = {
     "attention_blocks": "--rows 1 --length 512 --blocks 128 --heads 1 --kv-heads 1",
     "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
+    "processes": "--width 64 --layers 1 --length 128 --rows 2 --steps 1 --rounds 1",
     "read_rows": "--rows 16 --pairs 64",
     "scale": "--documents 40000 --starts 1",
     "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
+    "week": "--faults 2 --steps 40",
 }
+SLOW = {"week"}
 
 
 def test_all_benchmarks_are_run_here():
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == set(ARGUMENTS)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ARGUMENTS],
+)
 def test_a_benchmark_runs(name, tmp_path):
     if name == "attention_blocks":
         pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
@@ -28,3 +36,26 @@ def test_a_benchmark_runs(name, tmp_path):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout
+
+
+@pytest.mark.parametrize(
+    ("steps", "logged", "message"),
+    [
+        ([1, 2, 3, 4, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], None),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6], "the log must have steps 1 to 6"),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 3, 4, 5, 6], "the log must have steps 1 to 6"),
+        ([1, 2, 3, 4, 3.001, 4, 5, 6], [1, 2, 3, 4, 5, 6], "step 3: image_loss 3.001, not 3"),
+    ],
+)
+def test_a_week_that_lost_something_is_seen(tmp_path, steps, logged, message):
+    """Losses are the step itself, or a little off."""
+    week = run_path(str(BENCHMARKS / "week.py"))
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in logged))
+
+    def run(losses):
+        names = ("loss", "text_loss", "image_loss")
+        rows = [{"step": int(x), **dict.fromkeys(names, x)} for x in losses]
+        return SimpleNamespace(directory=tmp_path, rows=rows, exit_code=0, faults=[])
+
+    found = week["problems"](run(steps), run(range(1, 7)), 6)
+    assert bool(found) == bool(message) and (message or "") in "\n".join(found)
