@@ -46,6 +46,7 @@ def config() -> Experiment:
         base,
         model=replace(base.model, layers=1, width=32, heads=2, mlp_width=64),
         data=replace(base.data, batch_rows=4),
+        optimizer=replace(base.optimizer, warmup_steps=2),
         train=replace(base.train, log_every=1),
         processes=ProcessesConfig(heartbeat_timeout=10, stall_timeout=120),
         evaluation=(),
@@ -175,8 +176,9 @@ def report(week: Week, args: argparse.Namespace) -> None:
         print(f"          hour {fault.at * hour:.1f}: {fault.signal.name} to process", end=" ")
         print(f"{fault.process} at step {fault.step}, {after}")
     print(f"restarts  {week.restarts}; goodput.json counts {account['starts']} starts")
-    print(f"steps     {args.steps}, each in the log once, and {repeated} that were repeated")
-    print(f"losses    of all {len(week.rows)} rows that were ever logged: as without faults")
+    print(
+        f"steps     {args.steps}, each in the log once; {repeated} repeated; losses do not differ"
+    )
     print(f"goodput   {account['goodput']:.1%} of these minutes ({shares})")
     print(f"          {HOURS / (HOURS + repeated * hour + down):.1%} of a week", end=" ")
     print(f"({repeated * hour:.1f} h of steps repeated, {down:.1f} h of restarts, as assumed)")
