@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--rows", type=int, default=4, help="of the global batch")
     parser.add_argument("--steps", type=int, default=5, help="in a round")
     parser.add_argument("--rounds", type=int, default=6)

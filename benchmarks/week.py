@@ -6,11 +6,11 @@ Two processes train a small model through `launch/local.py`, which starts them a
 are a week. Faults come as in the training of Llama 3, 466 interruptions in 54 days of 16,384 GPUs
 (arXiv 2407.21783, section 3.3.4), scaled to --chips, at random moments. Kinds are our choice, in
 turn: SIGKILL, SIGSTOP (a hang), SIGTERM (a machine is taken away), to a random process. The clock
-is the steps taken, with those that were repeated, so a seed means the same faults.
+is the steps taken, with those that were repeated, so a seed means the same faults, to a few steps.
 
-A run without faults follows. Every step must be in the log once, and every row that was ever
-logged, also those that a restart took back, must have the same losses: another row of data would
-change them. Exit code 1 if not. Needs Linux (/proc).
+A run without faults follows. Exit code 1 unless every step is in the log once, and every row that
+was ever logged, also those that a restart took back, has the same losses: another row of data would
+change them. Needs Linux (/proc).
 """
 
 import argparse
@@ -46,15 +46,16 @@ def config() -> Experiment:
         base,
         model=replace(base.model, layers=1, width=32, heads=2, mlp_width=64),
         data=replace(base.data, batch_rows=4),
-        train=replace(base.train, log_every=1, checkpoint_every=4),
-        processes=ProcessesConfig(heartbeat_timeout=10, stall_timeout=120),
+        optimizer=replace(base.optimizer, warmup_steps=2),
+        train=replace(base.train, log_every=1),
+        processes=ProcessesConfig(heartbeat_timeout=10, stall_timeout=300),
         evaluation=(),
     )
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", type=int, default=1024, help="of the imagined pod")
+    parser.add_argument("--chips", type=int, default=1024, help="of the pod")
     parser.add_argument("--faults", type=int, help="in the week (default: by the published rate)")
     parser.add_argument("--steps", type=int, default=336, help="in the week")
     parser.add_argument("--restart-minutes", type=float, default=15.0, help="of the imagined pod")
@@ -75,8 +76,8 @@ class Fault:
 def draw(args: argparse.Namespace) -> list[Fault]:
     """The faults of the week, in their order."""
     random = np.random.default_rng(args.seed)
-    drawn = random.poisson(RATE * args.chips * HOURS)
-    moments = random.uniform(1, args.steps, drawn if args.faults is None else args.faults)
+    count = random.poisson(RATE * args.chips * HOURS) if args.faults is None else args.faults
+    moments = random.uniform(1, args.steps, count)
     first = random.integers(len(SIGNALS))
     return [
         Fault(int(moment), SIGNALS[(first + i) % len(SIGNALS)], random.integers(PROCESSES))
@@ -93,16 +94,17 @@ class Week:
         self.faults = faults
         self.rows: list[dict[str, float]] = []  # also those that a restart takes back
         train = [__file__, "--run-dir", str(directory), "--train.steps", str(args.steps)]
+        train += ["--train.checkpoint-every", str(4 if faults else args.steps)]
         command = [sys.executable, str(PROJECT / "launch" / "local.py"), "--patience", "10"]
         command += ["--processes", str(PROCESSES), "--restarts", str(len(faults) + 2), "--", *train]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "XLA_FLAGS": ""}  # one device a process
-        with self.log.open("w") as log:
-            self._launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        with self._launcher:  # waits for its end
+        log = self.log.open("w")
+        with log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as launcher:
+            self._launcher = launcher
             self._follow()
-        self.exit_code = self._launcher.returncode
         self._look()
+        self.exit_code = self._launcher.returncode
 
     @property
     def restarts(self) -> int:
@@ -165,18 +167,16 @@ def report(week: Week, args: argparse.Namespace) -> None:
     hour = HOURS / args.steps  # of a step
     repeated = len(week.rows) - args.steps
     down = week.restarts * args.restart_minutes / 60
-    expected = RATE * args.chips * HOURS
-    print(f"faults    {len(week.faults)}; {expected:.1f} expected of {args.chips} chips")
+    print(f"faults    {len(week.faults)}; {RATE * args.chips * HOURS:.1f} expected")
     for fault in week.faults:
-        what = f"{fault.signal.name} to process {fault.process} at step {fault.step}"
         after = "the run was over"
         if fault.logged is not None and fault.logged < len(week.rows):
             row = week.rows[fault.logged]
             after = f"on from {row['step'] - 1} after {row['time'] - fault.time:.0f} s"
-        print(f"          hour {fault.at * hour:.1f}: {what}, {after}")
+        print(f"          hour {fault.at * hour:.1f}: {fault.signal.name} to process", end=" ")
+        print(f"{fault.process} at step {fault.step}, {after}")
     print(f"restarts  {week.restarts}; goodput.json counts {account['starts']} starts")
-    print(f"steps     {args.steps}, each in the log once, and {repeated} that were repeated")
-    print(f"losses    of all {len(week.rows)} rows that were ever logged: as without faults")
+    print(f"steps     {args.steps}, each in the log once; {repeated} repeated; losses agree")
     print(f"goodput   {account['goodput']:.1%} of these minutes ({shares})")
     print(f"          {HOURS / (HOURS + repeated * hour + down):.1%} of a week", end=" ")
     print(f"({repeated * hour:.1f} h of steps repeated, {down:.1f} h of restarts, as assumed)")

@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = {
     "attention_blocks": "--rows 1 --length 512 --blocks 128 --heads 1 --kv-heads 1",
     "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
-    "processes": "--width 64 --layers 1 --length 128 --rows 2 --steps 1 --rounds 1",
+    "processes": "--width 64 --layers 1 --length 300 --rows 2 --steps 1 --rounds 1",
     "read_rows": "--rows 16 --pairs 64",
     "scale": "--documents 40000 --starts 1",
     "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
