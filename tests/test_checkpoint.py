@@ -188,6 +188,15 @@ def test_a_save_that_has_no_room_is_not_begun(state, tmp_path, monkeypatch):
     saved.close()
 
 
+def test_a_save_without_room_stops_the_run_if_asked(state, tmp_path, monkeypatch):
+    saved = Checkpoints(tmp_path / "checkpoints", 3, print, "stop")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(CheckpointError, match="stopped, as train.failed_save='stop' says"):
+            saved.save(state, PROGRESS)
+    saved.close()
+
+
 def two_saved(state, path, said):
     saved = checkpoints(path, said)
     for step in (20, 25):

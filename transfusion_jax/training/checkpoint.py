@@ -89,15 +89,17 @@ class Checkpoints:
         something waits for it.
 
         Raises:
-          CheckpointError: the write before failed, and `failed_save` is "stop".
+          CheckpointError: the write before failed, or this one cannot begin, and `failed_save` is
+        "stop".
         """
-        if not self.wait() and self._failed_save == "stop":
-            raise CheckpointError("stopped, as train.failed_save='stop' says")
+        if not self.wait():
+            self._stop_if_asked()
         step = int(state.step)
         parts = _parts(state)
         obstacles = [line for line in gathered(_obstacle(self._directory, parts)) if line]
         if obstacles:
             self._failed(step, obstacles[0])
+            self._stop_if_asked()
             return
         sums = {name: int(checksum(part)) for name, part in parts.items()}
         try:
@@ -176,6 +178,10 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
         gathered(None)
         self._manager = self._open()
+
+    def _stop_if_asked(self) -> None:
+        if self._failed_save == "stop":
+            raise CheckpointError("stopped, as train.failed_save='stop' says")
 
     def _failed(self, step: int, why: str) -> None:
         self._saved = False
