@@ -233,8 +233,9 @@ def test_an_error_of_reading_is_tried_again_and_is_no_damage(state, tmp_path, mo
         ([None, None], 25),
         ([[False, "cannot be decoded"], None], 20),  # only this process could read step 25
         ([[True, "stale file handle"], None], None),
+        ([["missing", "stale file handle"], None], None),  # this process sees the file
     ],
-    ids=["readable", "damaged", "unreadable"],
+    ids=["readable", "damaged", "unreadable", "not seen"],
 )
 def test_what_another_process_finds_holds_for_all(state, tmp_path, monkeypatch, other, used):
     said = []

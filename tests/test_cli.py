@@ -194,6 +194,9 @@ RUN = "{}"
         ("generate s3://b/run --prompt x --out {}/out", "s3://b/run is not a local path"),
         ("evaluate gs://b/run", "gs://b/run is not a local path"),
         ("prepare gs://b/pictures --out {}/out", "gs://b/pictures is not a local path"),
+        ("prepare {} --out {}/out --num-processes 2 --process-id 1", "--coordinator must be given"),
+        (f"train {DIGITS} --run-dir GS://b/run", "GS://b/run is not a local path"),
+        (f"inspect {DIGITS} --run-dir gs://b/run", "gs://b/run is not a local path"),
         ("prepare {} --out gs://b/data", "gs://b/data is not a local path"),
         (
             f"prepare {Path(DIGITS).parent} --out {{}}/out --autoencoder gs://b/v",

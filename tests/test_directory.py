@@ -33,6 +33,7 @@ def test_a_new_directory_gets_its_config_last(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         open_directory(tmp_path / "run", LINE, None, (), interrupted, print)
     assert not (tmp_path / "run" / "config.json").exists()
+    (tmp_path / "run" / "stacks-0.txt").touch()  # it stood still
     check_directory(LINE, tmp_path / "run")  # the next start may use it
     opened(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["slope"] == 2

@@ -1,6 +1,9 @@
 """The training machine, driven by the smallest trainer there is (line.py)."""
 
 import math
+import os
+import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +12,7 @@ import line
 import numpy as np
 import pytest
 
+from transfusion_jax.training import loop
 from transfusion_jax.training.checkpoint import Checkpoints
 from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loop import train
@@ -167,3 +171,30 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkey
 def test_gradients_that_stay_non_finite_end_the_run(tmp_path):
     with pytest.raises(TrainingFailed, match="stopped at step 3: 3 steps in a row"):
         trained(tmp_path / "line", replace(LINE, slope=math.nan))
+
+
+def test_a_signal_after_a_ctrl_c_does_not_interrupt():
+    with Watch() as watch:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert watch.moved() == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.moved() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_one_of_several_processes_fails_without_waiting_for_the_others(tmp_path, monkeypatch):
+    run = line.open_run(LINE, tmp_path / "line", print)
+    closed = []
+    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append("closed"))
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(Watch, "moved", lambda self: None)
+
+    def step(state, batch):
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        train(replace(run, step=step), print)
+    assert closed == []

@@ -256,10 +256,26 @@ def test_a_stranger_does_not_disturb_a_roll_call():
             with contextlib.suppress(ConnectionRefusedError):
                 stranger = socket.create_connection(("127.0.0.1", port))
                 break
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        stranger.sendall(b'{"process": Infinity, "count": 3}\n')
         others = [pool.submit(call_roll, f"localhost:{port}", 3, i, 20) for i in (1, 2)]
         assert [each.result() for each in (zero, *others)] == [None] * 3
         stranger.close()
+
+
+def test_a_process_that_has_died_is_not_present():
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        zero = pool.submit(call_roll, f"localhost:{port}", 3, 0, 4)
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                first = socket.create_connection(("127.0.0.1", port))
+                break
+        first.sendall(b'{"process": 1, "count": 3}\n')
+        first.close()
+        two = pool.submit(call_roll, f"localhost:{port}", 3, 2, 4)
+        for each in (zero, two):
+            with pytest.raises(ValueError, match="1 of 3 processes did not come .*: 1"):
+                each.result()
 
 
 def test_a_process_that_was_started_again_is_no_second_one():

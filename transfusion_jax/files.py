@@ -20,7 +20,7 @@ def local_path(text: str) -> Path:
     Raises:
       ValueError: it is a URL, which `Path` would take for a local directory.
     """
-    if re.match("[a-z][a-z0-9+]+:/", text):
+    if re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise ValueError(
             f"{text} is not a local path: runs and data are read and written on file systems that "
             "all hosts share; mount a bucket, for example with gcsfuse"

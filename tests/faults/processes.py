@@ -55,8 +55,8 @@ FAULTS = (
     Fault(
         "a checkpoint that one process cannot read is damaged",
         "training/checkpoint.py",
-        "if problem and problem[0]:",
-        "if False:",
+        "if problem and (problem[0] is True or",
+        "if problem and (False or",
         "checkpoint",
     ),
     Fault(
@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "a checkpoint is read once",
         "training/checkpoint.py",
-        "        error = _failure(load)\n    found",
-        "        break\n    found",
+        "        time.sleep(seconds)\n        error = failure(load)\n",
+        "        break\n",
         "checkpoint",
     ),
     Fault(
@@ -104,7 +104,7 @@ FAULTS = (
     Fault(
         "URLs become local directories",
         "files.py",
-        'if re.match("[a-z][a-z0-9+]+:/", text):',
+        'if re.match(r"\\s*[A-Za-z][A-Za-z0-9+.-]+:/", text):',
         "if False:",
         "cli",
     ),

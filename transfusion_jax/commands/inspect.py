@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="the run that the row is of (default: runs/<name of the experiment>): its tokenizer "
         "is used, and an experiment with other rows is refused",

@@ -13,13 +13,14 @@ def equipped(run: Run, experiment: Experiment, window: Window | None, report: Re
     """The run with samples, if it asks for them, and with a profile of a window of steps.
 
     Raises:
-      ValueError: a prompt is longer than a row, or steps of the window have been taken.
+      ValueError: a prompt is longer than a row.
     """
     instruments = run.instruments
     if experiment.train.sample_every:
         samples = sampler(experiment, run.directory.path, run.mesh, report)
         instruments = replace(instruments, observers=(*instruments.observers, samples))
-    if window is not None:
-        window.check(run.directory.start)
+    if window is not None and window.start <= run.directory.start:  # started again
+        report(f"--profile {window.start}:{window.stop}: these steps are taken; nothing is traced")
+    elif window is not None:
         instruments = replace(instruments, profile=window)
     return replace(run, instruments=instruments)

@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.out is None:
             raise ValueError("name the directory to make: --out DIR")
         part = parse_part(arguments.part) if arguments.part else None
-        joins = preparation.autoencoder or arguments.coordinator
+        given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+        joins = preparation.autoencoder or any(flag is not None for flag in given)
         if joins:
             part = _joined_part(arguments, part)
         workers = cores() if arguments.workers is None else arguments.workers

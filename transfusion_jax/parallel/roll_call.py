@@ -13,7 +13,7 @@ import time
 from transfusion_jax.errors import require
 
 RETRY = 0.2  # seconds before another attempt to reach process 0
-PATIENCE = 5.0  # seconds for a word that is due
+PATIENCE = 2.0  # seconds for a word that is due
 
 
 def call_roll(coordinator: str, count: int, number: int, timeout: float) -> None:
@@ -48,6 +48,8 @@ def _listen(coordinator: str, count: int, timeout: float, deadline: float) -> No
             with contextlib.suppress(TimeoutError):
                 peers.append(stack.enter_context(server.accept()[0]))
                 problem = _admit(peers[-1], count, present)
+                if len(present) == count - 1:
+                    present = {n: peer for n, peer in present.items() if not _gone(peer)}
         for peer in peers:
             with contextlib.suppress(OSError):  # it has gone; JAX will say so
                 peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
@@ -73,7 +75,7 @@ def _admit(peer: socket.socket, count: int, present: dict[int, socket.socket]) -
     try:
         heard = _hear(peer)
         number, total = int(heard["process"]), int(heard["count"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # not one of us
     if total != count:
         return f"process {number} was given --num-processes {total}, process 0 {count}"
@@ -121,8 +123,8 @@ def _report(coordinator: str, count: int, number: int, timeout: float, deadline:
 
 
 def _hear(peer: socket.socket) -> dict:
-    with peer.makefile("rb") as lines:
-        return json.loads(lines.readline(1 << 16))
+    """What a peer says: one short line, which comes whole."""
+    return json.loads(peer.recv(1 << 12))
 
 
 def _missing(missing: set[int], count: int, timeout: float) -> str:

@@ -8,9 +8,7 @@ verified on any mesh, and damage that still decodes is found.
 
 import contextlib
 import dataclasses
-import errno
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -28,9 +26,15 @@ from jax import Array
 from transfusion_jax.errors import ComeAgain, WorkFailed
 from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.state import AnyState
+from transfusion_jax.training.storage_errors import (
+    as_line,
+    failure,
+    is_missing,
+    may_pass,
+    out_of_memory,
+)
 
 Report = Callable[[str], None]
-FULL = os.strerror(errno.ENOSPC)
 ROOM = 1.1
 SMALL_FILES = 1 << 20  # bytes; a save takes this and ROOM times the bytes of the state
 RETRIES = (1.0, 5.0)  # seconds before a checkpoint that could not be read is read again
@@ -117,8 +121,10 @@ class Checkpoints:
         if self._saving is not None:
             step, response = self._saving
             self._saving = None
-            found = response if isinstance(response, Exception) else _failure(response.result)
-            failures = [line for line in gathered(None if found is None else _line(found)) if line]
+            found = response if isinstance(response, Exception) else failure(response.result)
+            failures = [
+                line for line in gathered(None if found is None else as_line(found)) if line
+            ]
             self._saved = True
             if failures:
                 self._broke_off()
@@ -264,15 +270,19 @@ def _load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
         with ocp.Context(multiprocessing_options=alone):
             parts.update(ocp.load_checkpointables(path.absolute(), {**abstract, "progress": None}))
 
-    error = _failure(load)
+    error = failure(load)
     for seconds in RETRIES:
-        if error is None or not _may_pass(error):
+        if error is None or not (may_pass(error) or is_missing(error)):
             break
         time.sleep(seconds)
-        error = _failure(load)
-    found = gathered(None if error is None else [_may_pass(error), _line(error)])
+        error = failure(load)
+    if error is not None and out_of_memory(error):
+        raise error
+    kind = error and ("missing" if is_missing(error) else may_pass(error))
+    found = gathered(None if error is None else [kind, as_line(error)])
+    some_see = any(not problem or problem[0] != "missing" for problem in found)
     for process, problem in enumerate(found):
-        if problem and problem[0]:
+        if problem and (problem[0] is True or (problem[0] == "missing" and some_see)):
             raise CheckpointUnreadable(
                 f"process {process} cannot read checkpoint {path} ({problem[1]}); nothing was "
                 "changed; the same command tries again"
@@ -285,44 +295,8 @@ def _load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def _failure(function: Callable[[], Any]) -> Exception | None:
-    """The error that a call raises."""
-    try:
-        function()
-    except Exception as error:  # every kind of damage raises something else
-        return error
-    return None
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether an error is one of reading, which says nothing of what is stored."""
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-        return True
-    return any(sign in str(error) for sign in TRANSIENT)
-
-
-TRANSIENT = (
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    os.strerror(errno.EIO),
-    os.strerror(errno.ESTALE),
-    os.strerror(errno.EACCES),
-)
-"""Parts of the messages of errors of reading, as TensorStore gives them."""
-
-
 def _quieten_orbax() -> None:
     """Silences Orbax's running commentary, and its warnings about a damaged checkpoint."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-def _line(error: Exception) -> str:
-    """An error as one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if FULL in text:
-        return FULL
-    return text if len(text) < 200 else text[:200] + "..."

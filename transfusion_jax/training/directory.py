@@ -5,6 +5,7 @@ checkpoints/    Orbax: the state, the seconds of training, the digests of the da
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from transfusion_jax.training.lock import Lock
 CONFIG = "config.json"
 # What an interrupted start can leave behind, before there is a config.
 STARTED = ("tokenizer.model", "ledger.json", "autoencoder", "lock")
+
+LEFT = r"\.partial$|^stacks-\d+\.txt$"
 
 Fingerprints = tuple[tuple[str, str], ...]
 """Name and digest of each source of data."""
@@ -86,8 +89,8 @@ def _check(experiment: Any, directory: Path) -> None:
     elif directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, not a directory")
     elif directory.exists():
-        foreign = {p.name for p in directory.iterdir()} - set(STARTED)
-        if foreign := sorted(name for name in foreign if not name.endswith(".partial")):
+        names = {path.name for path in directory.iterdir()} - set(STARTED)
+        if foreign := sorted(name for name in names if not re.search(LEFT, name)):
             raise ValueError(
                 f"{directory} is not a run directory (no {CONFIG}), and holds {foreign[0]}"
             )
@@ -166,10 +169,10 @@ def _prepared(
     path: Path, config: str, fill: Callable[[Path], None]
 ) -> tuple[Lock | None, str | None]:
     """A new run's directory filled, or an existing one as it is; its lock, or who holds it."""
-    path.mkdir(parents=True, exist_ok=True)
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock = Lock(path / "lock")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return None, str(error)
     if not (path / CONFIG).exists():
         fill(path)

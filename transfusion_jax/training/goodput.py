@@ -151,11 +151,11 @@ def open_account(
     now = clock()
     account._since = begun = now if begun is None else min(begun, now)
     if file.exists():
-        rows = read_metrics(directory)
-        alive = (rows[-1].get("time") if rows else None) or 0.0
         try:
+            rows = read_metrics(directory)
+            alive = (rows[-1].get("time") if rows else None) or 0.0
             account._continue(json.loads(file.read_text()), step, begun, float(alive))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             report(f"{file} cannot be read ({error}); goodput is counted from here on")
             account = Account(file, report, clock)
     account.write()

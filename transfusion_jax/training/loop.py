@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from transfusion_jax.errors import ProcessLost
+from transfusion_jax.errors import ProcessLost, WorkFailed
 from transfusion_jax.parallel.processes import is_leader, noticing_loss
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.training.checkpoint import Report
@@ -99,9 +99,10 @@ def train(
             outcome = _train(run, report, watch or stack.enter_context(Watch()), account)
     except ProcessLost:
         raise  # closing would wait for the process that is gone
-    except BaseException:
-        run.directory.close()
-        raise
+    except BaseException as error:
+        if jax.process_count() == 1 or isinstance(error, WorkFailed):
+            run.directory.close()
+        raise  # closing would wait for the others, who know of no error
     run.directory.close()
     step = int(outcome.state.step)
     if outcome.stopped_by and step:

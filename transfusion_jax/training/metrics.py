@@ -99,11 +99,14 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in filter(str.strip, text.splitlines()):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
 

@@ -30,13 +30,6 @@ class Window:
         )
         return window
 
-    def check(self, done: int) -> None:
-        """Raises ValueError unless all its steps are still to be taken by a run at step `done`."""
-        require(
-            done < self.start,
-            f"--profile {self.start}:{self.stop}: the run is at step {done} already",
-        )
-
 
 class Profiler:
     """Traces the steps of a window into `directory`; without a window it does nothing."""

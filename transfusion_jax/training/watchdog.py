@@ -49,7 +49,7 @@ class Watch:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received == "SIGINT":
+        if number == signal.SIGINT and self._received == "SIGINT":
             raise KeyboardInterrupt
         self._received = signal.Signals(number).name
 

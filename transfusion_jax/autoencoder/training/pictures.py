@@ -16,6 +16,7 @@ from transfusion_jax.data.sources.records import IMAGE
 from transfusion_jax.data.sources.scenes import source as scenes
 from transfusion_jax.data.sources.scenes.scene import SIDES
 from transfusion_jax.errors import require
+from transfusion_jax.files import local_path
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def pictures(experiment: AutoencoderExperiment, split: str) -> Sequence[np.ndarr
             f"digits need model.size=8, model.channels=1, not {size}, {channels}",
         )
         return digits.load(split)[0]
-    if not (experiment.data and Path(experiment.data).is_dir()):
+    if not (experiment.data and local_path(experiment.data).is_dir()):
         raise ValueError(
             f"data={experiment.data!r} is neither 'scenes', 'digits', nor a directory of prepared "
             "pictures"
