@@ -390,7 +390,9 @@ def test_a_worker_starts_in_the_background_and_is_stopped_by_its_number(tmp_path
     shutil.copy(LAUNCH / "rerun.sh", source)
     binaries = home / "transfusion" / "venv" / "bin"
     binaries.mkdir(parents=True)
-    in_turn(binaries, "true", "trap 'kill $!; exit 42' TERM; sleep 60 & wait")
+    ready = tmp_path / "ready"
+    train = f"trap 'kill $!; exit 42' TERM; sleep 60 & touch '{ready}'; wait"
+    in_turn(binaries, "true", train)
 
     def remote(line: str) -> None:
         word = command(dry(line), "gcloud")[-1].removeprefix("--command=")
@@ -399,7 +401,7 @@ def test_a_worker_starts_in_the_background_and_is_stopped_by_its_number(tmp_path
 
     remote("tpu_vm.py run a --zone z -- x.py --run-dir r")
     log = home / "a.log"
-    wait_until(lambda: "train" in " ".join(logged(binaries, "transfusion-jax")))
+    wait_until(ready.exists)
     number = int((home / "a.pid").read_text())
     remote("tpu_vm.py stop a --zone z")
     wait_until(lambda: "exit code" in log.read_text())
