@@ -231,8 +231,8 @@ def test_an_error_of_reading_is_tried_again_and_is_no_damage(state, tmp_path, mo
     ("other", "used"),
     [
         ([None, None], 25),
-        ([[False, "cannot be decoded"], None], 20),  # only this process could read step 25
-        ([[True, "stale file handle"], None], None),
+        ([["damage", "cannot be decoded"], None], 20),  # only this process could read step 25
+        ([["passing", "stale file handle"], None], None),
         ([["missing", "stale file handle"], None], None),  # this process sees the file
     ],
     ids=["readable", "damaged", "unreadable", "not seen"],

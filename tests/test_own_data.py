@@ -215,21 +215,20 @@ def test_sources_prepared_with_other_tokenizers_are_refused(folder, tmp_path, mo
 
 @pytest.mark.slow
 def test_two_processes_prepare_what_one_does(folder, codec, tmp_path):
-    flags = ("--autoencoder", str(codec), "--shard-bytes", "10000")
-    assert prepare(folder, tmp_path / "one", *flags) == 0
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-c", "import sys; from test_own_data import prepare; "
-               "sys.exit(prepare(*sys.argv[1:]))", str(folder), str(tmp_path / "two"), *flags,
-               "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]  # fmt: skip
-    processes = [
-        subprocess.Popen([*command, "--process-id", str(i)], cwd=Path(__file__).parent)
-        for i in range(2)
-    ]
-    assert [process.wait(200) for process in processes] == [0, 0]
-    one, two = (
-        {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.array_record")}
-        for name in ("one", "two")
-    )
+    code = "import sys; from test_own_data import prepare; sys.exit(prepare(*sys.argv[1:]))"
+    given = ("--autoencoder", str(codec), "--shard-bytes", "10000")
+    joining = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id")
+    shards = []
+    for name, flags in (("one", [()]), ("two", [(*joining, "0"), (*joining, "1")])):
+        command = [sys.executable, "-c", code, str(folder), str(tmp_path / name), *given]
+        processes = [
+            subprocess.Popen([*command, *more], cwd=Path(__file__).parent) for more in flags
+        ]
+        assert {process.wait(200) for process in processes} == {0}
+        files = (tmp_path / name / "shards").glob("*.arrayrecord")
+        shards.append({file.name: file.read_bytes() for file in files})
+    one, two = shards
     assert len(one) > 2 and one == two

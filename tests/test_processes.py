@@ -1,6 +1,5 @@
 """Several real processes: they train as one does, stop together, and notice when one is gone."""
 
-import contextlib
 import json
 import os
 import re
@@ -248,14 +247,21 @@ def test_processes_that_do_not_make_a_run_are_one_line(given, message):
     assert all(process.returncode == 1 for process in processes)
 
 
+def connected(port: int) -> socket.socket:
+    """A connection to process 0, once it listens."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+
+
 def test_a_stranger_does_not_disturb_a_roll_call():
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
         zero = pool.submit(call_roll, f"localhost:{port}", 3, 0, 20)
-        while True:
-            with contextlib.suppress(ConnectionRefusedError):
-                stranger = socket.create_connection(("127.0.0.1", port))
-                break
+        stranger = connected(port)
         stranger.sendall(b'{"process": Infinity, "count": 3}\n')
         others = [pool.submit(call_roll, f"localhost:{port}", 3, i, 20) for i in (1, 2)]
         assert [each.result() for each in (zero, *others)] == [None] * 3
@@ -266,10 +272,7 @@ def test_a_process_that_has_died_is_not_present():
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
         zero = pool.submit(call_roll, f"localhost:{port}", 3, 0, 4)
-        while True:
-            with contextlib.suppress(ConnectionRefusedError):
-                first = socket.create_connection(("127.0.0.1", port))
-                break
+        first = connected(port)
         first.sendall(b'{"process": 1, "count": 3}\n')
         first.close()
         two = pool.submit(call_roll, f"localhost:{port}", 3, 2, 4)
@@ -282,10 +285,7 @@ def test_a_process_that_was_started_again_is_no_second_one():
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
         zero = pool.submit(call_roll, f"localhost:{port}", 3, 0, 20)
-        while True:
-            with contextlib.suppress(ConnectionRefusedError):
-                first = socket.create_connection(("127.0.0.1", port))
-                break
+        first = connected(port)
         first.sendall(b'{"process": 1, "count": 3}\n')
         first.close()  # it has died
         others = [pool.submit(call_roll, f"localhost:{port}", 3, i, 20) for i in (1, 2)]

@@ -55,8 +55,8 @@ FAULTS = (
     Fault(
         "a checkpoint that one process cannot read is damaged",
         "training/checkpoint.py",
-        "if problem and (problem[0] is True or",
-        "if problem and (False or",
+        'problem[0] != "damage" and not nobody_sees:',
+        "False:",
         "checkpoint",
     ),
     Fault(

@@ -29,8 +29,7 @@ from transfusion_jax.training.state import AnyState
 from transfusion_jax.training.storage_errors import (
     as_line,
     failure,
-    is_missing,
-    may_pass,
+    kind_of,
     out_of_memory,
 )
 
@@ -272,17 +271,16 @@ def _load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
     error = failure(load)
     for seconds in RETRIES:
-        if error is None or not (may_pass(error) or is_missing(error)):
+        if error is None or kind_of(error) == "damage":
             break
         time.sleep(seconds)
         error = failure(load)
     if error is not None and out_of_memory(error):
         raise error
-    kind = error and ("missing" if is_missing(error) else may_pass(error))
-    found = gathered(None if error is None else [kind, as_line(error)])
-    some_see = any(not problem or problem[0] != "missing" for problem in found)
+    found = gathered(None if error is None else [kind_of(error), as_line(error)])
+    nobody_sees = all(problem and problem[0] == "missing" for problem in found)
     for process, problem in enumerate(found):
-        if problem and (problem[0] is True or (problem[0] == "missing" and some_see)):
+        if problem and problem[0] != "damage" and not nobody_sees:
             raise CheckpointUnreadable(
                 f"process {process} cannot read checkpoint {path} ({problem[1]}); nothing was "
                 "changed; the same command tries again"

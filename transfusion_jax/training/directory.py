@@ -23,6 +23,7 @@ CONFIG = "config.json"
 # What an interrupted start can leave behind, before there is a config.
 STARTED = ("tokenizer.model", "ledger.json", "autoencoder", "lock")
 
+# And of one that was killed, or ended by its watchdog.
 LEFT = r"\.partial$|^stacks-\d+\.txt$"
 
 Fingerprints = tuple[tuple[str, str], ...]

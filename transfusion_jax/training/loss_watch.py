@@ -13,8 +13,8 @@ chance where progress is slow; noise hides progress through two only where there
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 NORMAL = 1.4826
@@ -101,8 +101,8 @@ class LossWatcher:
         watch = self.watch
         if not watch.spike_deviations or 2 * len(self._recent) < watch.spike_window:
             return []
-        middle = _median(self._recent)
-        deviation = NORMAL * _median([abs(x - middle) for x in self._recent])
+        middle = median(self._recent)
+        deviation = NORMAL * median([abs(x - middle) for x in self._recent])
         bound = middle + watch.spike_deviations * max(deviation, FLOOR * abs(middle))
         before = self._above
         self._above = loss > bound
@@ -129,7 +129,7 @@ class LossWatcher:
         self._block.append(loss)
         if len(self._block) < size:
             return []
-        middle = _median(self._block)
+        middle = median(self._block)
         self._block = []
         if middle < self._lowest:
             self._lowest = middle
@@ -144,9 +144,3 @@ class LossWatcher:
         )
         numbers = {"loss": loss, "median": middle, "lowest_median": self._lowest}
         return [Event(step, "stall", text, numbers)]
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

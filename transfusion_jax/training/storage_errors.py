@@ -17,16 +17,16 @@ def failure(function: Callable[[], Any]) -> Exception | None:
     return None
 
 
-def may_pass(error: Exception) -> bool:
-    """Whether an error is one of reading, which says nothing of what is stored."""
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-        return True
-    return any(sign in str(error) for sign in TRANSIENT)
+def kind_of(error: Exception) -> str:
+    """What an error of reading says: "damage" of what is stored, or nothing of it.
 
-
-def is_missing(error: Exception) -> bool:
-    """Whether a file is not there; on a network file system, another host may see it."""
-    return isinstance(error, FileNotFoundError) or "NOT_FOUND" in str(error)
+    "passing": reading failed, and may succeed later. "missing": a file is not there; on a network
+    file system, another host may see it.
+    """
+    if isinstance(error, FileNotFoundError) or "NOT_FOUND" in str(error):
+        return "missing"
+    passing = isinstance(error, OSError) or any(sign in str(error) for sign in TRANSIENT)
+    return "passing" if passing else "damage"
 
 
 def out_of_memory(error: Exception) -> bool:

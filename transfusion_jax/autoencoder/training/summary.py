@@ -18,6 +18,7 @@ from transfusion_jax.autoencoder.training.judges import Judges
 from transfusion_jax.autoencoder.training.reconstruction import compare, write_grid
 from transfusion_jax.autoencoder.training.state import Blueprint, State
 from transfusion_jax.files import write_atomic
+from transfusion_jax.parallel.processes import is_leader
 
 SHOWN = 16  # held-out pictures on a PNG
 MEASURED = 5_000  # held-out pictures that are measured, at most
@@ -128,7 +129,7 @@ def finish(
         "steps": blueprint.experiment.train.steps,
         "train_seconds": round(seconds, 1),
     }
-    if jax.process_index() == 0:
+    if is_leader():
         show(reconstruct, parameters, held_out, directory / "samples" / "reconstructions.png")
         save_codec(
             directory / "autoencoder",
