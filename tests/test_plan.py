@@ -100,14 +100,16 @@ def test_bad_input_is_one_line(capsys, small, tmp_path, monkeypatch):
 
 @needs_libtpu
 def test_sums_over_devices_stay_in_the_loop_over_microbatches(small, tmp_path):
-    """Behind the loop, XLA for TPU has given wrong gradients of embeddings."""
+    """Behind the loop, XLA for TPU has given wrong gradients of embeddings: it moves the sum of
+    their gradient and of the output projection's there, 8 % of these bytes."""
     sent = []
     for parts in ("1", "2"):
         file = tmp_path / f"{parts}.json"
-        flags = ["--mesh.data", "4", "--mesh.fsdp", "1", "--train.accumulation", parts]
+        flags = "--mesh.data 4 --mesh.fsdp 1 --data.batch-rows 16 --data.row-length 512".split()
+        flags += ["--train.vocab-chunk", "512", "--train.accumulation", parts]
         assert main(["plan", small, *flags, "--json", str(file)]) == 0
         sent.append(json.loads(file.read_text())["collective_bytes"]["all-reduce"])
-    assert sent[1] >= 1.9 * sent[0]
+    assert sent[1] == pytest.approx(2 * sent[0], rel=0.001)
 
 
 @needs_libtpu
