@@ -10,14 +10,20 @@ from transfusion_jax.config import DiffusionConfig, SamplerConfig
 from transfusion_jax.diffusion.prediction import PREDICTIONS, Epsilon
 from transfusion_jax.diffusion.process import Process, draw_training_noise, process
 from transfusion_jax.diffusion.sampler import Sampler, sampler, timesteps
-from transfusion_jax.diffusion.schedule import SCHEDULES, Cosine, Flow
+from transfusion_jax.diffusion.schedule import SCHEDULES, Cosine, Flow, Linear
 
 COSINE = Cosine(1000)
 PAIRS = list(itertools.product(SCHEDULES, PREDICTIONS))
 
 
 @pytest.mark.parametrize(
-    "field, registry", [("schedule", SCHEDULES), ("prediction", PREDICTIONS)], ids=str
+    "field, registry",
+    [
+        ("schedule", SCHEDULES),
+        ("prediction", PREDICTIONS),
+        ("loss", {"prediction", "min_snr", *PREDICTIONS}),
+    ],
+    ids=str,
 )
 def test_the_config_names_what_there_is(field, registry):
     """The config cannot import the registries, which need jax, so it repeats their names."""
@@ -43,12 +49,33 @@ def test_flow_schedule_is_a_straight_line():
     np.testing.assert_allclose(Flow(1000).sigma(jnp.asarray(t)), (t + 1) / 1000, atol=1e-7)
 
 
+def test_linear_schedule_is_ho_et_al():
+    """alpha_bar_t = prod (1 - beta_s), added up in logarithms; T = 100 spans the same noise."""
+    beta = 1e-4 + (0.02 - 1e-4) * np.arange(1000) / 999
+    expected = np.exp(0.5 * np.cumsum(np.log1p(-beta)))
+    np.testing.assert_allclose(Linear(1000).alpha(jnp.arange(1000)), expected, rtol=1e-5)
+    assert float(Linear(1000).alpha(jnp.int32(999))) == pytest.approx(0.00635, rel=0.01)
+    assert float(Linear(100).alpha(jnp.int32(99))) == pytest.approx(0.0047, rel=0.05)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_noise_grows_and_signal_shrinks(name):
-    schedule, t = SCHEDULES[name](1000), jnp.arange(-1, 1000)
+@pytest.mark.parametrize("scale", [0.25, 9.0])
+def test_a_scaled_schedule_has_scaled_signal_to_noise_ratios(name, scale):
+    t = jnp.arange(0, 990)
+    plain, scaled = SCHEDULES[name](1000), SCHEDULES[name](1000, scale)
+    ratio = [np.square(np.asarray(s.alpha(t), np.float64) / s.sigma(t)) for s in (plain, scaled)]
+    np.testing.assert_allclose(ratio[1], scale * ratio[0], rtol=1e-4)
+    order = 1 if name == "flow" else 2
+    np.testing.assert_allclose(scaled.alpha(t) ** order + scaled.sigma(t) ** order, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_grows_and_signal_shrinks(name, scale):
+    schedule, t = SCHEDULES[name](1000, scale), jnp.arange(-1, 1000)
     assert (np.diff(schedule.alpha(t)) < 0).all() and (np.diff(schedule.sigma(t)) >= 0).all()
     assert float(schedule.alpha(jnp.int32(-1))) == 1 and float(schedule.sigma(jnp.int32(-1))) == 0
-    if name == "cosine":
+    if name != "flow":
         np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1.0, atol=1e-6)
 
 
@@ -56,6 +83,7 @@ TARGETS = {
     "epsilon": lambda clean, noise, alpha, sigma: noise,
     "v": lambda clean, noise, alpha, sigma: alpha * noise - sigma * clean,
     "flow": lambda clean, noise, alpha, sigma: noise - clean,
+    "x": lambda clean, noise, alpha, sigma: clean,
 }
 
 
@@ -84,6 +112,53 @@ def test_the_true_target_gives_back_image_and_noise(pair):
     got_clean, got_noise = diffusion.split(x_t, diffusion.target(clean, noise, t), t)
     np.testing.assert_allclose(got_clean, clean, atol=1e-4)
     np.testing.assert_allclose(got_noise, noise, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("loss", TARGETS)
+def test_a_loss_is_the_error_of_what_it_names(pair, loss):
+    """The weighted error of any prediction is the error of `loss` computed from that prediction."""
+    diffusion = process(DiffusionConfig(pair[0], 1000, pair[1], loss))
+    schedule = SCHEDULES[pair[0]](1000)
+    t = jnp.asarray([60, 200, 400, 600, 700], jnp.int32)  # alpha and sigma above their least
+    clean, noise, error = jax.random.normal(jax.random.key(0), (3, 5, 4, 4, 2))
+    x_t = diffusion.corrupt(clean, noise, t)
+    target = diffusion.target(clean, noise, t)
+    predicted = target + 0.1 * error
+    coefficients = (
+        np.asarray(x)[:, None, None, None] for x in (schedule.alpha(t), schedule.sigma(t))
+    )
+    alpha, sigma = coefficients
+    of_truth = TARGETS[loss](clean, noise, alpha, sigma)
+    of_prediction = TARGETS[loss](*diffusion.split(x_t, predicted, t), alpha, sigma)
+    expected = np.square(of_prediction - of_truth).mean((1, 2, 3))
+    got = diffusion.loss_weight(t) * np.square(predicted - target).mean((1, 2, 3))
+    np.testing.assert_allclose(got, expected, rtol=2e-3)
+
+
+def test_a_loss_of_the_prediction_itself_is_not_weighted():
+    for name in PREDICTIONS:
+        diffusion = process(DiffusionConfig("cosine", 1000, name))
+        np.testing.assert_array_equal(diffusion.loss_weight(jnp.arange(1000)), 1.0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weights_are_those_of_hang_et_al(prediction):
+    """Section 3.4: min(SNR, gamma) for x, over SNR for epsilon, over SNR + 1 for v."""
+    diffusion = process(DiffusionConfig("cosine", 1000, prediction, "min_snr", min_snr_gamma=3.0))
+    t = jnp.arange(40, 960)
+    snr = np.square(np.asarray(COSINE.alpha(t), np.float64) / COSINE.sigma(t))
+    flow = np.square(1 + np.sqrt(snr))  # u = epsilon - x_0: error (1 + alpha / sigma) times of x_0
+    divisor = {"x": 1, "epsilon": snr, "v": snr + 1, "flow": flow}[prediction]
+    np.testing.assert_allclose(diffusion.loss_weight(t), np.minimum(snr, 3) / divisor, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["min_snr", *PREDICTIONS])
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_loss_weights_are_finite_at_every_timestep(pair, loss):
+    """LEAST bounds what they divide by: at most 1 / 0.05, squared, twice that for a flow."""
+    weight = process(DiffusionConfig(pair[0], 1000, pair[1], loss)).loss_weight(jnp.arange(1000))
+    assert np.isfinite(weight).all() and (weight > 0).all() and (weight < 1000).all()
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -138,7 +213,15 @@ def test_a_clipped_image_has_the_noise_that_leads_to_it(pair):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(
-    "pair", [("cosine", "epsilon"), ("cosine", "v"), ("flow", "flow"), ("flow", "epsilon")], ids=str
+    "pair",
+    [
+        ("cosine", "epsilon"),
+        ("cosine", "v"),
+        ("cosine", "x"),
+        ("flow", "flow"),
+        ("flow", "epsilon"),
+    ],
+    ids=str,
 )
 def test_sampler_returns_the_data_distribution_for_the_optimal_predictor(eta, pair):
     """For data N(m, C) the best prediction is linear in x_t; with it, samples have mean m and

@@ -8,7 +8,14 @@ import optax
 import packings
 import pytest
 
-from transfusion_jax.config import Experiment, ImageConfig, MeshConfig, ModelConfig, TrainConfig
+from transfusion_jax.config import (
+    DiffusionConfig,
+    Experiment,
+    ImageConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.model.build import build
 from transfusion_jax.model.interface import Model
@@ -89,20 +96,25 @@ def test_no_images_and_no_text_are_loss_zero():
 
 def test_image_loss_is_a_mean_over_elements():
     zeros = jnp.zeros((2, 3, 4, 4, 2))
-    np.testing.assert_allclose(image_loss(zeros + 2, zeros), np.full((2, 3), 4.0))
+    np.testing.assert_allclose(
+        image_loss(zeros + 2, zeros, jnp.full((2, 3), 0.5)), np.full((2, 3), 2.0)
+    )
 
 
-def test_the_losses_of_a_model_are_those_of_its_predictions():
-    """Every image has its own timestep: the corrupted image goes in, and the noise is the
-    target."""
+@pytest.mark.parametrize("loss", ["prediction", "x"])
+def test_the_losses_of_a_model_are_those_of_its_predictions(loss):
+    """Every image has its own timestep: the corrupted image goes in, and the noise is the target.
+    An error of x is sigma / alpha times that of the noise."""
     config = ModelConfig(
         layers=1, width=32, heads=2, mlp_width=48, vocab_size=32, compute_dtype="float32"
     )
-    model = build(Experiment("test", image=ImageConfig(4, 4, 1, 2), model=config), 0)
+    diffusion = DiffusionConfig(loss=loss)
+    image = ImageConfig(4, 4, 1, 2)
+    model = build(Experiment("test", image=image, model=config, diffusion=diffusion), 0)
     shape = model.patches.out_DZ.shape
     model.patches.out_DZ[...] = 0.1 * jax.random.normal(jax.random.key(1), shape)
     batch = jax.tree.map(jnp.asarray, packings.batch(["tItIt", "ttt|It"]))
-    t = jnp.asarray(np.random.default_rng(0).integers(0, 1000, batch.image_start_BM.shape))
+    t = jnp.asarray(np.random.default_rng(0).integers(100, 900, batch.image_start_BM.shape))
     noise = jax.random.normal(jax.random.key(2), batch.latents_BMhwc.shape)
     u = (np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2
     alpha_bar = (np.cos(u) ** 2 / np.cos(u[0]) ** 2)[np.asarray(t) + 1][..., None, None, None]
@@ -110,6 +122,8 @@ def test_the_losses_of_a_model_are_those_of_its_predictions():
     hidden, predicted = model(batch, noisy.astype(jnp.float32), t)
     losses = model.losses(batch, Noise(t, noise), 36)
     expected = np.mean(np.square(np.asarray(predicted) - np.asarray(noise)), axis=(2, 3, 4))
+    if loss == "x":
+        expected = expected * (1 / alpha_bar - 1)[..., 0, 0, 0]
     real = np.asarray(batch.image_weight_BM) > 0
     assert real.sum() == 3
     np.testing.assert_allclose(losses["image"][real], expected[real], rtol=1e-4)

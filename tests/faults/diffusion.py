@@ -4,6 +4,48 @@ from faults.fault import Fault
 
 FAULTS = (
     Fault(
+        "linear betas of another T are not rescaled",
+        "diffusion/schedule.py",
+        "np.linspace(1e-4, 0.02, self.steps) * 1000 / self.steps",
+        "np.linspace(1e-4, 0.02, self.steps)",
+        "diffusion",
+    ),
+    Fault(
+        "the scale of the signal-to-noise ratio is one of amplitudes",
+        "diffusion/schedule.py",
+        "sigma / np.sqrt(self.snr_scale)",
+        "sigma / self.snr_scale",
+        "diffusion",
+    ),
+    Fault(
+        "loss weights of errors, not of their squares",
+        "diffusion/process.py",
+        "PREDICTIONS[self.loss].gain(alpha, sigma) ** 2",
+        "PREDICTIONS[self.loss].gain(alpha, sigma)",
+        "diffusion",
+    ),
+    Fault(
+        "min-SNR without its minimum",
+        "diffusion/process.py",
+        "np.minimum((alpha / sigma) ** 2, self.min_snr_gamma)",
+        "(alpha / sigma) ** 2",
+        "diffusion",
+    ),
+    Fault(
+        "loss weights of the timestep after",
+        "diffusion/process.py",
+        "jnp.asarray(weight.astype(np.float32))[t]",
+        "jnp.asarray(weight.astype(np.float32))[t + 1]",
+        "diffusion",
+    ),
+    Fault(
+        "the loss is not weighted",
+        "model/transfusion.py",
+        "predicted_BMhwc, target_BMhwc, self.process.loss_weight(noise.t_BM)",
+        "predicted_BMhwc, target_BMhwc, jnp.ones_like(self.process.loss_weight(noise.t_BM))",
+        "objective",
+    ),
+    Fault(
         "cosine without its offset",
         "diffusion/schedule.py",
         "np.cos((u + 0.008) / 1.008 * np.pi / 2)",

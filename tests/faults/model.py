@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "image loss is a sum",
         "model/losses.py",
-        "return jnp.mean(jnp.square(predicted_BMhwc - target_BMhwc)",
-        "return jnp.sum(jnp.square(predicted_BMhwc - target_BMhwc)",
+        "weight_BM * jnp.mean(jnp.square(predicted_BMhwc - target_BMhwc)",
+        "weight_BM * jnp.sum(jnp.square(predicted_BMhwc - target_BMhwc)",
         "objective",
     ),
     Fault(

@@ -9,12 +9,23 @@ from transfusion_jax.errors import require
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    schedule: Literal["cosine", "flow"] = "cosine"
-    """How signal and noise mix over time: variance-preserving cosine, or a straight line (flow)."""
+    schedule: Literal["cosine", "linear", "flow"] = "cosine"
+    """How signal and noise mix over time: variance-preserving, with a cosine (the paper) or with
+    linearly rising beta (DDPM), or in a straight line (flow)."""
     steps: int = 1000
     """T: training timesteps, 0 (almost clean) to T - 1 (almost noise)."""
-    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
-    """What the model predicts of an image: its noise (the paper), v, or the velocity of a flow."""
+    prediction: Literal["epsilon", "v", "flow", "x"] = "epsilon"
+    """What the model predicts of an image: its noise (the paper), v, the velocity of a flow, or the
+    clean image (x)."""
+    loss: Literal["prediction", "epsilon", "v", "flow", "x", "min_snr"] = "prediction"
+    """What the squared error is of: the prediction, or another quantity, computed from it, which
+    weighs timesteps differently. `min_snr` is the error of x weighted by min(SNR, min_snr_gamma)
+    (Hang et al. 2023, arXiv 2303.09556)."""
+    min_snr_gamma: float = 5.0
+    """The largest weight of `min_snr`."""
+    snr_scale: float = 1.0
+    """Multiplies the schedule's signal-to-noise ratio (`diffusion/schedule.py`). Below 1 there is
+    more noise, for large pictures; above 1 there is less, for pictures of few pixels."""
     noise_limit: int = 0
     """Timesteps of an image that something follows, as its caption does, are drawn below this (500
     in Table 8). 0 and T switch it off, as in the controlled setting of section 4.1."""
@@ -25,6 +36,10 @@ class DiffusionConfig:
             0 <= self.noise_limit <= self.steps,
             f"diffusion.noise_limit={self.noise_limit} must be in 0..diffusion.steps={self.steps}",
         )
+
+        for name in ("snr_scale", "min_snr_gamma"):
+            value = getattr(self, name)
+            require(value > 0, f"diffusion.{name}={value} must be positive")
 
     @property
     def context_limit(self) -> int:

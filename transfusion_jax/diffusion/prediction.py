@@ -1,12 +1,17 @@
 """What the network predicts from x_t = alpha x_0 + sigma epsilon, and x_0 and epsilon from that.
 
     epsilon                            (Ho et al. 2020, equation 14)
+    x_0                                (Salimans & Ho 2022; for raw pixels: Li & He 2025)
     v = alpha epsilon - sigma x_0      (Salimans & Ho 2022, appendix D)
     u = epsilon - x_0                  (Liu et al. 2022)
 
 The definition of x_t and that of the prediction are two linear equations in x_0 and epsilon. Their
 solutions below assume neither alpha^2 + sigma^2 = 1 nor alpha + sigma = 1, so every prediction goes
 with every schedule.
+
+At a given x_t, an error e of x_0 is an error of -(alpha / sigma) e of epsilon, and so on: squared
+errors of two predictions differ by a factor that depends on the timestep alone, the ratio of their
+`gain`.
 
 A new prediction is one class, and one entry of `PREDICTIONS`.
 """
@@ -16,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -31,6 +37,26 @@ class Prediction(abc.ABC):
         self, x_t: Array, predicted: Array, alpha: Array, sigma: Array
     ) -> tuple[Array, Array]:
         """(x_0, epsilon) of a prediction."""
+
+    @abc.abstractmethod
+    def gain(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        """The size of the prediction's error for an error of 1 of x_0, x_t being given."""
+
+
+@dataclass(frozen=True)
+class Clean(Prediction):
+    """x_0 itself; epsilon = (x_t - alpha x_0) / sigma."""
+
+    def target(self, clean: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
+        return clean
+
+    def split(
+        self, x_t: Array, predicted: Array, alpha: Array, sigma: Array
+    ) -> tuple[Array, Array]:
+        return predicted, (x_t - alpha * predicted) / sigma
+
+    def gain(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        return np.ones_like(alpha)
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,9 @@ class Epsilon(Prediction):
         clean = (x_t - sigma * predicted) / jnp.where(known, alpha, 1.0)
         return jnp.where(known, clean, 0.0), predicted
 
+    def gain(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        return alpha / sigma
+
 
 @dataclass(frozen=True)
 class V(Prediction):
@@ -66,6 +95,9 @@ class V(Prediction):
         n = alpha**2 + sigma**2
         return (alpha * x_t - sigma * predicted) / n, (sigma * x_t + alpha * predicted) / n
 
+    def gain(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        return (alpha**2 + sigma**2) / sigma
+
 
 @dataclass(frozen=True)
 class Velocity(Prediction):
@@ -80,6 +112,14 @@ class Velocity(Prediction):
         n = alpha + sigma
         return (x_t - sigma * predicted) / n, (x_t + alpha * predicted) / n
 
+    def gain(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        return (alpha + sigma) / sigma
 
-PREDICTIONS: Mapping[str, Prediction] = {"epsilon": Epsilon(), "v": V(), "flow": Velocity()}
+
+PREDICTIONS: Mapping[str, Prediction] = {
+    "epsilon": Epsilon(),
+    "v": V(),
+    "flow": Velocity(),
+    "x": Clean(),
+}
 """By the names of `diffusion.prediction`."""

@@ -5,12 +5,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from transfusion_jax.config import DiffusionConfig
 from transfusion_jax.diffusion.prediction import PREDICTIONS, Prediction
 from transfusion_jax.diffusion.schedule import SCHEDULES, Schedule
 from transfusion_jax.shapes import BM, BMhwc
+
+LEAST = 0.05
+"""alpha and sigma are at least this where loss weights divide by them (Li & He 2025, arXiv
+2511.13720, for sigma)."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,10 @@ class Process:
 
     schedule: Schedule
     prediction: Prediction
+    loss: str = "prediction"
+    """As `diffusion.loss`."""
+    min_snr_gamma: float = 5.0
+    """As `diffusion.min_snr_gamma`."""
 
     def corrupt(self, clean: Array, noise: Array, t: Array) -> Array:
         """x_t."""
@@ -33,6 +42,18 @@ class Process:
         """(x_0, epsilon) of a prediction."""
         return self.prediction.split(x_t, predicted, *self._coefficients(t, x_t.ndim))
 
+    def loss_weight(self, t: Array) -> Array:
+        """What the squared error of a prediction is multiplied with, in float32, any shape."""
+        if self.loss == "prediction":
+            return jnp.ones(t.shape, jnp.float32)
+        alpha, sigma = (np.maximum(x[1:], LEAST) for x in self.schedule.table())
+        if self.loss == "min_snr":
+            of_clean = np.minimum((alpha / sigma) ** 2, self.min_snr_gamma)
+        else:
+            of_clean = PREDICTIONS[self.loss].gain(alpha, sigma) ** 2
+        weight = of_clean / self.prediction.gain(alpha, sigma) ** 2
+        return jnp.asarray(weight.astype(np.float32))[t]
+
     def _coefficients(self, t: Array, rank: int) -> tuple[Array, Array]:
         shape = t.shape + (1,) * (rank - t.ndim)
         return self.schedule.alpha(t).reshape(shape), self.schedule.sigma(t).reshape(shape)
@@ -40,7 +61,12 @@ class Process:
 
 def process(config: DiffusionConfig) -> Process:
     """The process of these names."""
-    return Process(SCHEDULES[config.schedule](config.steps), PREDICTIONS[config.prediction])
+    return Process(
+        SCHEDULES[config.schedule](config.steps, config.snr_scale),
+        PREDICTIONS[config.prediction],
+        config.loss,
+        config.min_snr_gamma,
+    )
 
 
 class Noise(NamedTuple):

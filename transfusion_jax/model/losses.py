@@ -36,6 +36,6 @@ def text_loss(
     return jnp.moveaxis(loss, 0, 2).reshape(B, L + pad)[:, :L]
 
 
-def image_loss(predicted_BMhwc: BMhwc, target_BMhwc: BMhwc) -> FloatBM:
-    """Mean squared error of every image slot, over the image's elements."""
-    return jnp.mean(jnp.square(predicted_BMhwc - target_BMhwc), axis=(-3, -2, -1))
+def image_loss(predicted_BMhwc: BMhwc, target_BMhwc: BMhwc, weight_BM: Array) -> FloatBM:
+    """Mean squared error of every image slot, over the image's elements, times a weight."""
+    return weight_BM * jnp.mean(jnp.square(predicted_BMhwc - target_BMhwc), axis=(-3, -2, -1))

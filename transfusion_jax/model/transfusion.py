@@ -69,7 +69,9 @@ class Transfusion(nnx.Module):
         with jax.named_scope("text_loss"):
             text_BL = text_loss(hidden_BLD, batch.text_target_BL, self.head(), vocab_chunk)
         with jax.named_scope("image_loss"):
-            image_BM = image_loss(predicted_BMhwc, target_BMhwc)
+            image_BM = image_loss(
+                predicted_BMhwc, target_BMhwc, self.process.loss_weight(noise.t_BM)
+            )
         return {"text": text_BL, "image": image_BM}
 
     def weights(self, batch: Batch) -> dict[str, Array]:
