@@ -11,14 +11,22 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = {
     "attention_blocks": "--rows 1 --length 512 --blocks 128 --heads 1 --kv-heads 1",
+    "attention_parity": "",
+    "gpu": "--try --only 0.16B/ours-minimal",
     "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
     "processes": "--width 64 --layers 1 --length 300 --rows 2 --steps 1 --rounds 1",
     "read_rows": "--rows 16 --pairs 64",
     "scale": "--documents 40000 --starts 1",
+    "torch_peer": "--width 64 --layers 1 --length 300 --batch 1 --steps 1 --no-compile",
     "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
     "week": "--faults 2 --steps 40",
 }
 SLOW = {"week"}
+NEEDS = {
+    "attention_blocks": "libtpu",
+    "attention_parity": "tokamax",
+    "torch_peer": "torch",
+}
 
 
 def test_all_benchmarks_are_run_here():
@@ -30,12 +38,26 @@ def test_all_benchmarks_are_run_here():
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ARGUMENTS],
 )
 def test_a_benchmark_runs(name, tmp_path):
-    if name == "attention_blocks":
-        pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed")
     command = [sys.executable, BENCHMARKS / f"{name}.py", *ARGUMENTS[name].split()]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout
+
+
+def test_the_table_of_a_gpu_has_ratios_and_failures():
+    gpu = run_path(str(BENCHMARKS / "gpu.py"))
+    ours = {"tokens_per_second": 300.0, "utilisation": 0.5, "memory_gib": 20.0}
+    torch = {"tokens_per_second": 200.0, "memory_gib": 10.0}
+    found = {"parity": {"right": False}, "S/ours": ours, "S/torch": torch, "T/ours": None}
+    lines = [line.split() for line in gpu["table"](found).splitlines()[1:]]
+    assert lines == [
+        ["parity", "NOT", "right"],
+        ["S/ours", "300", "50.0%", "20.0", "1.50"],
+        ["S/torch", "200", "10.0", "1.00"],
+        ["T/ours", "failed"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,9 @@ def as_peer(parameters: dict) -> dict:
     return {f"{name}.weight": torch.from_numpy(np.array(x)) for name, x in named.items()}
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "flex", "remat"), [(4, False, False), (2, False, True), (4, True, False)]
-)
-def test_losses_and_gradients_equal_ours(peer, kv_heads, flex, remat):
+@pytest.mark.parametrize(("kv_heads", "remat"), [(4, False), (2, True)])
+def test_losses_and_gradients_equal_ours(peer, kv_heads, remat):
+    """FlexAttention has no backward pass on a CPU, so its loss alone is compared."""
     experiment = shapes(kv_heads)
     plan = tiny.planned(experiment)
     parameters = tiny.random_parameters(plan, seed=6)
@@ -86,12 +85,15 @@ def test_losses_and_gradients_equal_ours(peer, kv_heads, flex, remat):
     missing = model.load_state_dict(as_peer(jax.device_get(parameters)), strict=False)
     assert not missing.unexpected_keys
     assert set(missing.missing_keys) == {"alpha", "sigma", "rope", "waves"}
-    loss, text, image = model(
+    arrays = (
         peer.tensors(rows, "cpu"),
         torch.from_numpy(np.array(noise.noise_BMhwc)),
         torch.from_numpy(np.array(noise.t_BM)).long(),
-        peer.Intervals(4, 96, "cpu", flex),
     )
+    with torch.no_grad():
+        flex, _, _ = model(*arrays, peer.Intervals(4, 96, "cpu", flex=True))
+    loss, text, image = model(*arrays, peer.Intervals(4, 96, "cpu", flex=False))
+    assert flex.item() == pytest.approx(float(expected), rel=1e-5)
     assert loss.item() == pytest.approx(float(expected), rel=1e-5)
     assert text > 0 and image > 0
     loss.backward()
