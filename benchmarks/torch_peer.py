@@ -47,8 +47,10 @@ class Intervals:
             torch.compile(create_block_mask) if device == "cuda" else create_block_mask
         )
 
+        start, end = self.start, self.end
+
         def sees(b, h, q, k):
-            return (k >= self.start[b, q]) & (k < self.end[b, q])
+            return (k >= start[b, q]) & (k < end[b, q])
 
         self.sees = sees
 
@@ -178,7 +180,7 @@ class Transfusion(nn.Module):
         x = F.pad(x_BLD, (0, 0, 0, self.image.patches))
         x = x.scatter(1, at_BQ[:, :, None].expand_as(vectors_BQD), vectors_BQD)
         angle = batch["position_BL"][:, :, None, None].float() * self.rope
-        return x[:, : x_BLD.shape[1]], angle.cos(), angle.sin()
+        return x[:, : x_BLD.shape[1]].contiguous(), angle.cos(), angle.sin()
 
     def losses(self, x_BLD, batch, noise, at_BQ):
         hidden_BLD = self.norm(x_BLD)

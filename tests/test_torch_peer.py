@@ -17,6 +17,8 @@ from transfusion_jax.diffusion.process import draw_training_noise
 from transfusion_jax.pretraining.objective import batch_losses
 
 torch = pytest.importorskip("torch")
+# On a CPU its slow version is meant.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
