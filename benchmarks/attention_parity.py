@@ -130,7 +130,10 @@ def timings(kernels: list[str], on_gpu: bool, seed: int) -> None:
     intervals = random_intervals(rng, rows, length, patches)
     arrays = random_arrays(rng, rows, length, heads, heads, 64, "bfloat16")
     for kernel in kernels:
-        attend = functools.partial(tokamax_attention, implementation=kernel)
+        own = not kernel.endswith("'s own")
+        attend = functools.partial(
+            tokamax_attention, implementation=kernel.split("/")[0], own_backward=own
+        )
         forward = jax.jit(
             lambda q, k, v, d_out, intervals, attend=attend: attend(q, k, v, intervals)
         )
@@ -156,7 +159,7 @@ def main() -> int:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, seed {args.seed}")
     print("errors of the output and of the gradients of q, k, v")
     right = check(kernels, on_gpu, args.seed)
-    timings(kernels, on_gpu, args.seed)
+    timings([*kernels, f"{kernels[0]}/tokamax's own"], on_gpu, args.seed)
     print(f"parity: {'all right' if right else 'NOT right'}", flush=True)
     if args.json:
         with open(args.json, "a") as file:

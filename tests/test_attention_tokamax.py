@@ -132,17 +132,17 @@ MOSAIC = "mosaic_gpu"
 
 
 @pytest.mark.parametrize(
-    "gpu, dtype, kernel, other",
+    "gpu, dtype, mosaic, triton",
     [
-        (A100, "bfloat16", TRITON, MOSAIC),
-        (H100, "bfloat16", MOSAIC, TRITON),
-        (B200, "bfloat16", MOSAIC, TRITON),
-        (H100, "float32", TRITON, MOSAIC),
+        (A100, "bfloat16", 0, 3),
+        (H100, "bfloat16", 1, 2),
+        (B200, "bfloat16", 1, 2),
+        (H100, "float32", 0, 3),
     ],
     ids=lambda x: x.device_kind.split()[1][:4] if isinstance(x, Gpu) else None,
 )
-def test_it_lowers_to_kernels_without_a_gpu(monkeypatch, gpu, dtype, kernel, other):
-    """Forward and backward; outside the kernels, no L x S array but Triton's mask."""
+def test_it_lowers_to_kernels_without_a_gpu(monkeypatch, gpu, dtype, mosaic, triton):
+    """tokamax's forward, our two backward; outside the kernels, no L x S array."""
     monkeypatch.setattr(backend, "get_default_device", lambda: gpu)
     L, N, H = 384, 4, 64
     q, k = (jax.ShapeDtypeStruct((2, L, heads, H), dtype) for heads in (N, 2))
@@ -157,10 +157,9 @@ def test_it_lowers_to_kernels_without_a_gpu(monkeypatch, gpu, dtype, kernel, oth
     with jax.sharding.use_abstract_mesh(mesh):
         traced = program("tokamax", False).trace(q, k, k, q, bound, bound)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count(f"custom_call @{kernel}") >= 2
-    assert f"custom_call @{other}" not in text
-    assert not any(f"{L}x{L}x{scores}" in text for scores in ("f32", "bf16"))
-    assert (f"{L}x{L}xi1" in text) == (kernel == TRITON)
+    kernels = [text.count(f"custom_call @{name}") for name in (MOSAIC, TRITON)]
+    assert kernels == [mosaic, triton]
+    assert f"{L}x{L}x" not in text
 
 
 @pytest.mark.skipif(all(d.platform != "gpu" for d in jax.devices()), reason="needs a GPU")

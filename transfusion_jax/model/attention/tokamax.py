@@ -4,7 +4,7 @@ function does not.
 Which kernel runs is chosen here and never falls back: Mosaic for bfloat16 on Hopper and on
 Blackwell of the data centre, else Triton, from Ampere on. In the forward pass both skip the blocks
 that lie outside every interval of a block of queries. In the backward pass neither does, and Triton
-reads the mask as booleans, [B, L, S] of them.
+reads the mask as booleans, [B, L, S] of them: so that pass is ours (`triton_backward.py`).
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from transfusion_jax.model.attention.intervals import Intervals
+from transfusion_jax.model.attention.remat import kept
+from transfusion_jax.model.attention.triton_backward import gradients
 
 
 def tokamax_attention(
@@ -24,12 +26,14 @@ def tokamax_attention(
     intervals: Intervals,
     *,
     implementation: str | None = None,
+    own_backward: bool = True,
 ) -> Array:
     """Same contract as `attention`, on one device.
 
     Args:
       implementation: tokamax's name of a kernel, "mosaic_gpu" or "triton"; None takes the one for
         this GPU. "xla" runs on any platform and builds all the scores; for tests.
+      own_backward: skip blocks in the backward pass too; False is tokamax's, to measure it.
 
     Raises:
       ValueError: tokamax is not installed.
@@ -44,9 +48,8 @@ def tokamax_attention(
     near = jnp.minimum(jnp.arange(L, dtype=start.dtype), S - 1)[None, :]
     start, end = jnp.where(empty, near, start), jnp.where(empty, near + 1, end)
 
-    out = _attention(
-        implementation or _kernel_here(q_BLNH.dtype), start, end, q_BLNH, k_BSKH, v_BSKH
-    )
+    attend = _attention if own_backward else _tokamax_attention
+    out = attend(implementation or _kernel_here(q_BLNH.dtype), start, end, q_BLNH, k_BSKH, v_BSKH)
     return jnp.where(empty[:, :, None, None], 0, out)
 
 
@@ -71,26 +74,42 @@ def _kernel_here(dtype) -> str:
     return "mosaic_gpu" if dtype != jnp.float32 and (gpu.is_sm90() or gpu.is_sm100()) else "triton"
 
 
-def _attend(implementation, k_start, k_end, q, k, v):
+def _attend(implementation, k_start, k_end, q, k, v, **options):
     _, implementations, Mask, _ = _tokamax()
     mask = Mask(k_start=k_start[:, None], k_end=k_end[:, None])
     with _as_tokamax_expects():
-        return implementations[implementation](q, k, v, mask=mask, logits_scale=q.shape[-1] ** -0.5)
+        return implementations[implementation](
+            q, k, v, mask=mask, logits_scale=q.shape[-1] ** -0.5, **options
+        )
 
 
 def _forward(implementation, k_start, k_end, q, k, v):
+    out, (peak, total) = _attend(implementation, k_start, k_end, q, k, v, return_residuals=True)
+    out, lse = kept(out, peak + jnp.log(total))
+    return out, (k_start, k_end, q, k, v, out, lse)
+
+
+def _backward(implementation, residuals, d_out):
+    return None, None, *gradients(*residuals, d_out, interpret=implementation == "xla")
+
+
+_attention = jax.custom_vjp(_attend, nondiff_argnums=(0,))
+_attention.defvjp(_forward, _backward)
+
+
+def _tokamax_forward(implementation, k_start, k_end, q, k, v):
     with _as_tokamax_expects():
         return jax.vjp(functools.partial(_attend, implementation, k_start, k_end), q, k, v)
 
 
-def _backward(implementation, vjp, d_out):
+def _tokamax_backward(implementation, vjp, d_out):
     with _as_tokamax_expects():
         return None, None, *vjp(d_out)
 
 
 # The backward pass is traced when the forward pass is long done, so it needs a context of its own.
-_attention = jax.custom_vjp(_attend, nondiff_argnums=(0,))
-_attention.defvjp(_forward, _backward)
+_tokamax_attention = jax.custom_vjp(_attend, nondiff_argnums=(0,))
+_tokamax_attention.defvjp(_tokamax_forward, _tokamax_backward)
 
 
 @contextlib.contextmanager
