@@ -22,6 +22,7 @@ from jax import Array
 from transfusion_jax.model.attention.dense import dense_attention
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.tokamax import tokamax_attention
+from transfusion_jax.model.attention.triton_backward import Tiles, gradients
 
 LIMITS = {"bfloat16": 1e-2, "float32": 2e-3}
 """Of relative errors: bfloat16 operands give 1e-3 to 1e-2, tensor float 32 about 3e-4."""
@@ -147,6 +148,23 @@ def timings(kernels: list[str], on_gpu: bool, seed: int) -> None:
         print(f"{kernel:10} {where}: {one:.2f} ms forward, {both:.2f} ms with backward", flush=True)
 
 
+def tuning(seed: int) -> None:
+    """Prints milliseconds of the backward kernels, cut in several ways, at the shapes of 0.16B."""
+    rng = np.random.default_rng(seed)
+    intervals = random_intervals(rng, 8, 4096, 256)
+    arrays = random_arrays(rng, 8, 4096, 12, 12, 64, "bfloat16")
+    lse = jnp.ones((8, 12, 4096))  # of the right size: p stays finite
+    for tiles in (Tiles(), Tiles(64, 4, 1), Tiles(64, 4, 3), Tiles(64, 8, 2), Tiles(128, 8, 2)):
+        run = jax.jit(functools.partial(gradients, tiles=tiles))
+        q, k, v, d_out = arrays
+        bounds = intervals.k_start_BL, intervals.k_end_BL
+        try:
+            taken = milliseconds(run, *bounds, q, k, v, d_out, lse, d_out, repeats=20)
+            print(f"{tiles}: {taken:.2f} ms backward", flush=True)
+        except Exception as error:
+            print(f"{tiles} failed: {type(error).__name__} {str(error)[:200]}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -160,6 +178,8 @@ def main() -> int:
     print("errors of the output and of the gradients of q, k, v")
     right = check(kernels, on_gpu, args.seed)
     timings([*kernels, f"{kernels[0]}/tokamax's own"], on_gpu, args.seed)
+    if on_gpu:
+        tuning(args.seed)
     print(f"parity: {'all right' if right else 'NOT right'}", flush=True)
     if args.json:
         with open(args.json, "a") as file:

@@ -6,18 +6,27 @@ every interval is neither fetched nor computed. (tokamax's backward passes compu
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from transfusion_jax.model.attention.block_pairs import visible_blocks
 
-BLOCK = 64
-WARPS = 4
-STAGES = 2
+
+class Tiles(NamedTuple):
+    """How the kernels are cut; untuned, `benchmarks/attention_parity.py` times others."""
+
+    block: int = 64
+    """Queries, and keys: a power of two."""
+    warps: int = 4
+    stages: int = 2
+    """Depth of Triton's pipeline of loads."""
+
+
+UNTUNED = Tiles()
 
 
 def gradients(
@@ -30,7 +39,7 @@ def gradients(
     lse_BNL: Array,
     d_out_BLNH: Array,
     *,
-    block: int = BLOCK,
+    tiles: Tiles = UNTUNED,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
     """dq, dk and dv, shaped like q, k and v.
@@ -40,6 +49,7 @@ def gradients(
       interpret: run on any platform, slowly; for tests.
     """
     (B, L, N, H), (S, K) = q_BLNH.shape, k_BSKH.shape[1:3]
+    block = tiles.block
     delta_BNL = jnp.einsum(
         "blnh,blnh->bnl", out_BLNH, d_out_BLNH, preferred_element_type=jnp.float32
     )
@@ -57,7 +67,7 @@ def gradients(
         padded(q_BLNH, 1), padded(k_BSKH, 1), padded(v_BSKH, 1), padded(d_out_BLNH, 1),
         padded(lse_BNL, 2), padded(delta_BNL, 2), start, end,
     )  # fmt: skip
-    run = functools.partial(_run, operands, block, H**-0.5, interpret)
+    run = functools.partial(_run, operands, tiles, H**-0.5, interpret)
     (dq,) = run(_query_kernel, "interval_attention_dq", some, [q_BLNH.dtype])
     # Of each query head; those that share a key head are added up.
     dtype = k_BSKH.dtype if N == K else jnp.float32
@@ -68,11 +78,13 @@ def gradients(
     return dq[:, :L, :, :H], dk, dv
 
 
-def _run(operands, block, scale, interpret, kernel, name, some, dtypes):
+def _run(operands, tiles, scale, interpret, kernel, name, some, dtypes):
     """Results [B, blocks * block, N, H], one for each dtype, of programs for a block, head, row.
 
     `some` [B, blocks, others] says which blocks see each other.
     """
+    from jax.experimental.pallas import triton  # JAX warns of its end
+
     q, k, *_ = operands
     B, _, N, H = q.shape
     blocks, others = some.shape[1:]
@@ -86,18 +98,18 @@ def _run(operands, block, scale, interpret, kernel, name, some, dtypes):
     per_head = pl.BlockSpec((None, None, q.shape[1]), lambda i, n, b: (b, n, 0))
     per_row = pl.BlockSpec((None, q.shape[1]), lambda i, n, b: (b, 0))
     reach = pl.BlockSpec((None, blocks), lambda i, n, b: (b, 0))
+    result = pl.BlockSpec((None, tiles.block, None, H), lambda i, n, b: (b, i, n, 0))
     queries = whole(q, lambda n: n)
     keys = whole(k, lambda n: lax.div(n, jnp.int32(group)))
     return pl.pallas_call(
-        functools.partial(kernel, block=block, scale=scale),
+        functools.partial(kernel, block=tiles.block, scale=scale),
         grid=(blocks, N, B),
         in_specs=[
             reach, reach, queries, keys, keys, queries, per_head, per_head, per_row, per_row,
         ],
-        out_specs=[pl.BlockSpec((None, block, None, H), lambda i, n, b: (b, i, n, 0))]
-        * len(dtypes),
-        out_shape=[jax.ShapeDtypeStruct((B, blocks * block, N, H), dtype) for dtype in dtypes],
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        out_specs=[result] * len(dtypes),
+        out_shape=[jax.ShapeDtypeStruct((B, blocks * tiles.block, N, H), x) for x in dtypes],
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=name,
     )(first, last.astype(jnp.int32), *operands)  # fmt: skip
