@@ -28,6 +28,7 @@ from transfusion_jax.config.presets import TABLE_2
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.host import keep_freed_memory
+from transfusion_jax.model.attention import attention
 from transfusion_jax.model.interface import Model
 from transfusion_jax.model.work import batch_work, model_flops
 from transfusion_jax.parallel.mesh import make_mesh
@@ -63,6 +64,9 @@ def arguments() -> argparse.Namespace:
     ours.add_argument("--block", type=int, default=128)
     ours.add_argument("--remat", default="full", choices=("none", "minimal", "attention", "full"))
     ours.add_argument("--vocab-chunk", type=int, default=512)
+    ours.add_argument(
+        "--tokamax-backward", action="store_true", help="its backward pass, which skips no block"
+    )
     return ours.parse_args()
 
 
@@ -183,6 +187,10 @@ def peak_memory() -> dict[str, float]:
 def main() -> None:
     keep_freed_memory()
     args = arguments()
+    if args.tokamax_backward:
+        attention.tokamax_attention = functools.partial(
+            attention.tokamax_attention, own_backward=False
+        )
     before = product_rate(args.dtype)
     got = measure(experiment_of(args), args.steps)
     rate = max(before, product_rate(args.dtype))
