@@ -86,9 +86,15 @@ def prefilled(engine, requests):
     return engine._start(engine.parameters, batch, length, keys, capacity=96)
 
 
+def next_logits(engine, rows):
+    """Logits [B, V] of the next token of every row."""
+    model = nnx.merge(engine.graph, engine.parameters)
+    return model.logits(rows.hidden_BD[:, None])[:, 0]
+
+
 def test_an_image_in_the_prompt_is_seen_as_in_training(engine, experiment):
     image = np.random.default_rng(0).uniform(-1, 1, experiment.image.shape).astype(np.float32)
-    got = prefilled(engine, [(image, "the digit")]).logits_BV[0]
+    got = next_logits(engine, prefilled(engine, [(image, "the digit")]))[0]
     spans = [
         Text([engine.tokenizer.bos]),
         Image(image, 1),
@@ -139,22 +145,22 @@ def test_what_follows_a_drawn_image_sees_it_clean_and_closed(engine, tokenizer):
     in training; a row that was not drawing is as it was."""
     drawing = liking(engine, tokenizer.boi)
     rows = prefilled(drawing, [("a handwritten three",), ("one plus",)])
-    before = rows.logits_BV[1]
+    before = rows.hidden_BD[1]
     boi = jnp.full((2,), tokenizer.boi, jnp.int32)
     drew = jnp.asarray([True, False])
     rows = feed_and_mark(drawing, rows, boi, drew)
     rows, images = drawing._draw_images(drawing.parameters, rows)
     prompt = [tokenizer.bos, *tokenizer.encode("a handwritten three")]
     expected = uncached(drawing, [Text(prompt), Image(np.asarray(images[0]), 1)])
-    np.testing.assert_allclose(rows.logits_BV[0], expected, atol=1e-4)
+    np.testing.assert_allclose(next_logits(drawing, rows)[0], expected, atol=1e-4)
     assert int(rows.length_B[0]) == len(prompt) + drawing.experiment.image.span
-    np.testing.assert_array_equal(rows.logits_BV[1], before)
+    np.testing.assert_array_equal(rows.hidden_BD[1], before)
     assert rows.status_B.tolist() == [TEXT, DONE]
     # And so on from there: the uncached model after one more token.
     token = tokenizer.encode("is")[0]
     rows = feed_and_mark(drawing, rows, jnp.full((2,), token, jnp.int32), drew)
     spans = [Text(prompt), Image(np.asarray(images[0]), 1), Text([token])]
-    np.testing.assert_allclose(rows.logits_BV[0], uncached(drawing, spans), atol=1e-4)
+    np.testing.assert_allclose(next_logits(drawing, rows)[0], uncached(drawing, spans), atol=1e-4)
 
 
 def feed_and_mark(engine, rows, token_B, advance_B):

@@ -16,7 +16,7 @@ from transfusion_jax.model import build as build_lib
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.model.interface import Model
 from transfusion_jax.model.layers import parameter, product
-from transfusion_jax.model.losses import text_loss
+from transfusion_jax.model.losses import token_losses
 from transfusion_jax.model.transformer import KVCache, Transformer
 from transfusion_jax.model.work import model_flops
 from transfusion_jax.parallel.mesh import make_mesh
@@ -46,10 +46,8 @@ class Painter(nnx.Module):
     def losses(self, batch, noise, vocab_chunk):
         hidden_BLD = self._hidden(batch)
         size_BL = jnp.square(hidden_BLD.mean(-1))
-        return {
-            "text": text_loss(hidden_BLD, batch.text_target_BL, self.logits, vocab_chunk),
-            "size": size_BL,
-        }
+        tokens = token_losses(hidden_BLD, batch.text_target_BL, self.logits, vocab_chunk)
+        return {"text": tokens.cross_entropy_BL, "size": size_BL}
 
     def weights(self, batch):
         return {"text": batch.text_weight_BL, "size": (batch.segment_BL > 0).astype(jnp.float32)}

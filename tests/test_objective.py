@@ -20,7 +20,7 @@ from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.model.build import build
 from transfusion_jax.model.interface import Model
 from transfusion_jax.model.layers import float32_product
-from transfusion_jax.model.losses import image_loss, text_loss
+from transfusion_jax.model.losses import image_loss, token_losses
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.pretraining.objective import batch_losses
@@ -35,7 +35,7 @@ def test_chunked_text_loss_equals_cross_entropy(chunk):
     target = jax.random.randint(jax.random.key(2), (3, 36), 0, 50)
 
     def ours(hidden, kernel):
-        return text_loss(hidden, target, lambda x: x @ kernel, chunk)
+        return token_losses(hidden, target, lambda x: x @ kernel, chunk).cross_entropy_BL
 
     def whole(hidden, kernel):
         return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, target)
@@ -141,6 +141,11 @@ def bfloat16_case():
     return hidden, kernel, target
 
 
+def of_tokens(hidden, kernel, target):
+    losses = token_losses(hidden, target, lambda x: float32_product(x, kernel), 16)
+    return losses.cross_entropy_BL
+
+
 def exact_losses(hidden, kernel, target):
     """From the same rounded factors, with sums and logits in float32."""
     rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
@@ -152,7 +157,7 @@ def exact_losses(hidden, kernel, target):
 def test_bfloat16_models_have_the_loss_of_float32_logits():
     """To 1e-3 nats for every token, where rounded logits would be off by a hundredth."""
     hidden, kernel, target = bfloat16_case()
-    got = text_loss(hidden, target, lambda x: float32_product(x, kernel), 16)
+    got = of_tokens(hidden, kernel, target)
     np.testing.assert_allclose(got, exact_losses(hidden, kernel, target), atol=1e-3)
 
 
@@ -162,7 +167,7 @@ def test_gradients_through_float32_logits_are_those_of_the_exact_loss():
     hidden, kernel, target = bfloat16_case()
 
     def ours(hidden, kernel):
-        return text_loss(hidden, target, lambda x: float32_product(x, kernel), 16).sum()
+        return of_tokens(hidden, kernel, target).sum()
 
     got = jax.grad(ours, (0, 1))(hidden, kernel)
     expected = jax.grad(lambda *x: exact_losses(*x, target).sum(), (0, 1))(

@@ -79,6 +79,10 @@ def random_parameters(plan, seed: int = 0) -> dict:
             return 1 + 0.3 * values
         if name == "embedding_VD":
             return values
+        if name == "bias":
+            return 0.3 * values
+        if name == "kernel":  # of a convolution
+            return values / np.sqrt(np.prod(leaf.shape[:-1]))
         if name == "out_NHD":
             return 0.5 * values / np.sqrt(leaf.shape[-3] * leaf.shape[-2])
         axis = -3 if name in ("q_DNH", "k_DKH", "v_DKH") else -2

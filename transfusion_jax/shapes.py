@@ -8,6 +8,7 @@
     M  image slots of a row                  V  rows of the vocabulary
     P  patches of one image                  Z  values of one patch (patch * patch * c)
     Q  patches of all slots of a row: M * P  C  chunks of something longer
+    E  width of a U-Net's timestep
     h w c  grid and channels of an image     z  channels of an autoencoder's latent
     H W C  grid and channels of a picture in pixels, where `h w c` are its latent's
 

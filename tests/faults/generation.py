@@ -40,7 +40,7 @@ FAULTS = (
     ),
     Fault(
         "new tokens do not see themselves",
-        "model/transfusion.py",
+        "model/token_model.py",
         "Intervals(jnp.zeros_like(position_BT), position_BT + 1)",
         "Intervals(jnp.zeros_like(position_BT), position_BT)",
         "generation llama_oracle",

@@ -13,8 +13,8 @@ FAULTS = (
     Fault(
         "rope not of keys",
         "model/transformer.py",
-        "k_BSKH = rotate(project(x_BLD, self.k_DKH), *cos_sin)",
-        "k_BSKH = project(x_BLD, self.k_DKH)",
+        "rotate(q_BLNH, *cos_sin), rotate(k_BSKH, *cos_sin)",
+        "rotate(q_BLNH, *cos_sin), k_BSKH",
         "llama_oracle reference",
     ),
     Fault(
@@ -48,8 +48,8 @@ FAULTS = (
     Fault(
         "residual of the normed stream",
         "model/transformer.py",
-        "x_BLD = x_BLD + out_BLD",
-        "x_BLD = self.attention_norm(x_BLD) + out_BLD",
+        "x_BLD = x_BLD + (out_BLD if self.pre",
+        "x_BLD = in_BLD + (out_BLD if self.pre",
         "llama_oracle reference",
     ),
     Fault(
@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "text losses in the order of chunks",
         "model/losses.py",
-        "jnp.moveaxis(loss, 0, 2)",
-        "jnp.moveaxis(loss, 0, 1)",
+        "jnp.moveaxis(x, 0, 2)",
+        "jnp.moveaxis(x, 0, 1)",
         "objective",
     ),
     Fault(
@@ -90,8 +90,8 @@ FAULTS = (
     Fault(
         "predictions read one position late",
         "model/transfusion.py",
-        "at_BQ = self._patch_positions(batch)\n        hidden_BQD",
-        "at_BQ = self._patch_positions(batch) + 1\n        hidden_BQD",
+        "at_BQ = patch_positions(batch.image_start_BM, self.image.patches)\n        hidden_BQD",
+        "at_BQ = patch_positions(batch.image_start_BM, self.image.patches) + 1\n        hidden_BQD",
         "model reference",
     ),
     Fault(

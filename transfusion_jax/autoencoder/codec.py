@@ -87,17 +87,28 @@ class Codec:
         )
         return self._encode(self.parameters, images)
 
+    def codes(self, images_BHWC: ArrayLike) -> Array:
+        """Code numbers [B, h, w, 1], int32, of images in [-1, 1], for a "vq" autoencoder."""
+        return self._codes(self.parameters, jnp.asarray(images_BHWC, jnp.float32))
+
     def decode(self, latents_Bhwc: ArrayLike) -> Array:
         """Images [B, H, W, C], clipped to [-1, 1]; latents are neither scaled nor shifted."""
         return self._decode(self.parameters, jnp.asarray(latents_Bhwc, jnp.float32))
 
     def image(self, picture_HWC: np.ndarray) -> np.ndarray:
-        """The mean latent [h, w, c] of a picture in [-1, 1], scaled and shifted for a model."""
+        """What a model is shown for a picture in [-1, 1], [h, w, c]: the mean latent, scaled and
+        shifted, or the codes of a "vq" autoencoder."""
+        if self.config.kind == "vq":
+            return np.asarray(self.codes(picture_HWC[None])[0], np.float32)
         mean_Bhwc, _ = self.encode(picture_HWC[None])
         return (np.asarray(mean_Bhwc[0]) - self.shift) * self.scale
 
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
-        """The picture [H, W, C] in [-1, 1] of a scaled and shifted latent; inverts `image`."""
+        """The picture [H, W, C] in [-1, 1] of what `image` gives; inverts it."""
+        if self.config.kind == "vq":
+            codes_hw = image_hwc[..., 0].astype(np.int32)
+            latent_hwc = self.parameters["quantizer"]["codebook"][codes_hw]
+            return np.asarray(self.decode(latent_hwc[None]))[0]
         return np.asarray(self.decode(image_hwc[None] / self.scale + self.shift))[0]
 
     @functools.cached_property
@@ -112,6 +123,15 @@ class Codec:
                 return latents.mean, jnp.exp(0.5 * latents.log_variance)
 
         return jax.jit(encode)
+
+    @functools.cached_property
+    def _codes(self):
+        def codes(parameters, images):
+            model = nnx.merge(self.graph, parameters)
+            with jax.default_matmul_precision("float32"):
+                return model.quantizer(model.features(images)).codes[..., None]
+
+        return jax.jit(codes)
 
     @functools.cached_property
     def _decode(self):

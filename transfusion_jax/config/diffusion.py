@@ -66,18 +66,16 @@ class SamplerConfig:
     choice)."""
     temperature: float = 0.0
     """Of text; 0 is greedy (the paper)."""
+    image_temperature: float = 1.0
+    """Of image codes, where images are tokens (Chameleon); 0 takes the likeliest."""
     max_tokens: int = 1024
     """Positions that a request may add after its prompt, those of images included. The paper's
     image takes 258."""
 
     def __post_init__(self):
         require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
-        for name in ("guidance", "clip", "temperature"):
+        for name in ("guidance", "clip", "temperature", "image_temperature"):
             value = getattr(self, name)
             require(math.isfinite(value), f"sampler.{name}={value} must be a finite number")
-        require(self.guidance >= 0, f"sampler.guidance={self.guidance} must not be negative")
-        require(self.clip >= 0, f"sampler.clip={self.clip} must not be negative")
-        require(
-            self.temperature >= 0, f"sampler.temperature={self.temperature} must not be negative"
-        )
+            require(value >= 0, f"sampler.{name}={value} must not be negative")
         require(self.max_tokens > 0, f"sampler.max_tokens={self.max_tokens} must be positive")

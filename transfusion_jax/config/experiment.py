@@ -13,7 +13,7 @@ from typing import ClassVar
 from transfusion_jax.config.data import DataConfig, TokenizerConfig
 from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
 from transfusion_jax.config.fields import require_finite, require_seed
-from transfusion_jax.config.model import ImageConfig, ModelConfig
+from transfusion_jax.config.model import UNET_WIDTHS, ImageConfig, ModelConfig
 from transfusion_jax.config.processes import ProcessesConfig
 from transfusion_jax.config.training import MeshConfig, OptimizerConfig, TrainConfig
 from transfusion_jax.errors import require
@@ -64,6 +64,7 @@ class Experiment:
     def __post_init__(self):
         require_finite(self)
         require_seed(self.train.seed)
+        self._check_images()
         shortest = self.image.span + 2
         require(
             self.data.row_length >= shortest,
@@ -90,6 +91,27 @@ class Experiment:
             f"train.accumulation={self.train.accumulation} must divide "
             f"data.batch_rows={self.data.batch_rows}",
         )
+
+    def _check_images(self):
+        """That the model and the images fit."""
+        family, codes, patch = self.model.family, self.image.codes, self.image.patch
+        require(
+            (self.model.images == "codes") == (codes > 0) or self.model.images == "none",
+            f"model.family={family!r} with image.codes={codes}: a chameleon needs the codes of a "
+            "VQ autoencoder (`prepare --autoencoder`), and only a chameleon takes them",
+        )
+        if self.model.patch_encoder == "unet":
+            levels = patch.bit_length()
+            require(
+                patch > 1 and patch == 1 << (levels - 1),
+                f"image.patch={patch}: a U-Net halves its image, so a patch is 2, 4, 8, ...",
+            )
+            widths = self.model.unet_widths
+            require(
+                len(widths) == levels or (not widths and patch in UNET_WIDTHS),
+                f"model.unet_widths={widths} must be {levels}, one for each resolution from the "
+                f"image to its {patch}x{patch} patches",
+            )
 
     @property
     def image_slots(self) -> int:

@@ -5,6 +5,10 @@ from typing import Literal
 
 from transfusion_jax.errors import require
 
+UNET_WIDTHS = {2: (768, 1280), 4: (768, 768, 1024), 8: (512, 512, 768, 1024)}
+"""By the side of a patch: channels at each resolution that make a U-Net of about 0.27 B parameters
+(Table 7; the paper does not say which, so our choice)."""
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -18,6 +22,9 @@ class ImageConfig:
     """c: values at each place of the grid."""
     patch: int = 2
     """Side of a square patch, in latent pixels (k in the paper's section 4.3)."""
+    codes: int = 0
+    """Codes of the VQ autoencoder whose indices, one at each place of the grid, are the images of a
+    Chameleon; 0: images are pixels or latents."""
 
     def __post_init__(self):
         require(
@@ -28,6 +35,12 @@ class ImageConfig:
             self.height % self.patch == 0 and self.width % self.patch == 0,
             f"image.patch={self.patch} must divide image.height={self.height} "
             f"and image.width={self.width}",
+        )
+        require(self.codes >= 0, f"image.codes={self.codes} must not be negative")
+        require(
+            self.codes == 0 or self.channels == self.patch == 1,
+            f"image.codes={self.codes} are one index at each place of the grid: image.channels="
+            f"{self.channels} and image.patch={self.patch} must be 1",
         )
 
     @property
@@ -54,6 +67,9 @@ class ImageConfig:
 class ModelConfig:
     """A Llama-style transformer: pre-RMSNorm, RoPE, SwiGLU, no biases, untied embeddings."""
 
+    family: Literal["transfusion", "chameleon", "llama"] = "transfusion"
+    """What images are to the model: diffused (the paper), tokens like text, which are the codes of
+    a VQ autoencoder (Chameleon, arXiv 2405.09818), or nothing: text alone (Llama 2)."""
     layers: int = 16
     """Transformer layers."""
     width: int = 768
@@ -67,12 +83,28 @@ class ModelConfig:
     vocab_size: int = 32_128
     """Embedding rows: the tokenizer's entries and the special tokens, rounded up to a number that
     the mesh divides."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """Where a block's norms are: before attention and feed-forward layer, or after them, as in
+    Chameleon: h = x + norm(layer(x))."""
+    qk_norm: bool = False
+    """Layer norm of queries and keys, in every head, before RoPE (Chameleon; Dehghani et al. 2023,
+    arXiv 2302.05442)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMSNorm."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Parameters, softmax, norms and losses are float32 whatever this says."""
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether the patches of one image see one another, or only those before them (Table 5)."""
+    patch_encoder: Literal["linear", "unet"] = "linear"
+    """From patches to vectors and back: a linear layer each way, or the two halves of a U-Net
+    (section 4.3)."""
+    unet_widths: tuple[int, ...] = ()
+    """Channels of the U-Net at each resolution, that of the image first: log2(image.patch) + 1 of
+    them. Empty: those that make about 0.27 B parameters, as in the paper."""
+    unet_blocks: int = 2
+    """Residual blocks of the U-Net at each resolution, in each of its halves (our choice)."""
     timestep: Literal["before", "after"] = "before"
     """Where the timestep embedding is added: to the patch vector before the linear layer (the
     paper), or to the layer's output, where it cannot be mistaken for the content of a small
@@ -99,6 +131,7 @@ class ModelConfig:
             min(self.layers, self.width, self.heads, self.vocab_size) > 0,
             f"model sizes must be positive: {self}",
         )
+        self._check_family()
         require(
             self.width % self.heads == 0,
             f"model.heads={self.heads} must divide model.width={self.width}",
@@ -126,6 +159,42 @@ class ModelConfig:
             f"model.attention_block={self.attention_block} must be a multiple of 128 for "
             "model.attention='pallas'",
         )
+
+    def _check_family(self):
+        require(
+            self.family == "transfusion" or self.image_attention == "causal",
+            f"model.image_attention={self.image_attention!r}: a {self.family} predicts one token "
+            "after another, so it must be 'causal'",
+        )
+        unet = self.patch_encoder == "unet"
+        require(
+            not unet or self.family == "transfusion",
+            f"model.patch_encoder='unet' is for images that are diffused, not for a {self.family}",
+        )
+        require(
+            not unet or self.timestep == "before",
+            "model.timestep is of linear patches: a U-Net has the timestep in its blocks",
+        )
+        require(
+            unet or not self.unet_widths,
+            f"model.unet_widths={self.unet_widths} needs model.patch_encoder='unet'",
+        )
+        require(
+            min(self.unet_widths, default=1) > 0 and self.unet_blocks > 0,
+            f"model.unet_widths={self.unet_widths} and model.unet_blocks={self.unet_blocks} must "
+            "be positive",
+        )
+
+    @property
+    def images(self) -> Literal["latents", "codes", "none"]:
+        """What the model takes for images: pixels or latents, which it diffuses; codes, which are
+        tokens; or none."""
+        return {"transfusion": "latents", "chameleon": "codes", "llama": "none"}[self.family]
+
+    def mutual_patches(self, image: ImageConfig) -> int:
+        """Consecutive patches that all see one another: those of an image, or 1, each for
+        itself."""
+        return image.patches if self.image_attention == "bidirectional" else 1
 
     @property
     def head_dim(self) -> int:

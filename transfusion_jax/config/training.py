@@ -84,6 +84,9 @@ class TrainConfig:
     """Of weights, data order, noise and timesteps."""
     image_loss_weight: float = 5.0
     """Lambda of L = L_LM + lambda * L_DDPM."""
+    z_loss: float = 0.0
+    """Weight of log^2 Z, the squared logarithm of the denominator of every token's softmax (1e-5
+    in Chameleon)."""
     accumulation: int = 1
     """Microbatches per step: less memory, same gradient."""
     vocab_chunk: int = 512
@@ -145,3 +148,4 @@ class TrainConfig:
             self.image_loss_weight >= 0,
             f"train.image_loss_weight={self.image_loss_weight} must not be negative",
         )
+        require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")

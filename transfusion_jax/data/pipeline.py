@@ -72,6 +72,7 @@ class Data:
                 raise ValueError(
                     f"the run's tokenizer is not the one that {config.name} was prepared with"
                 )
+            _check_images(config.name, source, experiment)
             packed, fingerprint = plan_of(source, tokenizer, row_length)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
@@ -144,6 +145,20 @@ class Data:
         """A digest of each source's documents and plan: another means that the data changed under a
         run."""
         return [source.fingerprint for source in self.sources]
+
+
+def _check_images(name: str, source: Source, experiment: Experiment) -> None:
+    """Raises ValueError for a source whose images are not what the model takes for images."""
+    if np.all(source.splittable):  # text alone
+        return
+    family, codes = experiment.model.family, experiment.image.codes
+    if experiment.model.images == "none":
+        raise ValueError(f"source {name!r} has images, and a {family} is trained on text alone")
+    if source.assets.codes != codes:
+        raise ValueError(
+            f"source {name!r} has pixels or latents, and a {family} needs the codes of a VQ "
+            f"autoencoder, image.codes={codes} of them"
+        )
 
 
 def batched(

@@ -34,9 +34,10 @@ def check_run(experiment: Experiment, directory: Path) -> None:
 
 def inspect_row(data: Data, number: int, path: Path) -> str:
     """Draws row `number` of the run into `path`; returns it in words, a line for every document."""
-    rows, image = data.rows(), data.experiment.image
+    rows, experiment = data.rows(), data.experiment
+    patches = experiment.model.mutual_patches(experiment.image)
     row, source = rows[number], data.sources[data.mixture[number][0]]
-    intervals = row_intervals(jax.tree.map(jnp.asarray, stack([row])), image.patches)
+    intervals = row_intervals(jax.tree.map(jnp.asarray, stack([row])), patches)
     interval = np.asarray(intervals.k_start_BL[0]), np.asarray(intervals.k_end_BL[0])
     L, documents = len(row.tokens_BL), int(row.segment_BL.max())
     starts = row.image_start_BM[row.image_start_BM < L]

@@ -23,8 +23,8 @@ class Rows(NamedTuple):
     cache: KVCache
     length_B: Array
     """Entries of the cache that count."""
-    logits_BV: Array
-    """Of the next position."""
+    hidden_BD: Array
+    """Hidden states at the last entry."""
     status_B: Array
     """TEXT, IMAGE or DONE."""
     key_B: Array
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
     @property
     def context(self) -> Context:
-        return Context(self.cache, self.length_B)
+        return Context(self.cache, self.length_B, self.hidden_BD)
 
     @property
     def place_key_B(self) -> Array:
@@ -48,8 +48,7 @@ def start(
     t_BM = jnp.full_like(batch.image_start_BM, timestep)
     hidden_BLD, cache = model.read(batch, t_BM, model.new_cache(len(length_B), capacity))
     last_B1D = jnp.take_along_axis(hidden_BLD, (length_B - 1)[:, None, None], axis=1)
-    logits_BV = model.logits(last_B1D)[:, 0]
-    return Rows(cache, length_B, logits_BV, jnp.full_like(length_B, TEXT), key_B)
+    return Rows(cache, length_B, last_B1D[:, 0], jnp.full_like(length_B, TEXT), key_B)
 
 
 def feed(model: Model, rows: Rows, token_B: Array, *, advance_B: Array) -> Rows:
@@ -58,5 +57,5 @@ def feed(model: Model, rows: Rows, token_B: Array, *, advance_B: Array) -> Rows:
     return rows._replace(
         cache=cache,
         length_B=rows.length_B + advance_B.astype(jnp.int32),
-        logits_BV=jnp.where(advance_B[:, None], model.logits(hidden_B1D)[:, 0], rows.logits_BV),
+        hidden_BD=jnp.where(advance_B[:, None], hidden_B1D[:, 0], rows.hidden_BD),
     )

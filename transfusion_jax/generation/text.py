@@ -33,6 +33,7 @@ def write_text(
     """
     never_V = _never_predicted(experiment.model.vocab_size, tokenizer)
     boi_V = np.arange(experiment.model.vocab_size) == tokenizer.boi
+    never_V |= boi_V & (experiment.model.images == "none")
 
     def step(carry):
         i, rows, tokens_BT = carry
@@ -40,7 +41,8 @@ def write_text(
         room_B = limit_B - rows.length_B
         no_image_B = room_B < experiment.image.span
         barred_BV = never_V[None, :] | (boi_V[None, :] & no_image_B[:, None])
-        logits_BV = jnp.where(barred_BV, -jnp.inf, rows.logits_BV)
+        logits_BV = model.logits(rows.hidden_BD[:, None])[:, 0]
+        logits_BV = jnp.where(barred_BV, -jnp.inf, logits_BV)
         token_B = choose(logits_BV, rows, experiment.sampler.temperature)
         ended_B = (token_B == tokenizer.eos) | (room_B <= 0)
         begins_image_B = token_B == tokenizer.boi

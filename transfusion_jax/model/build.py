@@ -6,15 +6,23 @@ from jax import Array
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.diffusion.process import process
+from transfusion_jax.model.chameleon import Chameleon
 from transfusion_jax.model.interface import Model
+from transfusion_jax.model.llama import Llama
 from transfusion_jax.model.patches.linear import LinearPatches
+from transfusion_jax.model.patches.unet import UNetPatches
 from transfusion_jax.model.transfusion import Transfusion
 
 
 def create(experiment: Experiment, rngs: nnx.Rngs) -> Model:
     """A model of the family, and with the parts, that the experiment names."""
-    diffusion = process(experiment.diffusion)
-    return Transfusion(experiment.model, experiment.image, diffusion, LinearPatches, rngs=rngs)
+    model, image = experiment.model, experiment.image
+    if model.family == "llama":
+        return Llama(model, rngs=rngs)
+    if model.family == "chameleon":
+        return Chameleon(model, image, rngs=rngs)
+    encoder = {"linear": LinearPatches, "unet": UNetPatches}[model.patch_encoder]
+    return Transfusion(model, image, process(experiment.diffusion), encoder, rngs=rngs)
 
 
 def build(experiment: Experiment, seed: int | Array) -> Model:

@@ -27,6 +27,8 @@ class Context(NamedTuple):
 
     cache: KVCache
     length_B: Array
+    hidden_BD: Array
+    """The hidden state of the last of them."""
 
 
 class Guidance(NamedTuple):
@@ -54,6 +56,7 @@ class Model(Protocol):
 
         Args:
           noise: timesteps and noise of the image slots, for families that diffuse images.
+            (Others are given them too, and leave them.)
           vocab_chunk: positions of a row whose logits may exist at one time.
         """
 
@@ -78,7 +81,7 @@ class Model(Protocol):
         too."""
 
     def logits(self, hidden_BLD: Array) -> Array:
-        """Of the next token, [B, L, V], in float32."""
+        """Of the next text token, [B, L, V], in float32."""
 
     def draw(
         self, context: Context, guidance: Guidance | None, sampling: SamplerConfig, key_B: Array

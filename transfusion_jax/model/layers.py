@@ -1,4 +1,4 @@
-"""The parts of a Llama block: linear maps, RMSNorm, SwiGLU. Every parameter names its logical
+"""The parts of a block: linear maps, norms, SwiGLU. Every parameter names its logical
 axes."""
 
 import math
@@ -29,6 +29,13 @@ def ones(shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
     """A float32 parameter of ones, with logical axis names."""
     return nnx.Param(
         jnp.ones(tuple(shape), jnp.float32), out_sharding=tuple(axes), eager_sharding=False
+    )
+
+
+def zeros(shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
+    """A float32 parameter of zeros, with logical axis names."""
+    return nnx.Param(
+        jnp.zeros(tuple(shape), jnp.float32), out_sharding=tuple(axes), eager_sharding=False
     )
 
 
@@ -103,6 +110,24 @@ class RMSNorm(nnx.Module):
         x = x_BLD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         return (x * self.scale[...][None, None, :]).astype(x_BLD.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last dimension, in float32
+    (Ba et al. 2016)."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = ones((width,), ("norm",))
+        self.bias = zeros((width,), ("norm",))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        centred = x.astype(jnp.float32)
+        centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
+        square = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        last = (1,) * (x.ndim - 1) + (-1,)
+        scaled = centred * jax.lax.rsqrt(square + self.epsilon) * self.scale[...].reshape(last)
+        return (scaled + self.bias[...].reshape(last)).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -1,6 +1,7 @@
 """Losses of single examples: of a position, of an image."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,19 @@ from jax import Array
 from transfusion_jax.shapes import BL, BLD, BMhwc, FloatBL, FloatBM
 
 
-def text_loss(
+class TokenLosses(NamedTuple):
+    """Of every position."""
+
+    cross_entropy_BL: FloatBL
+    """Of the next token, in nats."""
+    log_z_BL: FloatBL
+    """Logarithm of the denominator of the softmax, whose square is the z-loss."""
+
+
+def token_losses(
     hidden_BLD: BLD, target_BL: BL, logits: Callable[[Array], Array], chunk: int
-) -> FloatBL:
-    """Next-token cross-entropy of every position, in nats.
+) -> TokenLosses:
+    """Next-token losses of every position.
 
     `logits` projects hidden states to the vocabulary. It is applied to `chunk` positions of each
     row at a time, and once more in the backward pass, so the [B, L, V] logits never exist. Of C
@@ -28,12 +38,13 @@ def text_loss(
         hidden_BTD, target_BT = piece
         logits_BTV = logits(hidden_BTD)
         at_target_BT = jnp.take_along_axis(logits_BTV, target_BT[:, :, None], axis=-1)[:, :, 0]
-        return None, jax.nn.logsumexp(logits_BTV, axis=-1) - at_target_BT
+        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+        return None, TokenLosses(log_z_BT - at_target_BT, log_z_BT)
 
     hidden = jnp.pad(hidden_BLD, ((0, 0), (0, pad), (0, 0))).reshape(B, chunk, chunks, D)
     target = jnp.pad(target_BL, ((0, 0), (0, pad))).reshape(B, chunk, chunks)
-    _, loss = jax.lax.scan(loss, None, (jnp.moveaxis(hidden, 2, 0), jnp.moveaxis(target, 2, 0)))
-    return jnp.moveaxis(loss, 0, 2).reshape(B, L + pad)[:, :L]
+    _, losses = jax.lax.scan(loss, None, (jnp.moveaxis(hidden, 2, 0), jnp.moveaxis(target, 2, 0)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, L + pad)[:, :L], losses)
 
 
 def image_loss(predicted_BMhwc: BMhwc, target_BMhwc: BMhwc, weight_BM: Array) -> FloatBM:

@@ -12,7 +12,7 @@ from transfusion_jax.config import ModelConfig
 from transfusion_jax.model.attention.attention import attention
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.remat import KEPT
-from transfusion_jax.model.layers import RMSNorm, SwiGLU, parameter, project
+from transfusion_jax.model.layers import LayerNorm, RMSNorm, SwiGLU, parameter, project
 from transfusion_jax.model.rope import rotate, rotation
 from transfusion_jax.parallel.rules import constrain
 from transfusion_jax.shapes import BL, BLD
@@ -56,7 +56,8 @@ def _write(cache_BSKH: Array, new_BTKH: Array, start_B: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Projections around interval attention, with RoPE on queries and keys."""
+    """Projections around interval attention, with RoPE, and a norm if asked for, on queries and
+    keys."""
 
     def __init__(self, config: ModelConfig, out_gain: float, *, rngs: nnx.Rngs):
         D, N, K, H = config.width, config.heads, config.num_kv_heads, config.head_dim
@@ -66,6 +67,9 @@ class Attention(nnx.Module):
         self.out_NHD = parameter(
             rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), out_gain * D**-0.5
         )
+        if config.qk_norm:
+            self.q_norm = LayerNorm(H, config.norm_epsilon)
+            self.k_norm = LayerNorm(H, config.norm_epsilon)
         self.config = config
 
     def __call__(
@@ -75,8 +79,10 @@ class Attention(nnx.Module):
         intervals: Intervals,
         cache: tuple[KVCache, Array] | None = None,
     ) -> tuple[Array, KVCache | None]:
-        q_BLNH = rotate(project(x_BLD, self.q_DNH), *cos_sin)
-        k_BSKH = rotate(project(x_BLD, self.k_DKH), *cos_sin)
+        q_BLNH, k_BSKH = project(x_BLD, self.q_DNH), project(x_BLD, self.k_DKH)
+        if self.config.qk_norm:
+            q_BLNH, k_BSKH = self.q_norm(q_BLNH), self.k_norm(k_BSKH)
+        q_BLNH, k_BSKH = rotate(q_BLNH, *cos_sin), rotate(k_BSKH, *cos_sin)
         v_BSKH = project(x_BLD, self.v_DKH)
         if cache is not None:
             kv, start_B = cache
@@ -91,7 +97,8 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm: h = x + attention(norm(x)); h + mlp(norm(h))."""
+    """Pre-norm: h = x + attention(norm(x)); h + mlp(norm(h)). Post-norm: h = x +
+    norm(attention(x)); h + norm(mlp(h))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         # Residual branches start small, so that the depth does not set the scale of the output
@@ -101,16 +108,18 @@ class Block(nnx.Module):
         self.attention = Attention(config, out_gain, rngs=rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
         self.mlp = SwiGLU(config.width, config.ffn_width, out_gain, rngs=rngs)
+        self.pre = config.norm_placement == "pre"
 
     def __call__(self, x_BLD, cos_sin, intervals, cache=None):
         with jax.named_scope("block"):
             with jax.named_scope("attention"):
-                out_BLD, cache = self.attention(
-                    self.attention_norm(x_BLD), cos_sin, intervals, cache
-                )
-            x_BLD = x_BLD + out_BLD
+                in_BLD = self.attention_norm(x_BLD) if self.pre else x_BLD
+                out_BLD, cache = self.attention(in_BLD, cos_sin, intervals, cache)
+                x_BLD = x_BLD + (out_BLD if self.pre else self.attention_norm(out_BLD))
             with jax.named_scope("mlp"):
-                return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache
+                if self.pre:
+                    return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache
+                return x_BLD + self.mlp_norm(self.mlp(x_BLD)), cache
 
 
 class Transformer(nnx.Module):

@@ -15,17 +15,21 @@ from transfusion_jax.diffusion.process import Noise, Process
 from transfusion_jax.diffusion.sampler import sampler
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.model.interface import Context, Guidance
-from transfusion_jax.model.layers import float32_product, parameter
-from transfusion_jax.model.losses import image_loss, text_loss
+from transfusion_jax.model.losses import image_loss, token_losses
 from transfusion_jax.model.patches.encoder import PatchEncoder
+from transfusion_jax.model.token_model import (
+    TokenModel,
+    embedding,
+    next_positions,
+    output,
+    patch_positions,
+)
 from transfusion_jax.model.transformer import KVCache, Transformer
-from transfusion_jax.parallel.rules import constrain, gathered
+from transfusion_jax.parallel.rules import constrain
 from transfusion_jax.shapes import BLD, BM, BMhwc
 
-EMBEDDING_SCALE = 0.02  # as in Llama
 
-
-class Transfusion(nnx.Module):
+class Transfusion(TokenModel):
     """A `Model` of token embedding and patch encoder, transformer, vocabulary projection and patch
     decoder. Images are diffused, text is predicted token by token."""
 
@@ -38,12 +42,12 @@ class Transfusion(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        D, V = config.width, config.vocab_size
-        self.embedding_VD = parameter(rngs.params(), (V, D), ("vocab", "embed"), EMBEDDING_SCALE)
+        self.embedding_VD = embedding(config, config.vocab_size, rngs=rngs)
         self.patches = encoder(config, image, rngs=rngs)
         self.transformer = Transformer(config, rngs=rngs)
-        self.output_DV = parameter(rngs.params(), (D, V), ("embed", "vocab"), D**-0.5)
+        self.output_DV = output(config, config.vocab_size, rngs=rngs)
         self.config, self.image, self.process = config, image, process
+        self.mutual_patches = config.mutual_patches(image)
 
     def __call__(self, batch: Batch, noisy_BMhwc: BMhwc, t_BM: BM) -> tuple[BLD, BMhwc]:
         """Hidden states, and the prediction for every image slot.
@@ -51,9 +55,9 @@ class Transfusion(nnx.Module):
         Logits are left to `head`; a loss over them never builds all of them.
         """
         x_BLD, carried = self._embed_batch(batch, noisy_BMhwc, t_BM)
-        intervals = row_intervals(batch, self.image.patches)
+        intervals = row_intervals(batch, self.mutual_patches)
         hidden_BLD = self.transformer(x_BLD, batch.position_BL, intervals)
-        at_BQ = self._patch_positions(batch)
+        at_BQ = patch_positions(batch.image_start_BM, self.image.patches)
         hidden_BQD = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(
             hidden_BLD, at_BQ
         )
@@ -62,41 +66,32 @@ class Transfusion(nnx.Module):
         return hidden_BLD, self.patches.decode(hidden_BMPD, carried)
 
     def losses(self, batch: Batch, noise: Noise, vocab_chunk: int) -> dict[str, Array]:
-        """`text`: cross-entropy of every position. `image`: mean squared error of every slot."""
+        """`text`: cross-entropy of every position. `image`: mean squared error of every slot. `z`:
+        the z-loss of every position."""
         noisy_BMhwc = self.process.corrupt(batch.latents_BMhwc, noise.noise_BMhwc, noise.t_BM)
         hidden_BLD, predicted_BMhwc = self(batch, noisy_BMhwc, noise.t_BM)
         target_BMhwc = self.process.target(batch.latents_BMhwc, noise.noise_BMhwc, noise.t_BM)
         with jax.named_scope("text_loss"):
-            text_BL = text_loss(hidden_BLD, batch.text_target_BL, self.head(), vocab_chunk)
+            text = token_losses(hidden_BLD, batch.text_target_BL, self.head(), vocab_chunk)
         with jax.named_scope("image_loss"):
             image_BM = image_loss(
                 predicted_BMhwc, target_BMhwc, self.process.loss_weight(noise.t_BM)
             )
-        return {"text": text_BL, "image": image_BM}
+        z_BL = jnp.square(text.log_z_BL)
+        return {"text": text.cross_entropy_BL, "image": image_BM, "z": z_BL}
 
     def weights(self, batch: Batch) -> dict[str, Array]:
-        return {"text": batch.text_weight_BL, "image": batch.image_weight_BM}
+        text_BL = batch.text_weight_BL
+        return {"text": text_BL, "image": batch.image_weight_BM, "z": text_BL}
 
     def coefficients(self, train: TrainConfig) -> dict[str, float]:
-        return {"text": 1.0, "image": train.image_loss_weight}
-
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        return KVCache.zeros(self.config, rows, length)
+        return {"text": 1.0, "image": train.image_loss_weight, "z": train.z_loss}
 
     def read(self, batch: Batch, t_BM: BM, cache: KVCache) -> tuple[BLD, KVCache]:
         """Runs whole rows, their images clean and labelled with timestep t."""
         x_BLD, _ = self._embed_batch(batch, batch.latents_BMhwc, t_BM)
-        intervals = row_intervals(batch, self.image.patches)
-        start_B = jnp.zeros((len(batch.tokens_BL),), jnp.int32)
-        return self.transformer.extend(x_BLD, batch.position_BL, intervals, cache, start_B)
-
-    def extend(self, tokens_BT: Array, context: Context) -> tuple[Array, KVCache]:
-        """Runs T tokens after the context, each seeing those before it."""
-        position_BT = _positions(context, tokens_BT.shape[1])
-        intervals = Intervals(jnp.zeros_like(position_BT), position_BT + 1)
-        return self.transformer.extend(
-            self.embed(tokens_BT), position_BT, intervals, context.cache, context.length_B
-        )
+        intervals = row_intervals(batch, self.mutual_patches)
+        return self.read_vectors(x_BLD, batch.position_BL, intervals, cache)
 
     def denoise(self, x_Bhwc: Array, t: Array, context: Context) -> tuple[Array, KVCache]:
         """Runs one image of every row after the context: the prediction, and the cache with it
@@ -104,8 +99,11 @@ class Transfusion(nnx.Module):
         start_B = context.length_B
         t_B1 = jnp.broadcast_to(t, (len(start_B), 1))
         x_B1PD, carried = self.patches.encode(x_Bhwc[:, None], t_B1)
-        position_BP = _positions(context, self.image.patches)
-        end_BP = jnp.broadcast_to((start_B + self.image.patches)[:, None], position_BP.shape)
+        position_BP = next_positions(context, self.image.patches)
+        if self.mutual_patches > 1:
+            end_BP = jnp.broadcast_to((start_B + self.image.patches)[:, None], position_BP.shape)
+        else:
+            end_BP = position_BP + 1
         intervals = Intervals(jnp.zeros_like(end_BP), end_BP)
         hidden_BPD, cache = self.transformer.extend(
             x_B1PD[:, 0], position_BP, intervals, context.cache, start_B
@@ -138,46 +136,18 @@ class Transfusion(nnx.Module):
 
     def multiplications(self) -> dict[str, int]:
         """Norms and embeddings multiply nothing."""
-        blocks = jax.tree.leaves(nnx.state(self.transformer.blocks, nnx.Param))
         return {
-            # A norm's scales are [layers, D], all else has more dimensions.
-            "position": sum(x.size for x in blocks if x.ndim > 2),
+            "position": self.transformer_multiplications(),
             "target": math.prod(self.output_DV.shape),
             **self.patches.multiplications(),
         }
 
-    def embed(self, tokens_BL: Array) -> Array:
-        # Looked up in float32, in which the gradients of a token's many places are then added.
-        return gathered(self.embedding_VD, jnp.float32)[tokens_BL].astype(self.config.compute_dtype)
-
-    def head(self) -> Callable[[Array], Array]:
-        """From hidden states to logits in float32; made once, its kernel is all-gathered once for
-        all calls."""
-        kernel_DV = gathered(self.output_DV, jnp.float32)
-        return lambda hidden_BLD: float32_product(hidden_BLD, kernel_DV)
-
-    def logits(self, hidden_BLD: Array) -> Array:
-        """Logits of every position, in float32."""
-        return self.head()(hidden_BLD)
-
     def _embed_batch(self, batch: Batch, noisy_BMhwc: BMhwc, t_BM: BM) -> tuple[BLD, Any]:
         """What enters the transformer, patch vectors where the images are, and what the patch
         encoder carries around it."""
-        at_BQ = self._patch_positions(batch)
+        at_BQ = patch_positions(batch.image_start_BM, self.image.patches)
         vectors_BMPD, carried = self.patches.encode(noisy_BMhwc, t_BM)
         x_BLD = jax.vmap(lambda x, at, new: x.at[at].set(new, mode="drop"))(
             self.embed(batch.tokens_BL), at_BQ, vectors_BMPD.reshape(*at_BQ.shape, -1)
         )
         return constrain(x_BLD, "batch", "residual", None), carried
-
-    def _patch_positions(self, batch: Batch) -> Array:
-        """Positions [B, Q], Q = M * P, of all patches of a row; those of empty slots lie past its
-        end."""
-        offset_P = jnp.arange(self.image.patches, dtype=jnp.int32)
-        at_BMP = batch.image_start_BM[:, :, None] + offset_P[None, None, :]
-        return at_BMP.reshape(at_BMP.shape[0], -1)
-
-
-def _positions(context: Context, count: int) -> Array:
-    """The next `count` positions of each row."""
-    return context.length_B[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]

@@ -25,7 +25,7 @@ class Work:
 
 
 def batch_work(batch: Batch, patches: int) -> Work:
-    """The work of a batch of NumPy arrays whose images have `patches` patches.
+    """The work of a batch of NumPy arrays, `patches` of whose images see one another.
 
     A position sees the positions up to itself in its document, a patch the later patches of its
     image as well: the pairs of `row_intervals`, whose mask need not be built.

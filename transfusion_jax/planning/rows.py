@@ -45,7 +45,7 @@ class RowWork(Work):
 
 
 def rows_of(batch: Batch, patches: int, origin: str) -> Rows:
-    """The rows of a batch whose images have `patches` patches."""
+    """The rows of a batch in whose images `patches` see one another."""
     work = batch_work(jax.tree.map(np.asarray, batch), patches)
     intervals = row_intervals(jax.tree.map(jnp.asarray, batch), patches)
     return Rows(intervals, work.images, work.targets, origin)
@@ -66,7 +66,9 @@ def sample_rows(experiment: Experiment) -> Rows:
     rows = data.rows()
     count = min(SAMPLE, experiment.data.batch_rows)
     batch = stack([rows[i] for i in range(count)])
-    return rows_of(batch, experiment.image.patches, f"{count} rows {origin}")
+    return rows_of(
+        batch, experiment.model.mutual_patches(experiment.image), f"{count} rows {origin}"
+    )
 
 
 def row_work(rows: Rows, block: int, together: int = 1) -> RowWork:

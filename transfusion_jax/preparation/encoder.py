@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from transfusion_jax.autoencoder.codec import Codec, load_codec
+from transfusion_jax.data.sources.records import id_type
 from transfusion_jax.errors import require
 from transfusion_jax.files import local_path
 from transfusion_jax.preparation.config import Preparation
@@ -32,7 +33,8 @@ def codec_of(preparation: Preparation) -> Codec:
 
 
 def encoder_of(codec: Codec) -> Encode:
-    """Encodes batches that are split over all devices of this process, each with the weights."""
+    """Encodes batches that are split over all devices of this process, each with the weights: to
+    posteriors, or to the codes of a VQ autoencoder."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -42,8 +44,12 @@ def encoder_of(codec: Codec) -> Encode:
         codec, parameters=jax.device_put(codec.parameters, place(PartitionSpec()))
     )
 
+    def codes(pictures: np.ndarray) -> np.ndarray:
+        found = codec.codes(jax.device_put(pictures, place(PartitionSpec("images"))))
+        return np.asarray(found).astype(id_type(codec.config.codes))
+
     def encode(pictures: np.ndarray) -> np.ndarray:
         mean, std = codec.encode(jax.device_put(pictures, place(PartitionSpec("images"))))
         return np.stack([np.asarray(mean), np.asarray(std)], axis=1).astype(np.float16)
 
-    return encode
+    return codes if codec.config.kind == "vq" else encode

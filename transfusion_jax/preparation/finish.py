@@ -141,10 +141,22 @@ def _write_numbers(file: Path, splits: np.ndarray, split: int, count: int) -> No
 
 
 def _image(settings: Settings, codec: Codec | None, moments: np.ndarray) -> dict[str, Any]:
-    """How images are stored; latents are fed to a model as (latent - shift) * scale."""
+    """How images are stored; latents are fed to a model as (latent - shift) * scale, codes as they
+    are."""
     pixels = [settings.height, settings.width, settings.channels]
     if codec is None:
         return {"stored": "pixels", "pixels": pixels, "shape": pixels}
+    latent = codec.latent_shape(settings.height, settings.width)
+    if codec.config.kind == "vq":
+        return {
+            "stored": "codes",
+            "pixels": pixels,
+            "shape": [*latent[:2], 1],
+            "codes": codec.config.codes,
+            "autoencoder": codec.digest,
+            "shift": codec.shift,
+            "scale": codec.scale,
+        }
     count, total, squares = moments
     mean = total / max(count, 1)
     std = float(np.sqrt(max(squares / max(count, 1) - mean**2, 1e-12)))
@@ -153,7 +165,7 @@ def _image(settings: Settings, codec: Codec | None, moments: np.ndarray) -> dict
     return {
         "stored": "latents",
         "pixels": pixels,
-        "shape": list(codec.latent_shape(settings.height, settings.width)),
+        "shape": list(latent),
         "autoencoder": codec.digest,
         "measured_mean": mean,
         "measured_std": std,

@@ -19,7 +19,7 @@ ToPicture = Callable[[np.ndarray], np.ndarray]
 
 def to_picture(dataset: Dataset) -> ToPicture:
     """From an image of the data set, as the model sees it, to a picture in [-1, 1]."""
-    if not dataset.is_latent:
+    if dataset.stored == "pixels":
         return lambda image: image
     from transfusion_jax.autoencoder.codec import load_codec
 

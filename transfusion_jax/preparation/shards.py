@@ -31,7 +31,8 @@ from transfusion_jax.preparation.splits import split_of
 ENCODED = 64  # pictures in one batch of the autoencoder
 
 Encode = Callable[[np.ndarray], np.ndarray]
-"""Pictures, float32 [n, H, W, C] in [-1, 1], to posteriors, float16 [n, 2, h, w, c]."""
+"""Pictures, float32 [n, H, W, C] in [-1, 1], to posteriors, float16 [n, 2, h, w, c], or to codes,
+unsigned [n, h, w, 1]."""
 
 
 @dataclass(frozen=True)
@@ -191,13 +192,13 @@ def _records(
         span for _, ready in documents for span in ready.spans if isinstance(span, np.ndarray)
     ]
     if settings.encode is not None and pictures:
-        posteriors = [
-            posterior
+        pictures = [
+            encoded
             for batch in _groups(pictures, ENCODED)
-            for posterior in _posteriors(np.stack(batch), settings.encode)
+            for encoded in _encoded(np.stack(batch), settings.encode)
         ]
-        ledger.moments += sum(map(_moments, posteriors))
-        pictures = posteriors
+        if pictures[0].dtype == np.float16:
+            ledger.moments += sum(map(_moments, pictures))
     stored, tokens = iter(pictures), settings.tokenizer.encode
     for _, ready in documents:
         yield Record(
@@ -216,7 +217,7 @@ def _groups(items: Iterable, size: int) -> Iterator[list]:
         yield group
 
 
-def _posteriors(pixels: np.ndarray, encode: Encode) -> np.ndarray:
+def _encoded(pixels: np.ndarray, encode: Encode) -> np.ndarray:
     """Encodes a batch, filled up so that one size is compiled."""
     missing = ENCODED - len(pixels)
     filled = (

@@ -181,7 +181,11 @@ def _bounds(
     height, width = preparation.height, preparation.width
     picture_bytes = height * width * preparation.channels
     if codec is not None:
-        picture_bytes = 2 * 2 * int(np.prod(codec.latent_shape(height, width)))  # float16
+        latent = codec.latent_shape(height, width)
+        # Float16 means and deviations, or one code at each place.
+        picture_bytes = (
+            2 * latent[0] * latent[1] if codec.config.kind == "vq" else 4 * int(np.prod(latent))
+        )
     found = [reader for _, reader in readers]
     bounds = shard_bounds(found, tokenizer, picture_bytes, preparation.shard_bytes)
     with atomic_path(file) as path, path.open("wb") as opened:

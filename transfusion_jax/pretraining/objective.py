@@ -40,7 +40,9 @@ def batch_losses(
         model.weights(microbatch),
         model.weights(batch),
     )
-    total = sum(scale * means[name] for name, scale in model.coefficients(train).items())
+    scales = model.coefficients(train)
+    # What has no part in the total costs nothing: XLA leaves it out.
+    total = sum(scale * means[name] for name, scale in scales.items() if scale)
     nothing = jnp.zeros(())
     return Losses(total, means.get("text", nothing), means.get("image", nothing))
 

@@ -114,7 +114,7 @@ def _project(experiment: Experiment) -> Project | None:
 def step_flops(planned: Blueprint) -> Callable[[Batch], float]:
     """What counts the model FLOPs of a step, from a batch in the host's memory."""
     experiment = planned.experiment
-    patches = experiment.image.patches
+    patches = experiment.model.mutual_patches(experiment.image)
     each = planned.multiplications
     return lambda batch: model_flops(each, experiment, batch_work(batch, patches))
 

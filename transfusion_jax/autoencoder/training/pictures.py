@@ -75,8 +75,8 @@ def pictures(experiment: AutoencoderExperiment, split: str) -> Sequence[np.ndarr
         )
     dataset = open_dataset(Path(experiment.data))
     require(
-        not dataset.is_latent,
-        f"{experiment.data} holds latents; an autoencoder is trained on pixels",
+        dataset.stored == "pixels",
+        f"{experiment.data} holds {dataset.stored}; an autoencoder is trained on pixels",
     )
     require(
         dataset.image_shape == (size, size, channels),

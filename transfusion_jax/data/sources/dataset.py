@@ -43,8 +43,14 @@ class Dataset:
         return tuple(self.info["image"]["shape"])
 
     @property
-    def is_latent(self) -> bool:
-        return self.info["image"]["stored"] == "latents"
+    def stored(self) -> str:
+        """What images are stored as: "pixels", "latents" or "codes"."""
+        return self.info["image"]["stored"]
+
+    @property
+    def codes(self) -> int:
+        """Entries of the codebook whose codes are stored; 0: none are."""
+        return self.info["image"].get("codes", 0)
 
     @property
     def embedding_rows(self) -> int:
@@ -52,8 +58,9 @@ class Dataset:
         return -(-self.info["tokenizer"]["entries"] // ROUNDED) * ROUNDED
 
     def image_config(self, patch: int = 2) -> ImageConfig:
-        """The images of the data set, in square patches of this side."""
-        return ImageConfig(*self.image_shape, patch)
+        """The images of the data set, in square patches of this side; codes are not cut into
+        patches."""
+        return ImageConfig(*self.image_shape, 1 if self.codes else patch, self.codes)
 
     def row_length(self, image: ImageConfig, images: int = 4) -> int:
         """The shortest row length, for about this many images a row, that documents fill well.
@@ -126,18 +133,18 @@ class Dataset:
         return Shards(self.path / "shards", names, [shard["documents"] for shard in shards])
 
     def record(self, number: int) -> records.Record:
-        shape = (
-            ((2, *self.image_shape), np.dtype("<f2"))
-            if self.is_latent
-            else (self.image_shape, np.dtype("u1"))
-        )
+        kind, shape = {
+            "pixels": (np.dtype("u1"), self.image_shape),
+            "latents": (np.dtype("<f2"), (2, *self.image_shape)),
+            "codes": (records.id_type(self.codes), self.image_shape),
+        }[self.stored]
         return records.decode(
-            self._records[number], records.id_type(self.tokenizer.size), shape[1], shape[0]
+            self._records[number], records.id_type(self.tokenizer.size), kind, shape
         )
 
     def image(self, stored: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """A stored image as float32 [h, w, c] for the model: a latent sampled with `rng` or its
-        mean, or pixels."""
+        mean, pixels, or code numbers."""
         return self.images([stored], rng)[0]
 
     def images(
@@ -145,8 +152,10 @@ class Dataset:
     ) -> np.ndarray:
         """Stored images as float32 [n, h, w, c]; in few operations: threads wait for each other at
         each."""
-        if not self.is_latent:
+        if self.stored == "pixels":
             return from_uint8(np.stack(stored))
+        if self.stored == "codes":
+            return np.stack(stored).astype(np.float32)
         mean, std = np.stack(stored, axis=1).astype(np.float32)
         latents = mean
         if rng is not None:

@@ -28,6 +28,8 @@ class Prepared:
         self.dataset = open_dataset(path)
         self.experiment = experiment
         info = self.dataset.info
+        if info["images"]:
+            _check_codes(path, self.dataset.codes, experiment.image.codes)
         if info["images"] and self.dataset.image_shape != experiment.image.shape:
             h, w, c = self.dataset.image_shape
             raise ValueError(
@@ -39,7 +41,11 @@ class Prepared:
         digest = _digest(info)
         planned = hashlib.sha256(digest + f"{split} {experiment.image.span}".encode()).hexdigest()
         self.assets = Assets(
-            digest, self.dataset.tokenizer, _latents(self.dataset), path / "plans" / planned[:16]
+            digest,
+            self.dataset.tokenizer,
+            _latents(self.dataset),
+            path / "plans" / planned[:16],
+            self.dataset.codes,
         )
 
     @functools.cached_property
@@ -80,13 +86,29 @@ class Prepared:
         return interleaved_document(spans, tokenizer, data, diffusion, rng)
 
 
+def _check_codes(path: Path, stored: int, asked: int) -> None:
+    """Raises ValueError unless the codes that are stored are of a codebook as large as the
+    model's."""
+    if stored == asked:
+        return
+    if not stored:
+        raise ValueError(
+            f"the images of {path} are no codes, and the model needs codes: prepare them with a VQ "
+            f"autoencoder of {asked}"
+        )
+    raise ValueError(
+        f"the images of {path} are codes of {stored}, the experiment has image.codes={asked}: "
+        f"--model.family chameleon --image.codes {stored}"
+    )
+
+
 def _digest(info: dict[str, Any]) -> bytes:
     """Identifies the content of a data set."""
     return json.dumps([info[name] for name in ("shards", "index_sha256", "image")]).encode()
 
 
 def _latents(dataset: Dataset) -> LatentSpace | None:
-    if not dataset.is_latent:
+    if dataset.stored == "pixels":
         return None
     image = dataset.info["image"]
     return LatentSpace(

@@ -3,7 +3,8 @@
 A record is a msgpack array `[captions, spans]`. Token ids are little-endian unsigned integers of
 the data set's id type. `captions` are alternatives; a document that has them is a pair, and its one
 span is the picture. A span is `[0, ids]` or `[1, image]`. An image is its pixels, uint8 [h, w, c],
-or the posterior of its latent: the mean and the standard deviation, float16 [2, h, w, c].
+the posterior of its latent, which is the mean and the standard deviation, float16 [2, h, w, c], or
+code numbers of a VQ autoencoder, unsigned [h, w, 1].
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ SPLITS = {"train": TRAIN, "held_out": HELD_OUT}
 
 @dataclass(frozen=True)
 class Record:
-    """One prepared document; images are uint8 [h, w, c] or float16 [2, h, w, c]."""
+    """One prepared document; images are as they are stored."""
 
     captions: tuple[np.ndarray, ...]
     spans: tuple[tuple[int, np.ndarray], ...]

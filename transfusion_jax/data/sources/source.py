@@ -32,9 +32,11 @@ class Assets:
     tokenizer: Tokenizer | None = None
     """The tokenizer that its text is stored with, if its text is stored as ids."""
     latents: LatentSpace | None = None
-    """None where images are pixels."""
+    """Of latents and of codes; None where images are pixels."""
     plans: Path | None = None
     """Where packing plans of this split may be cached; another where lengths would be others."""
+    codes: int = 0
+    """Entries of the codebook whose code numbers the images are; 0: pixels or latents."""
 
 
 class Source(Protocol):

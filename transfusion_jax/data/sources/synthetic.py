@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from transfusion_jax.config import Experiment
+from transfusion_jax.config import Experiment, ImageConfig
 from transfusion_jax.data.documents import Document, pair_document, pair_length, text_document
 from transfusion_jax.data.sources.source import Assets
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -16,23 +16,24 @@ class Synthetic:
     """Pairs and pages of noise with the lengths of web data, mixed 1:1 (section 4.1).
 
     Half of all positions are patches, the other half text: captions, pages, and the marks around
-    both. (Images of fewer than six patches are outnumbered by the marks and the caption of their
-    pair.) Captions have about 30 tokens, or an eighth of the patches if that is less; pages 500.
+    both. For a model of text alone there are pages alone. (Images of fewer than six patches are
+    outnumbered by the marks and the caption of their pair.) Captions have about 30 tokens, or an
+    eighth of the patches if that is less; pages 500.
     """
-
-    assets = Assets()
 
     def __init__(self, experiment: Experiment, split: str):
         self.experiment = experiment
+        self.assets = Assets(codes=experiment.image.codes)
         image, data = experiment.image, experiment.data
         rng = np.random.default_rng(0 if split == "train" else 1)
         typical = min(30, image.patches / 8)
-        captions = rng.lognormal(np.log(typical), 0.5, PAIRS).astype(int)
+        pairs = 0 if experiment.model.images == "none" else PAIRS
+        captions = rng.lognormal(np.log(typical), 0.5, pairs).astype(int)
         self.captions = np.clip(captions, 1, data.row_length - image.span - 2)
         kept = self.captions.sum() * (1 - (1 - data.image_first) * data.caption_dropout)
-        in_pairs = int(kept) + 4 * PAIRS  # BOS, BOI, EOI, EOS
+        in_pairs = int(kept) + 4 * pairs  # BOS, BOI, EOI, EOS
         self.pages = _page_lengths(rng, image.patches * PAIRS - in_pairs)
-        self.splittable = np.repeat([False, True], [PAIRS, len(self.pages)])
+        self.splittable = np.repeat([False, True], [pairs, len(self.pages)])
 
     def texts(self) -> Iterator[str]:
         return iter(["synthetic text"])
@@ -47,14 +48,21 @@ class Synthetic:
         return [self._document(index, tokenizer, rng) for index in indices]
 
     def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
-        if index >= PAIRS:
-            count = self.pages[index - PAIRS] - 2
+        if index >= len(self.captions):
+            count = self.pages[index - len(self.captions)] - 2
             return text_document(rng.integers(tokenizer.boi, size=count), tokenizer)
         ids = rng.integers(tokenizer.boi, size=self.captions[index])
-        latent = rng.standard_normal(self.experiment.image.shape, np.float32)
+        latent = _latent(self.experiment.image, rng)
         return pair_document(
             [ids], latent, tokenizer, self.experiment.data, self.experiment.diffusion, rng
         )
+
+
+def _latent(image: ImageConfig, rng: np.random.Generator) -> np.ndarray:
+    """Noise, or random codes."""
+    if image.codes:
+        return rng.integers(image.codes, size=image.shape).astype(np.float32)
+    return rng.standard_normal(image.shape, np.float32)
 
 
 def _page_lengths(rng: np.random.Generator, positions: int) -> np.ndarray:

@@ -27,6 +27,9 @@ def row_intervals(batch: Batch, patches: int) -> Intervals:
 
         k_start  0 0 0 0 0 0  6 6 6  0
         k_end    1 2 4 4 5 6  7 8 9  0
+
+    Args:
+      patches: of an image that see one another; 1 where attention is causal in images too.
     """
     segment_BL = batch.segment_BL
     B, L = segment_BL.shape

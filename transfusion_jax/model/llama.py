@@ -1,0 +1,59 @@
+"""Llama: the same transformer on text alone (Touvron et al. 2023, arXiv 2307.09288), a baseline.
+
+With query-key norm, post-norm and z-loss, each a switch of its own, it is the middle row of Table
+4: Chameleon's stability changes without its images.
+"""
+
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from transfusion_jax.batch import Batch
+from transfusion_jax.config import ModelConfig, SamplerConfig, TrainConfig
+from transfusion_jax.diffusion.process import Noise
+from transfusion_jax.model.attention.intervals import row_intervals
+from transfusion_jax.model.interface import Context, Guidance
+from transfusion_jax.model.losses import token_losses
+from transfusion_jax.model.token_model import TokenModel, embedding, output
+from transfusion_jax.model.transformer import KVCache, Transformer
+from transfusion_jax.shapes import BLD, BM
+
+
+class Llama(TokenModel):
+    """A `Model` of text alone; rows have no images."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embedding_VD = embedding(config, config.vocab_size, rngs=rngs)
+        self.transformer = Transformer(config, rngs=rngs)
+        self.output_DV = output(config, config.vocab_size, rngs=rngs)
+        self.config = config
+
+    def losses(self, batch: Batch, noise: Noise, vocab_chunk: int) -> dict[str, Array]:
+        """`text`: cross-entropy of every position. `z`: its z-loss."""
+        x_BLD = self.embed(batch.tokens_BL)
+        hidden_BLD = self.transformer(x_BLD, batch.position_BL, row_intervals(batch, 1))
+        found = token_losses(hidden_BLD, batch.text_target_BL, self.head(), vocab_chunk)
+        return {"text": found.cross_entropy_BL, "z": jnp.square(found.log_z_BL)}
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        return {"text": batch.text_weight_BL, "z": batch.text_weight_BL}
+
+    def coefficients(self, train: TrainConfig) -> dict[str, float]:
+        return {"text": 1.0, "z": train.z_loss}
+
+    def read(self, batch: Batch, t_BM: BM, cache: KVCache) -> tuple[BLD, KVCache]:
+        x_BLD = self.embed(batch.tokens_BL)
+        return self.read_vectors(x_BLD, batch.position_BL, row_intervals(batch, 1), cache)
+
+    def draw(
+        self, context: Context, guidance: Guidance | None, sampling: SamplerConfig, key_B: Array
+    ) -> tuple[Array, KVCache]:
+        raise AssertionError("BOI is never written, so nothing is drawn")
+
+    def multiplications(self) -> dict[str, int]:
+        return {
+            "position": self.transformer_multiplications(),
+            "target": math.prod(self.output_DV.shape),
+        }
