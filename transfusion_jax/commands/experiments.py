@@ -6,7 +6,8 @@ import io
 import os
 import re
 import runpy
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -73,7 +74,8 @@ def _points(path: str) -> dict[str, Any]:
 def _call(path: str, function: str) -> Any:
     """What a function of an experiment file returns; what a generator yields, as a list."""
     try:
-        names = runpy.run_path(path)
+        with _imports_beside(path):
+            names = runpy.run_path(path)
         if function in names:
             found = names[function]()
             return list(found) if function == "sweep" else found
@@ -82,6 +84,17 @@ def _call(path: str, function: str) -> Any:
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
     raise ValueError(f"{path} has no function {function}()")
+
+
+@contextlib.contextmanager
+def _imports_beside(path: str) -> Iterator[None]:
+    """Lets a file import those beside it, as one experiment does that is a diff of another."""
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def override(config: Any, arguments: Sequence[str]) -> Any:
