@@ -115,7 +115,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
         events.append("step")
         return run.step(state, batch)
 
-    def look(number, state):
+    def look(number, state, moved):
         events.append(f"look {number}")
         return Observation()
 
@@ -127,6 +127,31 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
         *("step", "look 4", "read 4"),
     ]
     assert run.step._cache_size() == 1  # compiled once
+
+
+def test_observers_stop_where_all_processes_do(uninterrupted, tmp_path, monkeypatch):
+    """The agreement names one point only, which may lie inside an observation."""
+    run = line.open_run(LINE, tmp_path / "line", print)
+    looked = []
+
+    def look(step, state, moved):
+        for _ in range(3):
+            moved()
+            looked.append(step)
+        return Observation(values={"seen": 1.0})
+
+    instruments = Instruments(observers=(Observer(4, look), Observer(4, look)))
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "moved", line.signal_at(1 + 7 + 3 * 2 + 4))  # in the second, step 8
+        outcome = train(replace(run, instruments=instruments), said.append)
+    assert outcome.stopped_by == "SIGTERM" and int(outcome.state.step) == 8
+    assert looked == [4] * 6 + [8] * 4
+    assert "validation and samples of step 8 were cut short and are left out" in said
+    rows = read_metrics(tmp_path / "line")
+    assert [row["step"] for row in rows if "seen" in row] == [4] and rows[-1]["step"] == 8
+    trained(tmp_path / "line")
+    assert losses(tmp_path / "line") == losses(uninterrupted[0])
 
 
 def test_rates_are_since_the_last_logged_step(tmp_path, monkeypatch):

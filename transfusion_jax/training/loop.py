@@ -170,8 +170,7 @@ def _take_steps(
             if pending is not None:
                 monitor.read(*pending)
             pending = step, metrics
-            monitor.observe(step, state)
-            stopped_by = watch.moved()
+            stopped_by = monitor.observe(step, state, watch.check) or watch.moved()
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped_by:
                 monitor.read(*pending)
                 pending = None
