@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-
 Moved = Callable[[], None]
 """To be called between the parts of longer work, in all processes alike; what it raises ends it."""
 
