@@ -39,6 +39,13 @@ FAULTS = (
         "validation",
     ),
     Fault(
+        "processes on one host profile into one file",
+        "training/profile.py",
+        "several = jax.process_count() > 1",
+        "several = False",
+        "processes::test_two_processes_train_as_one_stop_together_and_resume_alone",
+    ),
+    Fault(
         "a signal is not heard while a run validates",
         "pretraining/validation.py",
         "                moved()\n",
