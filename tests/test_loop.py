@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import line
 import numpy as np
 import pytest
 
+from transfusion_jax.errors import ComeAgain
 from transfusion_jax.training import loop
 from transfusion_jax.training.checkpoint import Checkpoints
 from transfusion_jax.training.instruments import Instruments
@@ -191,6 +193,29 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkey
     with pytest.raises(TrainingFailed, match="trained to step 12, but its checkpoint"):
         train(run, said.append)
     assert "the last good one is step 10" in said[-1]
+
+
+@pytest.mark.parametrize(("asked", "error"), [("continue", ComeAgain), ("stop", TrainingFailed)])
+def test_a_stop_that_cannot_be_saved_may_be_resumed_from_before(
+    uninterrupted, tmp_path, monkeypatch, asked, error
+):
+    experiment = replace(LINE, train=replace(LINE.train, failed_save=asked))
+    wait = Checkpoints.wait
+
+    def full(self):
+        if self._saving and self._saving[0] == 7:
+            self._saving = 7, OSError(28, "No space left on device")
+        return wait(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "moved", line.signal_at(7))
+        patch.setattr(Checkpoints, "wait", full)
+        with pytest.raises(error, match="step 7, .*could not be saved") as raised:
+            trained(tmp_path / "line", experiment)
+    assert type(raised.value) is error
+    shutil.rmtree(tmp_path / "line" / "checkpoints" / "7", ignore_errors=True)
+    trained(tmp_path / "line", experiment)
+    assert losses(tmp_path / "line") == losses(uninterrupted[0])
 
 
 def test_gradients_that_stay_non_finite_end_the_run(tmp_path):

@@ -158,6 +158,13 @@ FAULTS = (
         "loop",
     ),
     Fault(
+        "a stop that could not be saved is final",
+        "training/loop.py",
+        'if not saved and stopped_by and run.settings.failed_save == "continue":',
+        "if False:",
+        "loop::test_a_stop_that_cannot_be_saved_may_be_resumed_from_before",
+    ),
+    Fault(
         "a full disk under a run is bad input",
         "training/storage_errors.py",
         "STORAGE = (errno.ENOSPC, ",
