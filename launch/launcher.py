@@ -50,7 +50,8 @@ def parser(description: str) -> Parser:
         type=int,
         default=RESTARTS,
         metavar="N",
-        help=f"how often to start again after exit codes 42 and 127-255 (default: {RESTARTS})",
+        help="how often to start again after exit codes 42 and 127-255, in all or without a new "
+        f"checkpoint (see README.md; default: {RESTARTS})",
     )
     return made
 

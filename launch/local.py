@@ -3,7 +3,9 @@
 python launch/local.py --processes 2 -- experiments/digits.py --run-dir runs/digits
 """
 
+import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -12,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher import GRACE, RETRIABLE, STOPPED, check_positive, fail, parse, parser
+from launcher import GRACE, RETRIABLE, STOPPED, Parser, check_positive, fail, parse, parser
 
 KINDS = ("cpu", "gpu")
 
@@ -82,6 +84,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def saved_step(train: Sequence[str]) -> int:
+    """The newest checkpoint's step in the run directory that a command names; 0 if none is seen.
+
+    Only what is written whole has a step for a name.
+    """
+    given = Parser(add_help=False, allow_abbrev=False)
+    given.add_argument("--run-dir")
+    run_dir = given.parse_known_args(train)[0].run_dir
+    names = []
+    if run_dir:
+        with contextlib.suppress(OSError):  # none yet, or the file system does not answer
+            names = os.listdir(os.path.join(run_dir, "checkpoints"))
+    return max((int(name) for name in names if re.fullmatch("[0-9]+", name)), default=0)
+
+
 class Run:
     """Check and training, and what to do with signals meanwhile."""
 
@@ -111,17 +128,21 @@ class Run:
         return outcome(self._group.codes(self._patience, lambda: self._stopping))
 
     def until_done(self, restarts: int) -> int:
-        """Checks and trains; again after a retriable exit code, `restarts` times at most."""
-        for left in range(restarts, -1, -1):
+        """Checks and trains; again after a retriable exit code, at most `restarts` times without a
+        checkpoint further than all before."""
+        left, furthest = restarts, saved_step(self._train)
+        while True:
             code = self.once("check")
             if code == 0:
                 code = STOPPED if self._stopping else self.once("train")
+            if (step := saved_step(self._train)) > furthest:
+                left, furthest = restarts, step
             if code not in RETRIABLE or left == 0:
                 return code
             if self._stopping:
                 return STOPPED  # also where `check`, which has nothing to save, was killed
-            print(f"exit code {code}: starting again, {left - 1} restarts left", flush=True)
-        return code
+            left -= 1
+            print(f"exit code {code}: starting again, {left} restarts left", flush=True)
 
 
 def main(words: Sequence[str]) -> int:

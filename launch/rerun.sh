@@ -1,7 +1,8 @@
 #!/bin/bash
 # Checks and trains on one host, again while the exit code is 42 or 127-255:
 #     rerun.sh RESTARTS EXPERIMENT [--run-dir DIR] [--FIELD VALUE ...]
-# SIGTERM is passed on and ends it: the run saves, and is not started again.
+# RESTARTS times at most without a checkpoint further than all before in the run directory, if that is
+# named. SIGTERM is passed on and ends it: the run saves, and is not started again.
 set -u
 # A process that is lost has been noticed by then (processes.heartbeat_timeout is 100 seconds), so
 # none of the others is still in the run that this one left.
@@ -21,6 +22,27 @@ stop() {
 }
 trap stop TERM INT
 
+run_dir=
+for ((i = 1; i <= $#; i++)); do
+    next=$((i + 1))
+    case ${!i} in
+    --run-dir) run_dir=${!next-} ;;
+    --run-dir=*) run_dir=${!i#--run-dir=} ;;
+    esac
+done
+
+# Looks for the newest checkpoint; only what is written whole has a step for a name.
+furthest=0
+moved_on() {
+    local before=$furthest place step
+    [ -n "$run_dir" ] || return 1
+    for place in "$run_dir"/checkpoints/*; do
+        step=${place##*/}
+        [[ $step =~ ^[0-9]+$ ]] && ((10#$step > furthest)) && furthest=$((10#$step))
+    done
+    ((furthest > before))
+}
+
 # Runs a command to its end; a signal that is passed on interrupts `wait`, not the command.
 code=0
 run() {
@@ -36,6 +58,7 @@ run() {
     child=
 }
 
+moved_on
 for ((left = restarts; ; left--)); do
     run check "$@"
     if [ "$code" -eq 0 ]; then
@@ -46,6 +69,7 @@ for ((left = restarts; ; left--)); do
         fi
     fi
     echo "exit code $code"
+    ! moved_on || left=$restarts
     if [ -n "$stopping" ] || ((left == 0)) || ((code != 42 && code < 127)); then
         exit "$code"
     fi

@@ -137,6 +137,23 @@ def test_space_is_that_of_the_kept_checkpoints_and_one_more(free, held, fits):
     facts = pod(free=0)
     facts[0] = fact(0, free=free * GIB, held=held * GIB)
     assert list(failures(facts)) == ([] if fits else ["space"])
+    (finding,) = [finding for finding in judge(facts, ASKED) if finding.check == "space"]
+    assert finding.passes == (not fits and held > 0)  # a run that is there may find room
+
+
+@pytest.mark.parametrize(
+    ("said", "held", "passes"),
+    [
+        ("cannot write to x: [Errno 28] No space left on device", 1, True),
+        ("cannot write to x: [Errno 28] No space left on device", 0, False),
+        ("cannot write to x: [Errno 13] Permission denied", 1, False),
+    ],
+)
+def test_a_full_directory_of_a_run_that_is_there_may_find_room(said, held, passes):
+    facts = pod(directory=said)
+    facts[0] = replace(facts[0], held=held)
+    (finding,) = [finding for finding in judge(facts, ASKED) if not finding.ok]
+    assert finding.passes == passes
 
 
 def test_devices_that_do_not_say_their_memory_hold_any_state():
@@ -295,7 +312,7 @@ def test_the_command_prints_every_check(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_check_that_fails_is_exit_code_1(capsys, tmp_path, monkeypatch):
+def test_a_check_that_fails_is_exit_code_1_or_42_where_room_may_come(capsys, tmp_path, monkeypatch):
     line = ("check", str(DIGITS), "--run-dir", str(tmp_path / "run"))
     assert main((*line, "--mesh.data", "3")) == 1
     said = capsys.readouterr().out
@@ -304,6 +321,9 @@ def test_a_check_that_fails_is_exit_code_1(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(facts_module, "_free", lambda directory: 10)
     assert main(line) == 1
     assert "do not fit into 10 B free" in capsys.readouterr().out
+    monkeypatch.setattr(facts_module, "_held", lambda checkpoints: 1)
+    assert main(line) == 42  # the run is there, and somebody may make room
+    assert main((*line, "--mesh.data", "3")) == 1
 
 
 def test_the_command_says_how_to_plan_the_same_experiment(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,9 @@
+import errno
 import json
 import os
+import shutil
 import socket
+import subprocess
 from dataclasses import replace
 
 import line
@@ -11,9 +14,14 @@ from transfusion_jax.config import Experiment, TrainConfig
 from transfusion_jax.config.fields import flattened
 from transfusion_jax.config.stored import differences
 from transfusion_jax.data.pipeline import Data
+from transfusion_jax.errors import ComeAgain
 from transfusion_jax.pretraining.run import open_run, stored
 from transfusion_jax.training import directory as directory_lib
 from transfusion_jax.training.directory import check_directory, open_directory
+from transfusion_jax.training.lock import Lock
+from transfusion_jax.training.loop import train
+from transfusion_jax.training.metrics import read_metrics
+from transfusion_jax.training.watchdog import Watch
 
 LINE = line.Line()
 
@@ -167,6 +175,78 @@ def test_a_directory_in_use_is_refused_until_it_is_closed(tmp_path):
         line.open_run(LINE, tmp_path / "run", print)
     first.directory.close()
     line.open_run(LINE, tmp_path / "run", print).directory.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ESTALE])
+@pytest.mark.parametrize("where", ["_check", "Lock", "write_atomic"])
+def test_storage_that_fails_under_a_run_may_come_back(tmp_path, monkeypatch, number, where):
+    def failing(*_):
+        raise OSError(number, os.strerror(number))
+
+    changed = replace(LINE, colour="blue")
+    opened(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_lib, where, failing)
+        with pytest.raises(ComeAgain, match=r"cannot open the run in .*run \(\w+.*\); the same"):
+            opened(tmp_path / "run", changed)
+        if where != "write_atomic":
+            with pytest.raises(ValueError, match=os.strerror(number)):  # there is no run yet
+                opened(tmp_path / "another")
+    opened(tmp_path / "run", changed)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["colour"] == "blue"
+
+
+def test_a_directory_is_held_on_a_disk_that_is_too_full_for_a_name(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        lock = Lock(tmp_path / "lock")
+    with pytest.raises(ValueError, match="is in use by another process"):
+        Lock(tmp_path / "lock")
+    lock.release()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few MiB; making one takes root."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.filterwarnings(  # of event files that tensorboardX can neither write nor close
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_a_run_goes_on_when_the_disk_is_full_at_its_start(small_disk, monkeypatch):
+    experiment = replace(LINE, train=replace(LINE.train, checkpoint_every=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "moved", line.signal_at(7))
+        train(line.open_run(experiment, small_disk / "run", print), print)
+    metrics = small_disk / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + json.dumps({"step": 8, "loss": 1.0}) + "\n")
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+    said = []
+
+    def report(text):
+        said.append(text)
+        if "could not save" in text and "/10 " in text:
+            filler.unlink()  # somebody makes room
+
+    outcome = train(line.open_run(experiment, small_disk / "run", report), report)
+    assert int(outcome.state.step) == 12
+    assert any("could not save" in text and "last good one is step 7" in text for text in said)
+    rows = [row["step"] for row in read_metrics(small_disk / "run")]
+    assert rows[:7] == [*range(1, 8)] and rows[-1] == 12 and rows == sorted(set(rows))
+    assert max(int(place.name) for place in (small_disk / "run" / "checkpoints").iterdir()) == 12
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_does_not_end_the_run(tmp_path, clock, monkeypatch):
 
 
 def test_a_run_accounts_for_its_time(tmp_path):
-    def look(step, state):
+    def look(step, state, moved):
         time.sleep(0.02)
         return Observation(values={"seen": 1.0} if step == 3 else {})
 
@@ -164,7 +164,7 @@ def test_a_killed_run_repeats_steps_and_says_so(tmp_path, monkeypatch):
     """Killed at step 9, it resumes from the checkpoint of step 5."""
     run = line.open_run(line.Line(), tmp_path, silent)
 
-    def dying(step, state):
+    def dying(step, state, moved):
         if step == 9:
             # A process that is killed writes nothing more.
             monkeypatch.setattr("transfusion_jax.training.goodput.write_json", lambda *_: None)

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import signal
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,13 @@ from transfusion_jax.commands.main import main
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.evaluation.samples import sampler
-from transfusion_jax.generation.engine import Engine, load_engine
+from transfusion_jax.generation.engine import Engine, load_engine, nothing
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.pretraining.run import open_run
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
+from transfusion_jax.pretraining.validation import Validation
 from transfusion_jax.training.loop import train
 from transfusion_jax.training.metrics import MetricsLog, read_events, read_metrics
 from transfusion_jax.training.profile import Window
@@ -136,6 +138,34 @@ def test_a_plain_run_that_is_resumed_with_validation_sees_the_same(
     assert ours[4] == theirs[4] and not VALIDATION & set(ours[4])
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "step"), [(Validation, "measure", 3), (Engine, "stream", 5)]
+)
+def test_a_signal_cuts_instruments_short_and_training_does_not_feel_it(
+    watched, whole, tmp_path, monkeypatch, owner, name, step
+):
+    original = getattr(owner, name)
+
+    def struck(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, struck)
+        said = trained(watched, tmp_path / "run")
+    assert f"validation and samples of step {step} were cut short and are left out" in said
+    assert said[-1].startswith(f"stopped by SIGTERM at step {step}, saved")
+    assert not VALIDATION & set(read_metrics(tmp_path / "run")[-1])
+    trained(watched, tmp_path / "run")
+    assert all(at != step or "samples" not in value.tag for at, value in board(tmp_path / "run"))
+    ours, theirs = (
+        {row["step"]: {name: row[name] for name in LOSSES} for row in read_metrics(directory)}
+        for directory in (tmp_path / "run", whole[0])
+    )
+    for shared in ours.keys() & theirs.keys() | {6, 8}:
+        assert ours[shared] == theirs[shared]
+
+
 def test_validation_is_logged_where_it_is_due(whole):
     for row in read_metrics(whole[0]):
         assert set(row) & VALIDATION == (VALIDATION if row["step"] in (3, 6, 8) else set())
@@ -163,11 +193,11 @@ def test_pictures_of_samples_are_shown(watched, whole, tmp_path, monkeypatch):
     """What a model answers with pictures, which this one does not."""
     picture = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8, 1)
     answers = [["seven", picture, "it is", -picture], ["eight"]]
-    monkeypatch.setattr(Engine, "with_weights", lambda engine, weights: engine)
+    monkeypatch.setattr(Engine, "with_weights", lambda engine, weights, moved: engine)
     monkeypatch.setattr(Engine, "generate", lambda *_: answers)
     observer = sampler(watched, whole[0], make_mesh(watched.mesh, jax.devices()[:2]), silent)
     log = MetricsLog(tmp_path, 0)
-    log.show(5, observer.look(5, SimpleNamespace(ema={})))
+    log.show(5, observer.look(5, SimpleNamespace(ema={}), nothing))
     log.close()
     values = {value.tag: value for step, value in board(tmp_path) if step == 5}
     assert b"seven [image] it is [image]" in values["samples/0/text_summary"].tensor.string_val[0]

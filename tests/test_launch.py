@@ -448,6 +448,43 @@ def test_rerun_starts_again_only_when_that_helps(tmp_path, codes, restarts, code
     )
 
 
+@pytest.mark.parametrize("given", ["--run-dir 'my run'", "'--run-dir=my run'"])
+@pytest.mark.parametrize(
+    ("saves", "code", "starts"),
+    [
+        ("$((TURN * 5))", 0, 12),  # 50 after 5: as numbers, not as words
+        ("$((50 - TURN))", 42, 2),  # only the first gets further than all before
+        ("5.orbax-checkpoint-tmp", 42, 2),
+    ],
+)
+def test_only_restarts_without_progress_are_counted(
+    tmp_path, monkeypatch, given, saves, code, starts
+):
+    """The first start finds the checkpoint of an earlier one."""
+    monkeypatch.chdir(tmp_path)
+    train = f'mkdir -p "my run/checkpoints/{saves}"; [ $TURN = 12 ] || exit 42'
+    fake(
+        tmp_path,
+        "transfusion-jax",
+        f'[ $1 = train ] || exit 0; echo >> "$LOG"\nTURN=$(wc -l < "$LOG"); {train}',
+    )
+    words = ["x.py", *shlex.split(given)]
+    for command in (
+        ["bash", str(LAUNCH / "rerun.sh"), "1", *words],
+        [
+            sys.executable,
+            str(LAUNCH / "local.py"),
+            *"--processes 1 --restarts 1 --".split(),
+            *words,
+        ],
+    ):
+        (tmp_path / "my run" / "checkpoints" / "4").mkdir(parents=True)
+        done = subprocess.run(command, env=with_fakes(tmp_path), timeout=60, capture_output=True)
+        assert (done.returncode, len(logged(tmp_path, "transfusion-jax"))) == (code, starts), done
+        shutil.rmtree(tmp_path / "my run")
+        (tmp_path / "transfusion-jax.log").unlink()
+
+
 def test_rerun_does_not_train_where_the_check_fails(tmp_path):
     in_turn(tmp_path, "exit 1", "exit 0")
     run = ["bash", str(LAUNCH / "rerun.sh"), "5", "x.py"]

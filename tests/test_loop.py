@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import line
 import numpy as np
 import pytest
 
+from transfusion_jax.errors import ComeAgain
 from transfusion_jax.training import loop
 from transfusion_jax.training.checkpoint import Checkpoints
 from transfusion_jax.training.instruments import Instruments
@@ -115,7 +117,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
         events.append("step")
         return run.step(state, batch)
 
-    def look(number, state):
+    def look(number, state, moved):
         events.append(f"look {number}")
         return Observation()
 
@@ -127,6 +129,31 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
         *("step", "look 4", "read 4"),
     ]
     assert run.step._cache_size() == 1  # compiled once
+
+
+def test_observers_stop_where_all_processes_do(uninterrupted, tmp_path, monkeypatch):
+    """The agreement names one point only, which may lie inside an observation."""
+    run = line.open_run(LINE, tmp_path / "line", print)
+    looked = []
+
+    def look(step, state, moved):
+        for _ in range(3):
+            moved()
+            looked.append(step)
+        return Observation(values={"seen": 1.0})
+
+    instruments = Instruments(observers=(Observer(4, look), Observer(4, look)))
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "moved", line.signal_at(1 + 7 + 3 * 2 + 4))  # in the second, step 8
+        outcome = train(replace(run, instruments=instruments), said.append)
+    assert outcome.stopped_by == "SIGTERM" and int(outcome.state.step) == 8
+    assert looked == [4] * 6 + [8] * 4
+    assert "validation and samples of step 8 were cut short and are left out" in said
+    rows = read_metrics(tmp_path / "line")
+    assert [row["step"] for row in rows if "seen" in row] == [4] and rows[-1]["step"] == 8
+    trained(tmp_path / "line")
+    assert losses(tmp_path / "line") == losses(uninterrupted[0])
 
 
 def test_rates_are_since_the_last_logged_step(tmp_path, monkeypatch):
@@ -166,6 +193,29 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkey
     with pytest.raises(TrainingFailed, match="trained to step 12, but its checkpoint"):
         train(run, said.append)
     assert "the last good one is step 10" in said[-1]
+
+
+@pytest.mark.parametrize(("asked", "error"), [("continue", ComeAgain), ("stop", TrainingFailed)])
+def test_a_stop_that_cannot_be_saved_may_be_resumed_from_before(
+    uninterrupted, tmp_path, monkeypatch, asked, error
+):
+    experiment = replace(LINE, train=replace(LINE.train, failed_save=asked))
+    wait = Checkpoints.wait
+
+    def full(self):
+        if self._saving and self._saving[0] == 7:
+            self._saving = 7, OSError(28, "No space left on device")
+        return wait(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "moved", line.signal_at(7))
+        patch.setattr(Checkpoints, "wait", full)
+        with pytest.raises(error, match="step 7, .*could not be saved") as raised:
+            trained(tmp_path / "line", experiment)
+    assert type(raised.value) is error
+    shutil.rmtree(tmp_path / "line" / "checkpoints" / "7", ignore_errors=True)
+    trained(tmp_path / "line", experiment)
+    assert losses(tmp_path / "line") == losses(uninterrupted[0])
 
 
 def test_gradients_that_stay_non_finite_end_the_run(tmp_path):

@@ -128,7 +128,7 @@ def alone(workplace):
 
 def test_two_processes_train_as_one_stop_together_and_resume_alone(workplace, alone):
     run_dir = workplace / "two"
-    processes = start(workplace, "two", 2, pause=0.4)
+    processes = start(workplace, "two", 2, "--profile", "3:4", pause=0.4)
     wait_for_step(run_dir, 6, processes)
     processes[1].send_signal(signal.SIGTERM)
     found = finished(processes)
@@ -136,6 +136,11 @@ def test_two_processes_train_as_one_stop_together_and_resume_alone(workplace, al
     (stopped,) = re.findall(r"stopped by .* at step (\d+), saved", found[0][1])
     assert not re.sub(r"\[Gloo\].*\n", "", found[1][1])  # one process speaks
     assert (run_dir / "checkpoints" / stopped).is_dir() and 6 <= int(stopped) < 20
+    traces = [file.relative_to(run_dir) for file in run_dir.rglob("*.xplane.pb")]
+    assert sorted(file.parts[:2] for file in traces) == [
+        ("profile", "process-0"),
+        ("profile", "process-1"),
+    ]
     ((code, out, err),) = finished(start(workplace, "two", 1))
     assert code == 0, err
     assert f"resuming from checkpoint {Path('two') / 'checkpoints' / stopped}" in out
@@ -152,7 +157,9 @@ def test_when_one_is_killed_the_others_say_so_and_all_resume(workplace, alone):
     (code, _, err), _ = finished(processes)
     assert time.monotonic() - begin < 60
     assert code in (42, -signal.SIGABRT), err  # JAX may be faster
-    assert "process 1 of 2 is gone" in err or "task:1" in err
+    assert re.search(r"process 1 of 2 is gone|task:1|\(stopped sending heartbeats\):\n1\n", err), (
+        err
+    )
     found = finished(start(workplace, "killed", 2))
     assert [code for code, _, _ in found] == [0, 0], found
     assert_same_losses(run_dir, alone)
@@ -340,6 +347,23 @@ def test_a_signal_beside_training_stops_all(workplace, when):
     assert [code for code, _, _ in found] == [42, 42], found
     assert "stopped by" in found[0][1] + found[0][2]
     assert not (workplace / name / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_during_validation_stops_all_at_the_next_batch(workplace, alone):
+    run_dir = workplace / "validating"
+    flags = ["--train.validate-every", "2", "--train.validation-rows", "80"]
+    processes = start(workplace, "validating", 2, *flags, pause=0.5)  # 20 s at least
+    wait_for_step(run_dir, 1, processes)  # which is logged when step 2 is on its way
+    time.sleep(3)
+    processes[1].send_signal(signal.SIGTERM)
+    found = finished(processes)
+    assert [code for code, _, _ in found] == [42, 42], found
+    assert "validation and samples of step 2 were cut short" in found[0][1]
+    assert not [name for name in logged(run_dir)[-1] if name.startswith("validation")]
+    found = finished(start(workplace, "validating", 2))
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert_same_losses(run_dir, alone)
 
 
 @pytest.mark.slow

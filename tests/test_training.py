@@ -271,7 +271,9 @@ def test_metrics_are_cut_back_to_the_step_of_a_resumed_run(tmp_path):
     assert read_metrics(tmp_path)[-1] == {"step": 6, "loss": None}
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 6, "lo')
+    before = path.stat().st_ino
     MetricsLog(tmp_path, 3).close()
+    assert path.stat().st_ino == before  # a full disk has no room for another
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert json.loads(path.read_text().splitlines()[1])["loss"] == 2 / 3
 

@@ -16,6 +16,8 @@ from flax import nnx
 
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data, stack
+from transfusion_jax.errors import Stopped
+from transfusion_jax.generation.engine import nothing
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.validation import Validation, timesteps, validator
@@ -42,8 +44,8 @@ def measured(experiment, tokenizer, parameters=None, mesh_config=ONE):
     parameters = jax.device_put(
         parameters, jax.tree.map(lambda x: x.sharding, planned.abstract.ema)
     )
-    values = validation.measure(parameters)
-    assert validation.measure(parameters) == values
+    values = validation.measure(parameters, nothing)
+    assert validation.measure(parameters, nothing) == values
     return values, jax.device_get(parameters)
 
 
@@ -123,8 +125,27 @@ def test_the_average_is_measured_when_it_is_due(small, tokenizer, values):
     mesh = make_mesh(ONE, jax.devices()[:1])
     observer = validator(blueprint(small, mesh), mesh, tokenizer)
     state = SimpleNamespace(ema=jax.device_put(values[1], jax.devices()[0]), parameters=None)
-    assert observer.look(10, state).values == values[0]
+    assert observer.look(10, state, nothing).values == values[0]
     assert [s for s in range(1, 26) if observer.due(s, 25)] == [10, 20, 25]
+
+
+def test_a_stop_is_heard_before_every_batch(small, tokenizer, values):
+    few = replace(small, data=replace(small.data, batch_rows=2))
+    mesh = make_mesh(ONE, jax.devices()[:1])
+    validation = Validation(Data(few, tokenizer, "held_out"), blueprint(few, mesh), mesh)
+    parameters = jax.device_put(values[1], jax.devices()[0])
+    points = []
+
+    def moved():
+        points.append(len(points))
+        if len(points) == 3:
+            raise Stopped("SIGTERM")
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        validation.measure(parameters, moved)
+    assert validation.measure(parameters, moved) == pytest.approx(values[0], rel=1e-5)
+    rows = [min(ROWS, len(source)) for source in validation.data.sources]
+    assert len(points) == 3 + sum(-(-count // 2) for count in rows) > 6
 
 
 def test_no_held_out_rows_are_refused(small, tokenizer, monkeypatch):

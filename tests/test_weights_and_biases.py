@@ -56,7 +56,7 @@ def told(tmp_path, monkeypatch):
 
 def shown(directory, name="digits"):
     look = Observer(
-        6, lambda step, state: Observation(pictures={"seen": np.zeros((4, 4, 1), np.uint8)})
+        6, lambda step, state, moved: Observation(pictures={"seen": np.zeros((4, 4, 1), np.uint8)})
     )
     instruments = Instruments((look,), project=Project(name, "mine", {"train": {"steps": 12}}))
     run = line.open_run(line.Line(), directory, lambda said: None)

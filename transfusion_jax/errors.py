@@ -14,6 +14,14 @@ class ComeAgain(WorkFailed):
     """The work was stopped; the same command continues it."""
 
 
+class Stopped(ComeAgain):
+    """A signal asked to stop; `by` says which, and to which process."""
+
+    def __init__(self, by: str):
+        super().__init__(f"stopped by {by}; the same command does the rest")
+        self.by = by
+
+
 class ProcessLost(ComeAgain):
     """Another process of the run is gone."""
 

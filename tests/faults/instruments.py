@@ -20,8 +20,8 @@ FAULTS = (
     Fault(
         "validation of the weights before averaging",
         "pretraining/validation.py",
-        "validation.measure(state.ema)",
-        "validation.measure(state.parameters)",
+        "validation.measure(state.ema, moved)",
+        "validation.measure(state.parameters, moved)",
         "validation",
     ),
     Fault(
@@ -39,6 +39,34 @@ FAULTS = (
         "validation",
     ),
     Fault(
+        "processes on one host profile into one file",
+        "training/profile.py",
+        "several = jax.process_count() > 1",
+        "several = False",
+        "processes::test_two_processes_train_as_one_stop_together_and_resume_alone",
+    ),
+    Fault(
+        "a signal is not heard while a run validates",
+        "pretraining/validation.py",
+        "                moved()\n",
+        "",
+        "instruments::test_a_signal_cuts_instruments_short_and_training_does_not_feel_it",
+    ),
+    Fault(
+        "a signal is not heard while a run samples",
+        "generation/engine.py",
+        "moved=moved or self.moved)",
+        "moved=self.moved)",
+        "instruments::test_a_signal_cuts_instruments_short_and_training_does_not_feel_it",
+    ),
+    Fault(
+        "a signal that cut validation short is forgotten",
+        "training/loop.py",
+        "monitor.observe(step, state, watch.check) or watch.moved()",
+        "monitor.observe(step, state, watch.check) and None or watch.moved()",
+        "loop::test_observers_stop_where_all_processes_do",
+    ),
+    Fault(
         "nothing is looked at after the last step",
         "training/observation.py",
         " or step == steps",
@@ -48,8 +76,8 @@ FAULTS = (
     Fault(
         "checkpoints slow the rates of steps",
         "training/monitor.py",
-        "        self._since += time.perf_counter() - begin\n",
-        "",
+        "            self._since += time.perf_counter() - begin\n",
+        "            pass\n",
         "loop::test_rates_are_since_the_last_logged_step",
     ),
     Fault(

@@ -90,9 +90,16 @@ FAULTS = (
     Fault(
         "a check that fails is no failure",
         "commands/check.py",
-        "return 1 if failed else 0",
+        "return AGAIN if all(finding.passes for finding in failed) else 1",
         "return 0",
         "check",
+    ),
+    Fault(
+        "a new run waits for room on a full disk",
+        "preflight/judgement.py",
+        "passes=leader.held > 0",
+        "passes=True",
+        "check::test_space_is_that_of_the_kept_checkpoints_and_one_more",
     ),
     Fault(
         "each process has an experiment of its own",

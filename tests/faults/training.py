@@ -139,8 +139,8 @@ FAULTS = (
     Fault(
         "last logged step lost when resumed",
         "training/metrics.py",
-        'row["step"] <= step',
-        'row["step"] < step',
+        'row["step"] > step',
+        'row["step"] >= step',
         "training::test_metrics_are_cut_back_to_the_step_of_a_resumed_run loop",
     ),
     Fault(
@@ -156,6 +156,28 @@ FAULTS = (
         "(step - self._since_step) * self._feed.amount",
         "step * self._feed.amount",
         "loop",
+    ),
+    Fault(
+        "a stop that could not be saved is final",
+        "training/loop.py",
+        'if not saved and stopped_by and run.settings.failed_save == "continue":',
+        "if False:",
+        "loop::test_a_stop_that_cannot_be_saved_may_be_resumed_from_before",
+    ),
+    Fault(
+        "a full disk under a run is bad input",
+        "training/storage_errors.py",
+        "STORAGE = (errno.ENOSPC, ",
+        "STORAGE = (",
+        "directory::test_storage_that_fails_under_a_run_may_come_back",
+    ),
+    Fault(
+        "a log that is cut back needs room for another",
+        "training/metrics.py",
+        "    os.truncate(path, end)\n",
+        "    path.with_suffix('.partial').write_bytes(path.read_bytes()[:end])\n"
+        "    path.with_suffix('.partial').replace(path)\n",
+        "training::test_metrics_are_cut_back_to_the_step_of_a_resumed_run",
     ),
     Fault(
         "changed data is not noticed",

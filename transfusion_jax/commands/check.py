@@ -16,6 +16,7 @@ from transfusion_jax.config import Experiment, ProcessesConfig
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.preflight.facts import collect
     from transfusion_jax.preflight.judgement import Asked, judge, table
+    from transfusion_jax.training.watchdog import AGAIN
 
     with user_input():
         experiment = _joined(arguments)
@@ -23,11 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
     facts = collect(experiment, directory)
     asked = Asked(experiment.train.keep_checkpoints, _plan(arguments, experiment))
     findings = judge(facts, asked)
-    failed = [finding.check for finding in findings if not finding.ok]
+    failed = [finding for finding in findings if not finding.ok]
     say_leading(f"{experiment.name} in {directory}")
     say_leading(table(findings))
-    say_leading(f"fails: {', '.join(failed)}" if failed else "all checks hold")
-    return 1 if failed else 0
+    if not failed:
+        say_leading("all checks hold")
+        return 0
+    say_leading(f"fails: {', '.join(finding.check for finding in failed)}")
+    return AGAIN if all(finding.passes for finding in failed) else 1
 
 
 def _joined(arguments: argparse.Namespace) -> Experiment:

@@ -16,8 +16,9 @@ class ProcessesConfig:
     shutdown_timeout: int = 300
     """How long a process that is done waits for the others."""
     stall_timeout: int = 3600
-    """A process in which nothing has moved for so long (no step, checkpoint or batch of an
-    evaluation) writes the stacks of its threads and ends; longer than a compilation. 0: never."""
+    """A process in which nothing has moved for so long (no step, checkpoint or batch of
+    validation or evaluation) writes the stacks of its threads and ends; longer than a compilation
+    and than making a packing plan. 0: never."""
 
     def __post_init__(self):
         for name in ("initialization_timeout", "heartbeat_timeout", "shutdown_timeout"):

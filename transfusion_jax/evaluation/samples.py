@@ -11,7 +11,7 @@ from transfusion_jax.generation.engine import engine_without_weights
 from transfusion_jax.images import to_uint8
 from transfusion_jax.pretraining.run import tokenizer_of
 from transfusion_jax.training.checkpoint import Report
-from transfusion_jax.training.observation import Observation, Observer
+from transfusion_jax.training.observation import Moved, Observation, Observer
 
 SEED = 0
 """Of every sample: two steps differ by their weights alone."""
@@ -31,8 +31,8 @@ def sampler(experiment: Experiment, directory: Path, mesh: Mesh, report: Report)
     engine = engine_without_weights(experiment, tokenizer, directory, mesh, report)
     engine.check(prompts)
 
-    def look(step: int, state: Any) -> Observation:
-        answers = engine.with_weights(state.ema).generate(prompts, SEED)
+    def look(step: int, state: Any, moved: Moved) -> Observation:
+        answers = engine.with_weights(state.ema, moved).generate(prompts, SEED)
         texts = {}
         pictures = {}
         for number, ((prompt,), spans) in enumerate(zip(prompts, answers, strict=True)):

@@ -32,6 +32,7 @@ from transfusion_jax.parallel.processes import check_collectives
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.pretraining.run import stored
 from transfusion_jax.training.checkpoint import Report, load_average
+from transfusion_jax.training.observation import Moved
 
 Span = str | np.ndarray
 """A text, or a picture [H, W, C] in [-1, 1]."""
@@ -53,7 +54,7 @@ class Engine:
     """The autoencoder of a run on latents; None: images are pixels."""
     devices: Devices = Devices()
     """Where the parameters are."""
-    moved: Callable[[], None] = nothing
+    moved: Moved = nothing
     """Called between the parts of longer work; what it raises ends that."""
 
     def generate(self, requests: Sequence[Request], seed: int = 0) -> list[list[Span]]:
@@ -80,14 +81,15 @@ class Engine:
         key_B = self.devices.keys(seed, len(requests))
         rows = self._start(self.parameters, batch, length_B, key_B, capacity=capacity)
         while (status_B := self.devices.host(rows.status_B)).min() < DONE:
-            self.moved()
             if TEXT in status_B:
+                self.moved()
                 rows, tokens_BT = self._write_text(self.parameters, rows, limit_B, budget=budget)
                 for row, tokens in enumerate(self.devices.host(tokens_BT)[:count]):
                     if text := self.tokenizer.decode(tokens[tokens >= 0]):
                         yield row, text
             drawing = np.flatnonzero(self.devices.host(rows.status_B) == IMAGE)
             if len(drawing):
+                self.moved()
                 rows, image_Bhwc = self._draw_images(self.parameters, rows)
                 images = self.devices.host(image_Bhwc)
                 for row in drawing[drawing < count]:
@@ -128,17 +130,17 @@ class Engine:
         changed = replace(self.experiment.sampler, **changes)
         return replace(self, experiment=replace(self.experiment, sampler=changed))
 
-    def with_weights(self, parameters: dict) -> "Engine":
+    def with_weights(self, parameters: dict, moved: Moved | None = None) -> "Engine":
         """The same model with other weights, cut as in training and rounded to the compute dtype.
 
-        What is compiled, now or later, serves both.
+        What is compiled, now or later, serves both. It calls another `moved`, if that is given.
         """
         _, shapes = abstract_model(self.experiment)
         placed = jax.device_put(
             _narrowed(parameters, shapes, self.experiment.model.compute_dtype),
             parameter_shardings(shapes, self.devices.mesh),
         )
-        other = replace(self, parameters=placed)
+        other = replace(self, parameters=placed, moved=moved or self.moved)
         for phase in ("_start", "_write_text", "_draw_images"):
             other.__dict__[phase] = getattr(self, phase)
         return other

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transfusion_jax.planning.describe import size
 from transfusion_jax.preflight.facts import Facts
+from transfusion_jax.training.storage_errors import FULL
 
 SKEW = 5.0
 """Seconds that the clocks of two hosts may differ by: logs are compared by time, and storage
@@ -19,6 +20,8 @@ class Finding:
     ok: bool
     text: str
     """One line: what was found, or the problem."""
+    passes: bool = False
+    """Whether the problem may pass by itself: the disk is full under a run that has checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def data(facts: Sequence[Facts]) -> Finding:
 def directory(facts: Sequence[Facts]) -> Finding:
     """Every process writes to the run directory, and it is one directory."""
     if problems := _problems(facts, lambda fact: fact.directory):
-        return Finding("run directory", False, problems)
+        full = all(FULL in fact.directory for fact in facts if fact.directory)
+        return Finding("run directory", False, problems, passes=full and facts[0].held > 0)
     return Finding("run directory", True, "every process can write to it")
 
 
@@ -132,7 +136,8 @@ def space(facts: Sequence[Facts], asked: Asked) -> Finding:
     kept = f"{count} checkpoints of {size(leader.needs.checkpoint)}"
     if total - leader.held > leader.free:
         there = f" beside the {size(leader.held)} there" if leader.held else ""
-        return Finding("space", False, f"{kept} do not fit into {size(leader.free)} free{there}")
+        text = f"{kept} do not fit into {size(leader.free)} free{there}"
+        return Finding("space", False, text, passes=leader.held > 0)
     return Finding("space", True, f"{size(leader.free)} free for {kept}")
 
 

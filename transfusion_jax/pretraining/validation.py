@@ -27,7 +27,7 @@ from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.errors import require
 from transfusion_jax.parallel.rules import batch_sharding, replicated
 from transfusion_jax.pretraining.state import Blueprint
-from transfusion_jax.training.observation import Observation, Observer
+from transfusion_jax.training.observation import Moved, Observation, Observer
 
 TIMESTEPS = 8
 NAMES = ("text", "image")
@@ -59,8 +59,8 @@ def validator(planned: Blueprint, mesh: Mesh, tokenizer: Tokenizer) -> Observer:
     )
     validation = Validation(data, planned, mesh)
 
-    def look(step: int, state: Any) -> Observation:
-        return Observation(values=validation.measure(state.ema))
+    def look(step: int, state: Any, moved: Moved) -> Observation:
+        return Observation(values=validation.measure(state.ema, moved))
 
     return Observer(experiment.train.validate_every, look)
 
@@ -73,12 +73,13 @@ class Validation:
     planned: Blueprint
     mesh: Mesh
 
-    def measure(self, parameters: Any) -> dict[str, float]:
+    def measure(self, parameters: Any, moved: Moved) -> dict[str, float]:
         """The mean losses of every source, by their names in the metrics."""
         measured = {}
         for number, batches in enumerate(self._batches):
             totals = {name: np.zeros(2) for name in NAMES}
             for batch, row_B in batches:
+                moved()
                 for name, sums in self._row_sums(parameters, batch, row_B, number).items():
                     totals[name] += [np.sum(x, dtype=np.float64) for x in sums]
             for name, (loss, weight) in totals.items():

@@ -22,7 +22,10 @@ class Board:
     def __init__(self, directory: Path, step: int):
         self._directory = directory
         self._writer: EventsWriter | None = None
-        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+        # Goes before the first event: it takes back what earlier files hold from this step on.
+        self._start: Event | None = Event(
+            step=step + 1, session_log=SessionLog(status=SessionLog.START)
+        )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -47,11 +50,18 @@ class Board:
                 self._writer = EventsWriter(
                     str(self._directory / "events"), f".{secrets.token_hex(4)}"
                 )
-            self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
-            self._writer.flush()
+            if self._start:
+                self._write(self._start)
+                self._start = None
+            self._write(Event(step=step, **content))
         except OSError:
             self._close_failed()
             raise
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+        self._writer.flush()
 
     def _close_failed(self) -> None:
         """Lets go of a file that cannot be written; the next event begins another."""

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_jax.config.stored import differences, dumps, loads
-from transfusion_jax.errors import require
+from transfusion_jax.errors import ComeAgain, require
 from transfusion_jax.files import write_atomic
 from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.checkpoint import Checkpoints, Report
 from transfusion_jax.training.lock import Lock
+from transfusion_jax.training.storage_errors import STORAGE
 
 CONFIG = "config.json"
 # What an interrupted start can leave behind, before there is a config.
@@ -68,15 +69,34 @@ def check_directory(experiment: Any, directory: Path) -> None:
 
     Raises:
       ValueError: it may not: the directory belongs to another experiment, or is no run directory.
+      ComeAgain: the run's storage fails, which may pass.
     """
     problem = None
     if is_leader():
         try:
             _check(experiment, directory)
         except (OSError, ValueError) as error:
-            problem = str(error)
-    if problem := gathered(problem)[0]:
-        raise ValueError(problem)
+            problem = _problem(error, directory)
+    _raise_together(problem)
+
+
+def _problem(error: OSError | ValueError, directory: Path) -> tuple[str, bool]:
+    """An error of opening a directory in a line, and whether it may pass: storage that fails under
+    a run that is there already."""
+    storage = isinstance(error, OSError) and error.errno in STORAGE
+    if not (storage and os.path.exists(directory / CONFIG)):
+        return str(error), False
+    return (
+        f"cannot open the run in {directory} ({error.strerror}); the same command tries again",
+        True,
+    )
+
+
+def _raise_together(problem: tuple[str, bool] | None) -> None:
+    """Raises in all processes what the one that leads has found, if anything."""
+    if found := gathered(problem)[0]:
+        line, passes = found
+        raise ComeAgain(line) if passes else ValueError(line)
 
 
 def _check(experiment: Any, directory: Path) -> None:
@@ -115,11 +135,11 @@ def open_directory(
       ValueError: the data under the run has changed since the checkpoint; processes read different
         data, or do not share the directory; or another run is using it.
       CheckpointError: the run has checkpoints, and none can be read.
+      ComeAgain: the run's storage fails, which may pass.
     """
     _check_same(fingerprints)
     lock, problem = _prepared(path, dumps(experiment), fill) if is_leader() else (None, None)
-    if problem := gathered(problem)[0]:
-        raise ValueError(problem)
+    _raise_together(problem)
     try:
         return _opened(path, experiment, abstract, fingerprints, report, lock)
     except BaseException:
@@ -153,8 +173,14 @@ def _opened(
         state, progress = restored
         _check_data(path, fingerprints, progress["data"])
         train_seconds = float(progress["train_seconds"])
-    if is_leader() and config.read_text() != text:
-        write_atomic(config, text.encode())
+    problem = None
+    if is_leader():
+        try:
+            if config.read_text() != text:
+                write_atomic(config, text.encode())
+        except OSError as error:
+            problem = _problem(error, path)
+    _raise_together(problem)
     return RunDirectory(path, checkpoints, fingerprints, state, train_seconds, lock)
 
 
@@ -168,13 +194,13 @@ def _check_same(fingerprints: Fingerprints) -> None:
 
 def _prepared(
     path: Path, config: str, fill: Callable[[Path], None]
-) -> tuple[Lock | None, str | None]:
-    """A new run's directory filled, or an existing one as it is; its lock, or who holds it."""
+) -> tuple[Lock | None, tuple[str, bool] | None]:
+    """A new run's directory filled, or an existing one as it is; its lock, or why there is none."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = Lock(path / "lock")
     except (OSError, ValueError) as error:
-        return None, str(error)
+        return None, _problem(error, path)
     if not (path / CONFIG).exists():
         fill(path)
         write_atomic(path / CONFIG, config.encode())

@@ -28,8 +28,9 @@ class Lock:
             self.release()
             raise ValueError(f"{file.parent} is in use by {error}") from error
         holder = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: it is held without a name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
 
 
 def _lock(descriptor: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from transfusion_jax.errors import ProcessLost, WorkFailed
+from transfusion_jax.errors import ComeAgain, ProcessLost, WorkFailed
 from transfusion_jax.parallel.processes import is_leader, noticing_loss
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.training.checkpoint import Report
@@ -89,6 +89,7 @@ def train(
     Raises:
       TrainingFailed: too many steps in a row without finite gradients, or a checkpoint was not
         written that must be.
+      ComeAgain: a signal asked to stop, and the state could not be saved.
       ProcessLost: another process of the run is gone.
     """
     report(run.description())
@@ -131,6 +132,11 @@ def _train(run: Run, report: Report, watch: Watch, account: Account) -> Outcome:
     state, stopped_by = _take_steps(run, begin, watch, account, report)
     with account.during("checkpoints"):
         saved = run.directory.checkpoints.wait()
+    if not saved and stopped_by and run.settings.failed_save == "continue":
+        raise ComeAgain(
+            f"stopped by {stopped_by} at step {int(state.step)}, which could not be saved; the "
+            "same command resumes from the checkpoint before"
+        )
     if not saved:
         raise TrainingFailed(
             f"trained to step {int(state.step)}, but its checkpoint could not be saved"
@@ -170,8 +176,7 @@ def _take_steps(
             if pending is not None:
                 monitor.read(*pending)
             pending = step, metrics
-            monitor.observe(step, state)
-            stopped_by = watch.moved()
+            stopped_by = monitor.observe(step, state, watch.check) or watch.moved()
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped_by:
                 monitor.read(*pending)
                 pending = None

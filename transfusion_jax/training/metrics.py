@@ -4,6 +4,7 @@ events in `events.jsonl`."""
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,21 +99,29 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    text = path.read_text(errors="replace") if path.exists() else ""
-    for line in filter(str.strip, text.splitlines()):
+    return [row for row, _ in _rows(path)]
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Rows and where their lines end, in bytes, up to a line that is none or has no end."""
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        end += len(line)
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            return
+        if not line.endswith(b"\n"):
+            return
         if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+            yield row, end
 
 
 def _cut_back(path: Path, step: int) -> None:
-    """Keeps the lines up to a step, atomically."""
-    kept = [row for row in _read(path) if row["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    partial.replace(path)
+    """Keeps the lines up to a step. The file is cut, not written anew: the disk may be full."""
+    end = 0
+    for row, after in _rows(path):
+        if row["step"] > step:
+            break
+        end = after
+    os.truncate(path, end)

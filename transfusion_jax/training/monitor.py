@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from transfusion_jax.errors import Stopped
 from transfusion_jax.parallel.processes import is_leader
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.feed import Feed
@@ -17,6 +18,7 @@ from transfusion_jax.training.goodput import Account
 from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loss_watch import LossWatcher
 from transfusion_jax.training.metrics import MetricsLog
+from transfusion_jax.training.observation import Moved
 from transfusion_jax.training.profile import Profiler
 from transfusion_jax.training.settings import Settings
 from transfusion_jax.training.update import Metrics
@@ -104,17 +106,25 @@ class Monitor:
             self._compiled = True
             self._account.write()
 
-    def observe(self, step: int, state: Any) -> None:
-        """Lets the observers that are due see the state after a step."""
+    def observe(self, step: int, state: Any, moved: Moved) -> str | None:
+        """Lets the observers that are due see the state after a step.
+
+        Returns what stopped them, if `moved` raised Stopped; then nothing they saw is kept.
+        """
         due = [seer for seer in self._observers if seer.due(step, self._settings.steps)]
         if not due:
-            return
+            return None
         jax.block_until_ready(state.step)  # the step's own time is not the observers'
-        with self._beside("validation"):
-            seen = [observer.look(step, state) for observer in due]
+        try:
+            with self._beside("validation"):
+                seen = [observer.look(step, state, moved) for observer in due]
+        except Stopped as stopped:
+            self._report(f"validation and samples of step {step} were cut short and are left out")
+            return stopped.by
         self._observed[step] = {name: v for s in seen for name, v in s.values.items()}
         for observation in seen if self._log else ():
             self._log.show(step, observation)
+        return None
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
@@ -127,9 +137,11 @@ class Monitor:
     def _beside(self, what: str) -> Iterator[None]:
         """Charges the time inside to `what`; the rates of steps leave it out."""
         begin = time.perf_counter()
-        with self._account.during(what):
-            yield
-        self._since += time.perf_counter() - begin
+        try:
+            with self._account.during(what):
+                yield
+        finally:
+            self._since += time.perf_counter() - begin
 
     def read(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step; blocks until the step has finished.

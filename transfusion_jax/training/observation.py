@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+Moved = Callable[[], None]
+"""To be called between the parts of longer work, in all processes alike; what it raises ends it."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -26,8 +29,8 @@ class Observer:
     """
 
     every: int
-    look: Callable[[int, Any], Observation]
-    """(step, state) -> what is seen after this step; it must not keep the state."""
+    look: Callable[[int, Any, Moved], Observation]
+    """(step, state, moved) -> what is seen after this step; it must not keep the state."""
 
     def due(self, step: int, steps: int) -> bool:
         """Whether it looks after this step of a run of so many."""

@@ -32,7 +32,10 @@ class Window:
 
 
 class Profiler:
-    """Traces the steps of a window into `directory`; without a window it does nothing."""
+    """Traces the steps of a window into `directory`; without a window it does nothing.
+
+    Each of several processes has a folder of its own there: JAX names files by host alone.
+    """
 
     def __init__(self, window: Window | None, directory: Path, report: Report):
         self._window = window
@@ -43,7 +46,9 @@ class Profiler:
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """To be entered while the step is dispatched; the first of the window starts the trace."""
         if self._window is not None and step == self._window.start:
-            jax.profiler.start_trace(str(self._directory))
+            several = jax.process_count() > 1
+            own = f"process-{jax.process_index()}" if several else ""
+            jax.profiler.start_trace(str(self._directory / own))
             self._on = True
         if not self._on:
             return contextlib.nullcontext()

@@ -1,4 +1,5 @@
-"""What an error says of a checkpoint: that it is damaged, or only that it cannot be read now."""
+"""What an error says of storage: that a checkpoint is damaged, or only that something cannot be
+read or written now."""
 
 import errno
 import os
@@ -6,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 FULL = os.strerror(errno.ENOSPC)
+SILENT = (errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT)
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *SILENT)
+"""Numbers of errors of a file system that is full, turned read-only, or does not answer."""
 
 
 def failure(function: Callable[[], Any]) -> Exception | None:
@@ -42,13 +46,9 @@ TRANSIENT = (
         os.strerror,
         (
             errno.EACCES,
-            errno.EIO,
             errno.EMFILE,
             errno.ENOMEM,
-            errno.ENOTCONN,
-            errno.ESHUTDOWN,
-            errno.ESTALE,
-            errno.ETIMEDOUT,
+            *SILENT,
         ),
     ),
 )

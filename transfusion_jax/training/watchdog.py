@@ -11,7 +11,7 @@ from types import FrameType
 
 import jax
 
-from transfusion_jax.errors import ComeAgain, WorkFailed
+from transfusion_jax.errors import Stopped, WorkFailed
 from transfusion_jax.parallel.stopping import Stopping, stopping
 
 AGAIN = 42
@@ -68,9 +68,9 @@ class Watch:
         return self._stopping.passed()
 
     def check(self) -> None:
-        """As `moved`; raises ComeAgain if a signal came."""
+        """As `moved`; raises Stopped if a signal came."""
         if stopped_by := self.moved():
-            raise ComeAgain(f"stopped by {stopped_by}; the same command does the rest")
+            raise Stopped(stopped_by)
 
     def against_stalls(self, timeout: float, directory: Path) -> None:
         """From now on, if nothing moves for `timeout` seconds, this process writes the stacks of

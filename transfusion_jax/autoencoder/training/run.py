@@ -29,7 +29,7 @@ from transfusion_jax.training.directory import check_directory, open_directory
 from transfusion_jax.training.feed import Feed
 from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loop import Run, train
-from transfusion_jax.training.observation import Observation, Observer
+from transfusion_jax.training.observation import Moved, Observation, Observer
 from transfusion_jax.training.watchdog import Watch
 
 PREFETCH = 8  # batches read ahead of the step
@@ -135,7 +135,7 @@ def _shower(blueprint: Blueprint, held_out: Sequence[np.ndarray], directory: Pat
     """Writes a few reconstructions every `train.sample_every` steps."""
     reconstruct = reconstructor(blueprint)
 
-    def look(step: int, state: State) -> Observation:
+    def look(step: int, state: State, moved: Moved) -> Observation:
         if is_leader():
             path = directory / "samples" / f"step_{step:07}.png"
             show(reconstruct, averaged(state), held_out, path)
