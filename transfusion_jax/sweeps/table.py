@@ -17,8 +17,8 @@ COSTS = {
     "train_seconds": "seconds",
 }
 """What a run is and takes: key of summary.json -> heading."""
-NO_METRICS = (*COSTS, "steps", "goodput")
-"""Numbers of summary.json that say nothing about the model."""
+NO_METRICS = (*COSTS, "steps", "goodput", "likelihood_rows")
+"""Numbers of summary.json that do not say how good a model is."""
 
 Published = Mapping[str, Mapping[str, float]]
 """Name of a point -> metric -> published number."""
