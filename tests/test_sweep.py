@@ -175,6 +175,17 @@ def test_points_are_chosen_by_name_or_index(place, capsys):
     assert place.started() == ["c", "a", "c"]  # in the order of the sweep
 
 
+@pytest.mark.parametrize("code", [42, "killed"])
+def test_an_array_job_is_started_again_from_outside(place, capsys, code):
+    place.ends_with(c=[code, 0])
+    assert main(("sweep", "three.py", "--index", "2")) == 42
+    assert "c (exit code" in capsys.readouterr().err
+    assert place.started() == ["c"]
+    assert main(("sweep", "three.py", "--index", "2")) == 0
+    place.ends_with(b=[1])
+    assert main(("sweep", "three.py", "--index", "1")) == 1
+
+
 def test_overrides_hold_for_every_point(place):
     for name in "abc":
         experiment = load_sweep("three.py", ["--train.steps", "7"]).experiments["abc".index(name)]

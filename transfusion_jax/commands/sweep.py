@@ -12,7 +12,7 @@ from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import Sweep, load_sweep
 from transfusion_jax.commands.terminal import say
 from transfusion_jax.config import Experiment
-from transfusion_jax.errors import WorkFailed, require
+from transfusion_jax.errors import ComeAgain, WorkFailed, require
 from transfusion_jax.files import write_atomic
 
 PROGRAM = (sys.executable, "-m", "transfusion_jax")
@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", nargs="+", metavar="NAME", help="run the points of these names")
     which.add_argument(
-        "--index", type=int, metavar="I", help="run the I-th point, counted from 0, for array jobs"
+        "--index",
+        type=int,
+        metavar="I",
+        help="run the I-th point, counted from 0; for array jobs, which are started again from "
+        "outside where the exit code is 42",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -57,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.sweeps.points import check_runs, chosen, make_points
-    from transfusion_jax.sweeps.runner import run_points
+    from transfusion_jax.sweeps.runner import RESTARTS, asks_again, run_points
 
     with user_input():
         if arguments.file is None:
@@ -82,10 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
             if point.summary() is None:
                 say(shlex.join(command(point)))
         return 0
-    failed = {} if arguments.table else run_points(asked, command, say)
+    # Who starts array jobs starts them again, and does so for all processes of a point together.
+    restarts = RESTARTS if arguments.index is None else 0
+    failed = {} if arguments.table else run_points(asked, command, say, restarts)
     _tabulate(points, found, directory)
     if failed:
         named = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
+        if arguments.index is not None and asks_again(*failed.values()):
+            raise ComeAgain(f"{named} is not done; the same command does the rest")
         raise WorkFailed(f"{len(failed)} of {len(asked)} points failed: {named}")
     return 0
 

@@ -97,10 +97,15 @@ def _run(
     for left in range(restarts, -1, -1):
         _check_stop(child)
         code = child.run(command(point))
-        if child.stopped_by or left == 0 or not (code == AGAIN or code > 128):
+        if child.stopped_by or left == 0 or not asks_again(code):
             return code
         report(f"{point.name}: exit code {code}, started again ({left - 1} restarts left)")
     return code
+
+
+def asks_again(code: int) -> bool:
+    """Whether a run that ended with this code goes on when it is started again."""
+    return code == AGAIN or code > 128
 
 
 def _check_stop(child: Child) -> None:
