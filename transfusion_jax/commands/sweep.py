@@ -14,8 +14,12 @@ from transfusion_jax.commands.terminal import say
 from transfusion_jax.config import Experiment
 from transfusion_jax.errors import ComeAgain, WorkFailed, require
 from transfusion_jax.files import write_atomic
+from transfusion_jax.sweeps.points import Point, changes, check_runs, chosen, make_points, written
+from transfusion_jax.sweeps.runner import RESTARTS, asks_again, run_points
+from transfusion_jax.sweeps.table import as_csv, as_markdown, make_rows, shown
 
 PROGRAM = (sys.executable, "-m", "transfusion_jax")
+"""What trains a point."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from transfusion_jax.sweeps.points import check_runs, chosen, make_points
-    from transfusion_jax.sweeps.runner import RESTARTS, asks_again, run_points
-
     with user_input():
         if arguments.file is None:
             raise ValueError(f"name a sweep file (see {arguments.prog} --help)")
@@ -98,18 +99,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _command(file: str, overrides: Sequence[str], point) -> list[str]:
+def _command(file: str, overrides: Sequence[str], point: Point) -> list[str]:
     """Trains a point, or resumes it."""
     train = ["train", f"{file}:{point.name}", "--run-dir", str(point.directory)]
     return [*PROGRAM, *train, *overrides]
 
 
-def _listing(points, asked, found: Sweep) -> str:
+def _listing(points: Sequence[Point], asked: Sequence[Point], found: Sweep) -> str:
     """A line for each of the points asked for, with its index, and one for its published
     numbers."""
-    from transfusion_jax.sweeps.points import changes, written
-    from transfusion_jax.sweeps.table import shown
-
     width = max(len(point.name) for point in asked)
     lines = []
     for index, (point, changed) in enumerate(zip(points, changes(found.experiments), strict=True)):
@@ -122,10 +120,9 @@ def _listing(points, asked, found: Sweep) -> str:
     return "\n".join(lines)
 
 
-def _tabulate(points, found: Sweep, directory: Path) -> None:
+def _tabulate(points: Sequence[Point], found: Sweep, directory: Path) -> None:
     """Writes the table, as Markdown, CSV and a picture, and prints the first."""
     from transfusion_jax.sweeps.figure import draw
-    from transfusion_jax.sweeps.table import as_csv, as_markdown, make_rows
 
     rows = make_rows(points, found.published)
     text = as_markdown(rows)

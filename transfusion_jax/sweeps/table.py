@@ -3,6 +3,7 @@ published."""
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,8 +146,9 @@ def _over_seeds(found: Mapping[str, Sequence[Row]]) -> str:
 
 
 def values_of(rows: Sequence[Row], metric: str) -> list[float]:
-    """What the finished ones among the rows have measured."""
-    return [row.metrics[metric] for row in rows if metric in row.metrics]
+    """What the finished ones among the rows have measured; numbers that are not finite left out."""
+    values = (row.metrics.get(metric, math.nan) for row in rows)
+    return [value for value in values if math.isfinite(value)]
 
 
 def _spread(values: Sequence[float]) -> str | None:
