@@ -71,7 +71,6 @@ def run_points(
             left = sum(other.summary() is None for other in points[number - 1 :])
             report(f"{place}: {progress(started - begin, seconds, left)}")
             code = _run(point, command, child, restarts, report)
-            _check_stop(child)
             if code:
                 failed[point.name] = code
                 report(f"{place}: failed with exit code {code}")
@@ -95,9 +94,9 @@ def _run(
     # Numbers of another sampler, if any: they would pass for those of this one after a kill.
     (point.directory / SUMMARY).unlink(missing_ok=True)
     for left in range(restarts, -1, -1):
-        _check_stop(child)
         code = child.run(command(point))
-        if child.stopped_by or left == 0 or not asks_again(code):
+        _check_stop(child)
+        if left == 0 or not asks_again(code):
             return code
         report(f"{point.name}: exit code {code}, started again ({left - 1} restarts left)")
     return code
