@@ -1,6 +1,6 @@
 """Scenes: draws coloured shapes from captions, describes and edits them, under an exact judge.
 
-    transfusion-jax train experiments/scenes.py
+transfusion-jax train experiments/scenes.py
 """
 
 from transfusion_jax.config import (

@@ -2,6 +2,11 @@
 
     python launch/slurm.py digits --nodes 2 --cpus-per-task 8 --time 24:00:00 \\
         -- experiments/digits.py --run-dir /shared/digits
+
+With `--array 0-5`, the points 0 to 5 of a sweep, each in a job of its own:
+
+    python launch/slurm.py sizes --array 0-5 --nodes 1 --cpus-per-task 8 --time 24:00:00 \\
+        -- experiments/sizes.py --out /shared/sizes
 """
 
 import re
@@ -13,6 +18,7 @@ from pathlib import Path
 from launcher import GRACE, check_name, check_positive, fail, parse, parser, run, write
 
 KINDS = ("cpu", "gpu")
+ARRAY = r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?"
 SCRIPT = """\
 #!/bin/bash
 #SBATCH --job-name={name}
@@ -31,7 +37,7 @@ SCRIPT = """\
 run() {{
     srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={grace} transfusion-jax "$@"
 }}
-run check {train} && run train {train}
+{work}
 code=$?
 restarts=${{SLURM_RESTART_COUNT:-0}}
 echo "exit code $code after $restarts restarts"
@@ -45,7 +51,13 @@ exit $code
 def script(arguments, train: Sequence[str]) -> str:
     """The batch script."""
     gpus = arguments.gpus_per_node
+    words = shlex.join(train)
     options = [f"--gpus-per-node={gpus}"] if gpus else []
+    if arguments.array:
+        options.append(f"--array={arguments.array}")
+        work, job = f'run sweep {words} --index "$SLURM_ARRAY_TASK_ID"', "%A_%a"
+    else:
+        work, job = f"run check {words} && run train {words}", "%j"
     options += arguments.sbatch
     return SCRIPT.format(
         name=arguments.name,
@@ -55,10 +67,10 @@ def script(arguments, train: Sequence[str]) -> str:
         cpus=arguments.cpus_per_task,
         time=arguments.time,
         grace=GRACE,
-        log=shlex.quote(f"{arguments.logs}/%x-%j.log"),
+        log=shlex.quote(f"{arguments.logs}/%x-{job}.log"),
         options="".join(f"#SBATCH {shlex.quote(option)}\n" for option in options),
         setup=f"source {shlex.quote(arguments.setup)} || exit 2\n" if arguments.setup else "",
-        train=shlex.join(train),
+        work=work,
         restarts=arguments.restarts,
     )
 
@@ -72,6 +84,13 @@ def main(words: Sequence[str]) -> int:
     )
     made.add_argument(
         "--cpus-per-task", type=int, required=True, metavar="C", help="cores of each process"
+    )
+    made.add_argument(
+        "--array",
+        default="",
+        metavar="RANGE",
+        help="one job for each of these points of a sweep, as in 0-5 or 0-31%%4 (four at a time); "
+        "after --: what `transfusion-jax sweep` takes, a sweep file first",
     )
     made.add_argument("--kind", default="cpu", choices=KINDS, help="default: cpu")
     made.add_argument(
@@ -97,6 +116,8 @@ def main(words: Sequence[str]) -> int:
         fail(f"--kind gpu and --gpus-per-node {arguments.gpus_per_node} go together")
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", arguments.time):
         fail(f"--time {arguments.time} must be MINUTES, HH:MM:SS or D-HH:MM:SS")
+    if arguments.array and not re.fullmatch(ARRAY, arguments.array):
+        fail(f"--array {arguments.array} must be like 0-5, 0,3,7 or 0-31%4")
     path = Path(arguments.logs) / f"{arguments.name}.sbatch"
     write(path, script(arguments, train), arguments.dry_run)
     return run(["sbatch", str(path)], arguments.dry_run)

@@ -60,6 +60,7 @@ def test_help_names_every_flag_and_field_and_explains_flags(capsys, name):
         ("check", ["--run-dir", "--coordinator", "--process-id", "--model.layers"]),
         ("autoencoder", ["--run-dir", "--model.latent-channels", "--loss.kl"]),
         ("prepare", ["--part", "--workers", "--finish", "--height", "--columns.caption"]),
+        ("sweep", ["--only", "--index", "--dry-run", "--table", "--out", "--model.layers"]),
         ("generate", ["--max-tokens", "--guidance", "--prompt"]),
         ("evaluate", ["--max-rows", "--suite"]),
     ],

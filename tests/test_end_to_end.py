@@ -95,6 +95,9 @@ def test_a_run_leaves_what_it_promises(workplace):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["steps"] == 120 and summary["train_seconds"] > 0
+    assert summary["tokens"] == 120 * 4 * 64
+    flops = sum(row["model_flops_per_second"] * row["step_seconds"] for row in rows)
+    assert summary["model_flops"] == pytest.approx(flops, rel=1e-2)
     assert 0 <= summary["text_accuracy"] <= 1 and summary["text_perplexity"] > 1
     assert len(summary["image_loss_by_timestep"]) == 10
     assert size_of(whole / "samples" / "curves.png")[0] > 100

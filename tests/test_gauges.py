@@ -20,6 +20,7 @@ def test_utilisation_is_the_flops_of_finished_steps_over_time_and_peak():
         seen.finished(step - 1)
     row = seen.row(2, 4.0)  # the third is still running
     assert row["step_seconds"] == 2.0 and row["model_flops_per_second"] == 7e14 / 4
+    assert row["model_flops_per_step"] == 7e14 / 2
     expected = 7e14 / 4 / (2 * CHIPS["v5p"].flops)
     assert row["model_flop_utilisation"] == pytest.approx(expected, abs=1e-5)
     seen.finished(3)
@@ -32,7 +33,8 @@ def test_what_is_not_known_is_left_out():
     seen = Gauges(FEED, jax.devices())
     seen.dispatched(1, 1e9)
     seen.finished(1)
-    assert set(seen.row(1, 1.0)) == {"time", "step_seconds", "model_flops_per_second"}
+    flops = {"model_flops_per_step", "model_flops_per_second"}
+    assert set(seen.row(1, 1.0)) == {"time", "step_seconds"} | flops
 
 
 def test_memory_is_that_of_the_fullest_device(monkeypatch):

@@ -88,6 +88,8 @@ def test_a_dry_run_does_nothing(line, tmp_path, monkeypatch):
         (f"{SLURM} --kind gpu -- x.py", "--kind gpu and --gpus-per-node 0"),
         (f"{SLURM} --gpus-per-node 4 -- x.py", "--gpus-per-node 4"),
         (f"{SLURM.replace(' a ', ' a;b ')} -- x.py", "name 'a;b' must be"),
+        (f"{SLURM} --array all -- x.py", "--array all must be like 0-5"),
+        (f"{SLURM} --array 0-3", "name the experiment after --"),
         ("tpu_vm.py", "ACTION"),
         ("tpu_vm.py restart a --zone z", "invalid choice: 'restart'"),
         ("tpu_vm.py create a --topology v5e:4x4", "--zone"),
@@ -232,6 +234,29 @@ def test_a_slurm_job_goes_back_into_the_queue_when_that_helps(
     assert logged(tmp_path, "scontrol") == (["requeue 7"] if requeued else [])
     starts = [line.split()[4] for line in logged(tmp_path, "srun")]
     assert starts == (["check"] if check else ["check", "train"])
+
+
+ARRAY = (
+    "slurm.py scout --array 0-3%2 --nodes 2 --cpus-per-task 8 --time 24:00:00 "
+    "-- experiments/x.py --out '/runs/my x' --model.layers 6"
+)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (42, True), (137, True)])
+def test_a_job_of_a_slurm_array_runs_its_point_of_the_sweep(tmp_path, code, requeued):
+    fake(tmp_path, "srun", f'printf "%s\\n" "$@" >> "$LOG"; exit {code}')
+    fake(tmp_path, "scontrol", 'echo "$*" >> "$LOG"')
+    script = batch_script(ARRAY)
+    assert "#SBATCH --array=0-3%2\n" in script and "--output=logs/%x-%A_%a.log\n" in script
+    environment = with_fakes(tmp_path, SLURM_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    run = subprocess.run(["bash", "-c", script], env=environment, capture_output=True)
+    assert run.returncode == code
+    assert logged(tmp_path, "scontrol") == (["requeue 7"] if requeued else [])
+    words = logged(tmp_path, "srun")
+    assert words[words.index("transfusion-jax") + 1 :] == [
+        *("sweep", "experiments/x.py", "--out", "/runs/my x", "--model.layers", "6"),
+        *("--index", "3"),
+    ]
 
 
 def test_slurm_writes_the_script_that_it_prints(tmp_path, monkeypatch):

@@ -5,6 +5,9 @@ failed (exit code 1). A ComeAgain is work that was stopped, and continues when t
 started again (exit code 42).
 """
 
+AGAIN = 42
+"""Exit code: the same command continues the work."""
+
 
 class WorkFailed(Exception):
     """The work ran and failed; the message says all there is to say."""

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.backend_bases import FigureCanvasBase
 
+from transfusion_jax.files import atomic_path
 from transfusion_jax.images import to_uint8
 
 INK, MUTED, ACCENT, RIGHT = "#1f2430", "#8a8f98", "#b3202c", "#2f7d55"
@@ -24,10 +25,11 @@ def check_format(path: Path) -> None:
 
 
 def save(figure: plt.Figure, path: Path, dpi: int) -> None:
-    """Writes a figure; letters that the font lacks are drawn as boxes, without a warning each."""
+    """Writes a figure atomically; letters that the font lacks are boxes, without a warning each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        figure.savefig(path, dpi=dpi)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower())
     plt.close(figure)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "transfusion_jax"
 LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "generation",
          "instruments", "model", "planning", "preflight", "preparation", "processes",
-         "training")  # fmt: skip
+         "sweeps", "training")  # fmt: skip
 
 
 @dataclass(frozen=True)

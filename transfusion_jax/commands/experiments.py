@@ -7,7 +7,8 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tyro
@@ -44,46 +45,112 @@ def load_experiment(spec: str, overrides: Sequence[str] = (), kind: type = Exper
       ValueError: the file, the point or an override is wrong, or the experiment is of another kind.
     """
     path, _, point = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no experiment file {path}")
+    names = _names(path)
     if point:
-        points = _points(path)
+        points = _points(path, names)
         if point not in points:
             raise ValueError(f"{path} has no point {point!r}, only {', '.join(points)}")
         found = points[point]
     else:
-        found = _call(path, "config")
-    if not isinstance(found, kind):
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise ValueError(
-            f"{'sweep' if point else 'config'}() of {path} returns {type(found).__name__}, "
-            f"not {article} {kind.__name__}"
-        )
+        found = _call(path, names, "config")
+    _check_kind(path, "sweep" if point else "config", found, kind)
     return override(found, overrides)
 
 
-def _points(path: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says."""
+
+    experiments: tuple[Experiment, ...]
+    """At least one; their names differ."""
+    published: Mapping[str, Mapping[str, float]]
+    """Point -> metric -> number in print; empty where the file has no `published()`."""
+
+
+def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
+    """The points of a file's sweep, overrides applied to each.
+
+    Raises:
+      ValueError: the file, a point or an override is wrong.
+    """
+    names = _names(path)
+    points = _points(path, names)
+    if not points:
+        raise ValueError(f"sweep() of {path} yields nothing")
+    for point in points.values():
+        _check_kind(path, "sweep", point, Experiment)
+    published = _call(path, names, "published") if "published" in names else {}
+    _check_published(path, published, points)
+    experiments = tuple(override(point, overrides) for point in points.values())
+    if [experiment.name for experiment in experiments] != list(points):
+        raise ValueError("--name cannot be set for the points of a sweep: each has its own")
+    return Sweep(experiments, published)
+
+
+def _check_kind(path: str, function: str, found: Any, kind: type) -> None:
+    if not isinstance(found, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise ValueError(
+            f"{function}() of {path} returns {type(found).__name__}, not {article} {kind.__name__}"
+        )
+
+
+def _check_published(path: str, published: Any, points: Mapping[str, Any]) -> None:
+    numbers = [
+        number
+        for row in (published.values() if isinstance(published, dict) else [None])
+        for number in (row.values() if isinstance(row, dict) else [None])
+    ]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError(f"published() of {path} must return {{point: {{metric: number}}}}")
+    for name in published:
+        if name not in points:
+            raise ValueError(
+                f"published() of {path} has no point {name!r} to stand beside, only "
+                f"{', '.join(points)}"
+            )
+
+
+def _points(path: str, names: Mapping[str, Any]) -> dict[str, Any]:
     """The points of a sweep by name."""
-    points = _call(path, "sweep")
+    points = {}
+    found = _call(path, names, "sweep")
     try:
-        return {point.name: point for point in points}
+        for point in found:
+            if point.name in points:
+                raise ValueError(f"sweep() of {path} has two points called {point.name!r}")
+            points[point.name] = point
     except (TypeError, AttributeError) as error:
         raise ValueError(f"sweep() of {path} must yield experiments: {error}") from error
+    return points
 
 
-def _call(path: str, function: str) -> Any:
+def _names(path: str) -> dict[str, Any]:
+    """What an experiment file defines."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no experiment file {path}")
+    with _blaming(path), _imports_beside(path):
+        return runpy.run_path(path)
+
+
+def _call(path: str, names: Mapping[str, Any], function: str) -> Any:
     """What a function of an experiment file returns; what a generator yields, as a list."""
+    if function not in names:
+        raise ValueError(f"{path} has no function {function}()")
+    with _blaming(path):
+        found = names[function]()
+        return list(found) if function == "sweep" else found
+
+
+@contextlib.contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Turns what an experiment file raises into a ValueError that names the file."""
     try:
-        with _imports_beside(path):
-            names = runpy.run_path(path)
-        if function in names:
-            found = names[function]()
-            return list(found) if function == "sweep" else found
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
-    raise ValueError(f"{path} has no function {function}()")
 
 
 @contextlib.contextmanager

@@ -20,11 +20,11 @@ from transfusion_jax.commands import (
     inspect,
     plan,
     prepare,
+    sweep,
     train,
 )
 from transfusion_jax.commands.bad_input import BadInput, user_input
 from transfusion_jax.commands.command import Command
-from transfusion_jax.commands.experiments import load_experiment
 from transfusion_jax.commands.help import help_text
 from transfusion_jax.errors import ComeAgain, ProcessLost, WorkFailed
 from transfusion_jax.host import keep_freed_memory
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "autoencoder": autoencoder.COMMAND,
     "plan": plan.COMMAND,
     "check": check.COMMAND,
+    "sweep": sweep.COMMAND,
 }
 HELP = ("-h", "--help")
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in JAX's error
@@ -131,7 +132,7 @@ def _help(parser: argparse.ArgumentParser, command: Command, words: Sequence[str
     spec = next((word for word in words if re.search(r"\.py(:|$)", word)), None)
     if spec is not None:
         with user_input():
-            config = load_experiment(spec, kind=type(config))
+            config = command.load(spec, type(config))
     return help_text(parser, config)
 
 

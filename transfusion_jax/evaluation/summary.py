@@ -14,6 +14,7 @@ from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.processes import is_leader
 from transfusion_jax.pretraining.run import stored
 from transfusion_jax.training.goodput import Account
+from transfusion_jax.training.metrics import read_metrics
 
 
 def summarise(
@@ -57,10 +58,31 @@ def _summary(
     else:
         _, parameters = abstract_model(experiment)
         metrics = {"parameters": sum(x.size for x in jax.tree.leaves(parameters))}
-    times = {"train_seconds": round(train_seconds, 1), **account.summary()}
-    summary = {**metrics, "steps": experiment.train.steps, **times}
+    steps, data = experiment.train.steps, experiment.data
+    summary = {
+        **metrics,
+        "steps": steps,
+        "tokens": steps * data.batch_rows * data.row_length,
+        **trained_flops(directory),
+        "train_seconds": round(train_seconds, 1),
+        **account.summary(),
+    }
     if is_leader():
         samples.mkdir(exist_ok=True)
         curves(directory, samples / "curves.png")
         write_json(directory / "summary.json", summary)
     return summary
+
+
+def trained_flops(directory: Path) -> dict[str, float]:
+    """`model_flops` of all steps of a run, from its log; empty where they were not counted.
+
+    A step whose row was lost with a restart counts as much as those logged after it.
+    """
+    total, before = 0.0, 0
+    for row in read_metrics(directory):
+        if row.get("model_flops_per_step") is None:
+            return {}
+        total += row["model_flops_per_step"] * (row["step"] - before)
+        before = row["step"]
+    return {"model_flops": total} if before else {}

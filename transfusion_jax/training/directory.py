@@ -5,27 +5,20 @@ checkpoints/    Orbax: the state, the seconds of training, the digests of the da
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion_jax.config.stored import differences, dumps, loads
+from transfusion_jax.config.stored import dumps
 from transfusion_jax.errors import ComeAgain, require
 from transfusion_jax.files import write_atomic
 from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.checkpoint import Checkpoints, Report
 from transfusion_jax.training.lock import Lock
+from transfusion_jax.training.owner import CONFIG, check_owner
 from transfusion_jax.training.storage_errors import STORAGE
-
-CONFIG = "config.json"
-# What an interrupted start can leave behind, before there is a config.
-STARTED = ("tokenizer.model", "ledger.json", "autoencoder", "lock")
-
-# And of one that was killed, or ended by its watchdog.
-LEFT = r"\.partial$|^stacks-\d+\.txt$"
 
 Fingerprints = tuple[tuple[str, str], ...]
 """Name and digest of each source of data."""
@@ -74,7 +67,7 @@ def check_directory(experiment: Any, directory: Path) -> None:
     problem = None
     if is_leader():
         try:
-            _check(experiment, directory)
+            check_owner(experiment, directory)
         except (OSError, ValueError) as error:
             problem = _problem(error, directory)
     _raise_together(problem)
@@ -97,24 +90,6 @@ def _raise_together(problem: tuple[str, bool] | None) -> None:
     if found := gathered(problem)[0]:
         line, passes = found
         raise ComeAgain(line) if passes else ValueError(line)
-
-
-def _check(experiment: Any, directory: Path) -> None:
-    stored = directory / CONFIG
-    if stored.exists():
-        earlier = loads(stored.read_text(), str(stored), type(experiment))
-        if changed := differences(earlier, experiment):
-            raise ValueError(
-                f"{directory} holds a run of another config; what differs: {'; '.join(changed)}"
-            )
-    elif directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file, not a directory")
-    elif directory.exists():
-        names = {path.name for path in directory.iterdir()} - set(STARTED)
-        if foreign := sorted(name for name in names if not re.search(LEFT, name)):
-            raise ValueError(
-                f"{directory} is not a run directory (no {CONFIG}), and holds {foreign[0]}"
-            )
 
 
 def open_directory(

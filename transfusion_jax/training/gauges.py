@@ -39,6 +39,7 @@ class Gauges:
         """
         row = {"time": round(time.time(), 3), "step_seconds": round(elapsed / steps, 6)}
         if self._count is not None:
+            row["model_flops_per_step"] = self._flops / steps
             row["model_flops_per_second"] = self._flops / elapsed
             if self._peak is not None:
                 row["model_flop_utilisation"] = round(self._flops / elapsed / self._peak, 5)

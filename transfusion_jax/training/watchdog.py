@@ -11,11 +11,8 @@ from types import FrameType
 
 import jax
 
-from transfusion_jax.errors import Stopped, WorkFailed
+from transfusion_jax.errors import AGAIN, Stopped, WorkFailed
 from transfusion_jax.parallel.stopping import Stopping, stopping
-
-AGAIN = 42
-"""Exit code: the same command continues the work."""
 
 
 class TrainingFailed(WorkFailed):

@@ -1,0 +1,130 @@
+"""The points of a sweep: their directories, which of them are asked for, what each changes."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.config.fields import flattened
+from transfusion_jax.config.stored import loads
+from transfusion_jax.errors import require
+from transfusion_jax.training.owner import CONFIG, check_owner
+
+SUMMARY = "summary.json"
+
+Changes = dict[str, Any]
+"""Values of fields by dotted name; None for a field that a point lacks, such as a second source."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One experiment of a sweep, and where it is run."""
+
+    experiment: Experiment
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    def summary(self) -> dict[str, Any] | None:
+        """The numbers of the finished run; None where it is not finished, or was sampled
+        otherwise."""
+        file = self.directory / SUMMARY
+        if not file.exists():
+            return None
+        config = self.directory / CONFIG
+        if loads(config.read_text(), str(config)).sampler != self.experiment.sampler:
+            return None
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+
+    def status(self) -> str:
+        if self.summary() is not None:
+            return "finished"
+        return "not finished" if (self.directory / CONFIG).exists() else "not run"
+
+
+def make_points(experiments: Sequence[Experiment], directory: Path) -> list[Point]:
+    """The points, each in a folder of `directory` that has its name.
+
+    Raises:
+      ValueError: a name cannot be that of a folder.
+    """
+    for name in (experiment.name for experiment in experiments):
+        is_folder = name == Path(name).name and name not in ("", "..")
+        require(is_folder, f"a point cannot be called {name!r}: its run is a folder of that name")
+    return [Point(experiment, directory / experiment.name) for experiment in experiments]
+
+
+def chosen(points: Sequence[Point], only: Sequence[str] | None, index: int | None) -> list[Point]:
+    """The points with these names (None: all), or the one at an index.
+
+    Raises:
+      ValueError: there is none of that name or index.
+    """
+    if index is not None:
+        require(
+            0 <= index < len(points),
+            f"--index {index} must be in 0..{len(points) - 1}: there are {len(points)} points",
+        )
+        return [points[index]]
+    names = [point.name for point in points]
+    for name in only or ():
+        require(name in names, f"--only: there is no point {name!r}, only {', '.join(names)}")
+    return [point for point in points if only is None or point.name in only]
+
+
+def check_runs(points: Sequence[Point], directory: Path) -> None:
+    """Raises ValueError if the sweep's directory is that of a run, or a point's directory holds
+    anything but a run of its config."""
+    require(
+        not (directory / CONFIG).exists(),
+        f"{directory} holds a run; name another directory for the sweep with --out",
+    )
+    for point in points:
+        check_owner(point.experiment, point.directory)
+        point.summary()
+
+
+def varying(experiments: Sequence[Experiment]) -> list[Changes]:
+    """For each point, its values of all fields that are not the same in all; names do not count."""
+    flat = [flattened(experiment) for experiment in experiments]
+    names = dict.fromkeys(name for fields in flat for name in fields if name != "name")
+    kept = [name for name in names if len({repr(fields.get(name)) for fields in flat}) > 1]
+    return [{name: fields.get(name) for name in kept} for fields in flat]
+
+
+def changes(experiments: Sequence[Experiment]) -> list[Changes]:
+    """For each point, its values of those fields in which it is not like most of the points.
+
+    A value that more than half of the points have is not a change.
+
+    >>> changes of learning rates 1, 1, 1, 2
+    {}, {}, {}, {"optimizer.learning_rate": 2}
+    """
+    rows = varying(experiments)
+    usual = {}
+    for name in rows[0]:
+        (value, count), *_ = Counter(repr(row[name]) for row in rows).most_common(1)
+        usual[name] = value if count > len(rows) / 2 else None
+    return [
+        {name: value for name, value in row.items() if repr(value) != usual[name]} for row in rows
+    ]
+
+
+def written(changed: Changes) -> str:
+    """Changes in a line: "model.layers=4, data.sources.1.name absent"."""
+    return ", ".join(
+        f"{name} absent" if value is None else f"{name}={value}" for name, value in changed.items()
+    )
+
+
+def without_seed(experiment: Experiment) -> Experiment:
+    """What is the same for points that differ in `train.seed` only."""
+    return replace(experiment, name="", train=replace(experiment.train, seed=0))
