@@ -178,7 +178,7 @@ def test_a_directory_in_use_is_refused_until_it_is_closed(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ESTALE])
-@pytest.mark.parametrize("where", ["_check", "Lock", "write_atomic"])
+@pytest.mark.parametrize("where", ["check_owner", "Lock", "write_atomic"])
 def test_storage_that_fails_under_a_run_may_come_back(tmp_path, monkeypatch, number, where):
     def failing(*_):
         raise OSError(number, os.strerror(number))
