@@ -25,6 +25,8 @@ class Call:
 
     sampler: SamplerConfig
     requests: list[tuple]
+    draw: bool = False
+    """Whether every answer was to begin with an image."""
 
     @property
     def draws(self) -> bool:
@@ -49,8 +51,8 @@ class FakeEngine:
     def picture_shape(self) -> tuple[int, int, int]:
         return self.experiment.image.shape
 
-    def generate(self, requests: Sequence[tuple], seed: int = 0) -> list[list]:
-        self.calls.append(Call(self.experiment.sampler, list(requests)))
+    def generate(self, requests: Sequence[tuple], seed: int = 0, draw: bool = False) -> list[list]:
+        self.calls.append(Call(self.experiment.sampler, list(requests), draw))
         return [list(self.answer(*request)) for request in requests]
 
     def using(self, **changes: object) -> "FakeEngine":

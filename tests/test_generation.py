@@ -140,6 +140,20 @@ def test_a_drawn_image_equals_denoising_with_the_whole_uncached_sequence(
     )
 
 
+def test_an_answer_can_be_told_to_begin_with_an_image(engine, tokenizer):
+    """A model that would write draws, as one that begins an image by itself does."""
+    writing = liking(engine, tokenizer.boi, -1.0)
+    requests = [("a handwritten three",), ("one plus",)]
+    assert all(isinstance(spans[0], str) for spans in writing.generate(requests, 5) if spans)
+    drawn = writing.generate(requests, 5, draw=True)
+    assert all(isinstance(spans[0], np.ndarray) for spans in drawn)
+    drawing = liking(engine, tokenizer.boi)
+    for asked, left in zip(
+        drawing.generate(requests, 5, draw=True), drawing.generate(requests, 5), strict=True
+    ):
+        np.testing.assert_array_equal(asked[0], left[0])
+
+
 def test_what_follows_a_drawn_image_sees_it_clean_and_closed(engine, tokenizer):
     """After a drawing the next token's logits are those of a document with that image and EOI, as
     in training; a row that was not drawing is as it was."""

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from transfusion_jax.host import cache_compiled, process_start
 
 CACHED = """
@@ -70,3 +72,30 @@ def test_the_start_of_this_process_is_known():
         check=True,
     )
     assert abs(time.time() - process_start() - int(stat.stdout)) < 2
+
+
+CORES = """
+import sys
+from transfusion_jax import host
+host.cores = lambda: 4
+host.use_every_core(int(sys.argv[1]))
+import jax
+print(jax.device_count())
+host.use_every_core(3)  # too late, and no error
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "devices"),
+    [
+        ("8", "", 4),
+        ("6", "", 3),
+        ("5", "", 1),
+        ("8", "--xla_force_host_platform_device_count=2", 2),
+    ],
+)
+def test_the_cpu_has_a_device_for_every_core_that_the_rows_allow(rows, flags, devices):
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", CORES, rows]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert said.stdout.split() == [str(devices)], said.stderr

@@ -136,6 +136,7 @@ def test_captions_are_greedy_and_pictures_drawn_as_the_run_says(tmp_path, monkey
     asked = FakeEngine(replace(experiment, sampler=sampler), None, lambda *_: [])
     suite.scenes(asked, tmp_path, None, count=3)
     assert [call.draws for call in asked.calls] == [True] * len(PROMPTS) + [False, False, True]
+    assert all(call.draw == call.draws for call in asked.calls)
     for call in asked.calls:
         assert call.sampler == (sampler if call.draws else replace(sampler, temperature=0.0))
 

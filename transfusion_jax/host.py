@@ -1,5 +1,6 @@
 """Settings of the host process, to be made before its first computation."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -38,6 +39,23 @@ def keep_freed_memory() -> bool:
         mallopt(M_TOP_PAD, 64 << 20),
     ]
     return all(done)
+
+
+def use_every_core(rows: int) -> None:
+    """Makes JAX's CPU backend a device for every core, as far as that many devices divide `rows`.
+
+    XLA runs what is not a large product on one core of a device. Two devices on two cores made the
+    training step of the digits and the scenes a quarter faster. Nothing is changed where JAX was
+    told how many CPU devices to make, or has made them.
+    """
+    import jax
+
+    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if told or jax.config.jax_num_cpu_devices > 0:
+        return
+    devices = max(n for n in range(1, cores() + 1) if rows % n == 0)
+    with contextlib.suppress(RuntimeError):  # they have been made
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def process_start() -> float:

@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", type=local, metavar="FILE", help="an image that comes before the prompt"
     )
     parser.add_argument(
+        "--draw",
+        action="store_true",
+        help="begin with an image, instead of leaving that to the model",
+    )
+    parser.add_argument(
         "--num", type=int, default=1, metavar="N", help="how many continuations (default: 1)"
     )
     parser.add_argument(
@@ -78,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             engine, request = _request(arguments)
         cache_compiled(say_leading)
         engine = replace(engine, moved=watch.check)
-        answers = engine.generate([request] * arguments.num, arguments.seed)
+        answers = engine.generate([request] * arguments.num, arguments.seed, arguments.draw)
     if not is_leader():
         return 0
     print(write_outputs(arguments.out, arguments.prompt or "", answers), end="")
@@ -102,6 +107,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
     engine, _ = load_engine(arguments.run_dir, say_leading, asked_mesh(arguments))
     asked = {name: getattr(arguments, name) for name in SAMPLER}
     engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
+    if arguments.draw and engine.experiment.model.images == "none":
+        raise ValueError(f"--draw: the model of {arguments.run_dir} is of text alone")
     image = (engine.read(arguments.image),) if arguments.image else ()
     request = (*image, arguments.prompt) if text else image
     engine.check([request])

@@ -68,6 +68,11 @@ class MeshConfig:
     def axes(self) -> dict[str, int]:
         return {name: size for name, size in dataclasses.asdict(self).items() if name != "topology"}
 
+    @property
+    def whole_machine(self) -> bool:
+        """Whether rows alone are cut, over as many devices as there are."""
+        return self.axes == {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1}
+
     def __post_init__(self):
         sizes = list(self.axes.values())
         require(

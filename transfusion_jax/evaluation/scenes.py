@@ -45,6 +45,9 @@ class Answer:
 def scenes(engine: Engine, samples: Path, rows: int | None, count: int = COUNT) -> dict:
     """Draws, describes and edits scenes; leaves the picture `scenes.png`.
 
+    Drawings and edits begin with an image: a short caption could go on, and whether it does is not
+    judged here.
+
     `geneval_single_object`, `..._two_objects`, `..._counting`, `..._colours`, `..._position` and
     `..._colour_attribution`: shares of `count` prompts met, pairs of colour and kind as in
     training; `geneval_overall`: their mean. `compositional`: the same of pairs that training never
@@ -104,7 +107,7 @@ def drawn_variety(drawn: dict[str, list[Answer]], side: int) -> dict:
 
 def draw(engine: Engine, asked: Sequence[str], seed: int) -> list[Answer]:
     """Draws every prompt; the answer must be one picture."""
-    spans = engine.generate([(prompt,) for prompt in asked], seed)
+    spans = engine.generate([(prompt,) for prompt in asked], seed, draw=True)
     images = [only_picture(answer) for answer in spans]
     return [
         Answer(image, prompt, image is not None and _true(prompt, judge(image)))
@@ -129,7 +132,7 @@ def edit(engine: Engine, count: int, seed: int) -> list[Answer]:
     edits, side = examples("held_out", Edit, count), engine.picture_shape[0]
     before = [render(e.scene, side) for e in edits]
     requests = [(image, e.instruction) for image, e in zip(before, edits, strict=True)]
-    after = [only_picture(spans) for spans in engine.generate(requests, seed)]
+    after = [only_picture(spans) for spans in engine.generate(requests, seed, draw=True)]
     line = np.full((side, max(side // 32, 1), 3), -1, np.float32)
     return [
         Answer(

@@ -57,17 +57,24 @@ class Engine:
     moved: Moved = nothing
     """Called between the parts of longer work; what it raises ends that."""
 
-    def generate(self, requests: Sequence[Request], seed: int = 0) -> list[list[Span]]:
+    def generate(
+        self, requests: Sequence[Request], seed: int = 0, draw: bool = False
+    ) -> list[list[Span]]:
         """Continues every request, as one batch; returns the new spans of each.
 
         A request that has added `sampler.max_tokens` positions ends there.
+
+        Args:
+          draw: begin every answer with an image, instead of leaving that to the model.
         """
         answers: list[list[Span]] = [[] for _ in requests]
-        for row, span in self.stream(requests, seed):
+        for row, span in self.stream(requests, seed, draw):
             answers[row].append(span)
         return answers
 
-    def stream(self, requests: Sequence[Request], seed: int = 0) -> Iterator[tuple[int, Span]]:
+    def stream(
+        self, requests: Sequence[Request], seed: int = 0, draw: bool = False
+    ) -> Iterator[tuple[int, Span]]:
         """As `generate`, span by span: (number of the request, its next span)."""
         count = len(requests)
         if count > self.devices.shards:  # as many rows for every device
@@ -79,7 +86,8 @@ class Engine:
         limit_B = self.devices.put(length_B + budget)
         batch, length_B = self.devices.put((batch, length_B))
         key_B = self.devices.keys(seed, len(requests))
-        rows = self._start(self.parameters, batch, length_B, key_B, capacity=capacity)
+        boi = self.tokenizer.boi if draw else None
+        rows = self._start(self.parameters, batch, length_B, key_B, capacity=capacity, boi=boi)
         while (status_B := self.devices.host(rows.status_B)).min() < DONE:
             if TEXT in status_B:
                 self.moved()
@@ -151,7 +159,7 @@ class Engine:
     @functools.cached_property
     def _start(self) -> Callable[..., Rows]:
         timestep = self.experiment.sampler.context_timestep
-        return self._compiled(functools.partial(start, timestep=timestep), "capacity")
+        return self._compiled(functools.partial(start, timestep=timestep), "capacity", "boi")
 
     @functools.cached_property
     def _write_text(self) -> Callable[..., tuple[Rows, Array]]:

@@ -41,14 +41,25 @@ class Rows(NamedTuple):
 
 
 def start(
-    model: Model, batch: Batch, length_B: Array, key_B: Array, *, capacity: int, timestep: int
+    model: Model,
+    batch: Batch,
+    length_B: Array,
+    key_B: Array,
+    *,
+    capacity: int,
+    timestep: int,
+    boi: int | None = None,
 ) -> Rows:
     """Reads the prompts, whose images are seen at `timestep`, into a cache of `capacity`
-    positions."""
+    positions; with `boi`, adds it, and every row is in IMAGE."""
     t_BM = jnp.full_like(batch.image_start_BM, timestep)
     hidden_BLD, cache = model.read(batch, t_BM, model.new_cache(len(length_B), capacity))
     last_B1D = jnp.take_along_axis(hidden_BLD, (length_B - 1)[:, None, None], axis=1)
-    return Rows(cache, length_B, last_B1D[:, 0], jnp.full_like(length_B, TEXT), key_B)
+    rows = Rows(cache, length_B, last_B1D[:, 0], jnp.full_like(length_B, TEXT), key_B)
+    if boi is None:
+        return rows
+    rows = feed(model, rows, jnp.full_like(length_B, boi), advance_B=jnp.ones_like(length_B, bool))
+    return rows._replace(status_B=jnp.full_like(length_B, IMAGE))
 
 
 def feed(model: Model, rows: Rows, token_B: Array, *, advance_B: Array) -> Rows:
