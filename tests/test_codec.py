@@ -95,6 +95,21 @@ def test_a_vq_codec_gives_codes_without_deviation(tmp_path):
     assert not np.any(deviation)
 
 
+def test_a_vq_codec_shows_a_model_codes_and_draws_from_them(tmp_path):
+    """`image` gives the number of the code nearest to each place, `picture` decodes that code."""
+    save_codec(tmp_path, VQ, parameters(VQ), 1.0, 0.0)
+    codec = load_codec(tmp_path)
+    pictures = np.asarray(images(3, 16, 16, 3))
+    latents, _ = codec.encode(pictures)
+    codebook = np.asarray(codec.parameters["quantizer"]["codebook"])
+    for picture, latent_hwc in zip(pictures, np.asarray(latents), strict=True):
+        shown = codec.image(picture)
+        assert shown.shape == (*latent_hwc.shape[:2], 1)
+        np.testing.assert_array_equal(codebook[shown[..., 0].astype(int)], latent_hwc)
+        expected = codec.decode(latent_hwc[None])[0]
+        np.testing.assert_allclose(codec.picture(shown), expected, atol=1e-5)
+
+
 def test_sizes_that_do_not_fit_are_named(tmp_path):
     save_codec(tmp_path, SMALL, parameters(SMALL), 1.0, 0.0)
     codec = load_codec(tmp_path)

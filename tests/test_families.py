@@ -21,7 +21,9 @@ from transfusion_jax.config import (
     SamplerConfig,
     SourceConfig,
 )
-from transfusion_jax.data.pipeline import Data
+from transfusion_jax.data.documents import Document, Image, Text, sequence
+from transfusion_jax.data.packing import pack
+from transfusion_jax.data.pipeline import Data, stack
 from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.generation.engine import Engine
 from transfusion_jax.generation.guidance import guidance
@@ -169,6 +171,26 @@ def test_cached_equals_uncached(name):
     np.testing.assert_allclose(got["text"][weight], expected[weight], rtol=1e-4, atol=1e-5)
     log_z = jax.nn.logsumexp(net.head()(hidden), axis=-1)
     np.testing.assert_allclose(got["z"][weight], log_z[weight] ** 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "causal", "unet", "stable transfusion"])
+def test_a_denoising_step_on_a_cache_is_that_of_the_whole_document(name):
+    """`<s> 7 9 BOI image`: the prediction for the image, at every timestep."""
+    net = model(name)
+    tokens = jnp.asarray([[1, 7, 9, 38]], jnp.int32)
+    image = jax.random.normal(jax.random.key(3), (1, *PICTURE.shape))
+    empty = Context(net.new_cache(1, 10), jnp.zeros((1,), jnp.int32), None)
+    hidden, cache = net.extend(tokens, empty)
+    context = Context(cache, jnp.asarray([4], jnp.int32), hidden[:, -1])
+    document = sequence(
+        Document((Text([1, 7, 9]), Image(np.asarray(image[0]), 1))), tiny.TOKENIZER, PICTURE.patches
+    )
+    batch = jax.tree.map(jnp.asarray, stack([pack([(document, 0, 9)], 10, PICTURE)]))
+    for t in (3, 70):
+        t_BM = jnp.full_like(batch.image_start_BM, t)
+        _, expected = net(batch, batch.latents_BMhwc, t_BM)
+        got, _ = net.denoise(image, jnp.int32(t), context)
+        np.testing.assert_allclose(got, expected[:, 0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

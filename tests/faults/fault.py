@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "transfusion_jax"
-LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "generation",
+LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "families", "generation",
          "instruments", "model", "planning", "preflight", "preparation", "processes",
          "sweeps", "training")  # fmt: skip
 

@@ -1,0 +1,36 @@
+"""Table 5 on digits: attention among the patches of an image, causal or bidirectional.
+
+    transfusion-jax sweep experiments/table5_mini.py
+
+Hardware: two CPU cores, about ten minutes. docs/results.md shows the outcome beside the paper's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from digits import config as digits
+
+from transfusion_jax.config import Experiment, SourceConfig
+
+
+def base() -> Experiment:
+    """The digits without their tasks of text alone, trained half as long."""
+    whole = digits()
+    return replace(
+        whole,
+        data=replace(whole.data, sources=(SourceConfig("digits"),)),
+        train=replace(whole.train, steps=1000),
+        evaluation=("digits", "likelihood"),
+    )
+
+
+def sweep() -> Iterator[Experiment]:
+    small = base()
+    for attention in ("causal", "bidirectional"):
+        for seed in (0, 1):
+            yield replace(
+                small,
+                name=f"{attention}_{seed}",
+                model=replace(small.model, image_attention=attention),
+                train=replace(small.train, seed=seed),
+            )
