@@ -27,6 +27,7 @@ class Experiment:
         "mesh.",
         "processes.",
         "model.remat",
+        "model.unroll",
         "model.attention",
         "data.prefetch",
         "data.max_epochs",
