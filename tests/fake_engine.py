@@ -68,5 +68,8 @@ class FakeEngine:
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
         return image_hwc
 
+    def latent(self, image_hwc: np.ndarray) -> np.ndarray:
+        return image_hwc
+
     def image(self, picture_HWC: np.ndarray) -> np.ndarray:
         return picture_HWC

@@ -14,7 +14,14 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.evaluation.likelihood import bucket_edges, likelihood
 
 
-class TellsTargets(nnx.Module):
+class TellsLosses(nnx.Module):
+    """With the weights of a model that diffuses images."""
+
+    def weights(self, batch):
+        return {"text": batch.text_weight_BL, "image": batch.image_weight_BM}
+
+
+class TellsTargets(TellsLosses):
     """A text loss by the target's id, more where images are not clean; an image loss of t."""
 
     def losses(self, batch, noise, vocab_chunk):
@@ -26,7 +33,7 @@ class TellsTargets(nnx.Module):
         }
 
 
-class TellsTheLastTimestep(nnx.Module):
+class TellsTheLastTimestep(TellsLosses):
     """An image loss of 1 at timestep 24, else 0."""
 
     def losses(self, batch, noise, vocab_chunk):

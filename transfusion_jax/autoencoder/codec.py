@@ -106,10 +106,16 @@ class Codec:
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
         """The picture [H, W, C] in [-1, 1] of what `image` gives; inverts it."""
         if self.config.kind == "vq":
-            codes_hw = image_hwc[..., 0].astype(np.int32)
-            latent_hwc = self.parameters["quantizer"]["codebook"][codes_hw]
-            return np.asarray(self.decode(latent_hwc[None]))[0]
+            return np.asarray(self.decode(self.latent(image_hwc)[None]))[0]
         return np.asarray(self.decode(image_hwc[None] / self.scale + self.shift))[0]
+
+    def latent(self, image_hwc: np.ndarray) -> np.ndarray:
+        """An image of `image` as one whose differences mean something: itself, or the codebook
+        entries [h, w, latent channels] of its codes."""
+        if self.config.kind != "vq":
+            return image_hwc
+        codebook = np.asarray(self.parameters["quantizer"]["codebook"])
+        return codebook[image_hwc[..., 0].astype(np.int32)]
 
     @functools.cached_property
     def _encode(self):

@@ -66,14 +66,14 @@ class Experiment:
         require_finite(self)
         require_seed(self.train.seed)
         self._check_images()
-        shortest = self.image.span + 2
+        images, shortest = self.model.images != "none", self.image.span + 2
         require(
-            self.data.row_length >= shortest,
+            not images or self.data.row_length >= shortest,
             f"data.row_length={self.data.row_length} is shorter than one image: BOS, BOI, "
             f"{self.image.patches} patches, EOI and EOS take {shortest}",
         )
         require(
-            self.sampler.max_tokens >= self.image.span,
+            not images or self.sampler.max_tokens >= self.image.span,
             f"sampler.max_tokens={self.sampler.max_tokens} has no room for an image: BOI, "
             f"{self.image.patches} patches and EOI take {self.image.span} positions",
         )

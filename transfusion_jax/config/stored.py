@@ -8,7 +8,7 @@ from typing import Any
 
 from transfusion_jax.config.experiment import Experiment
 from transfusion_jax.config.fields import flattened
-from transfusion_jax.config.model import ImageConfig
+from transfusion_jax.config.model import ImageConfig, ModelConfig
 
 
 def differences(stored: Any, asked: Any) -> list[str]:
@@ -59,7 +59,8 @@ def _make_room_for_an_image(values: dict) -> str:
     Earlier versions accepted such a value.
     """
     sampler, span = values["sampler"], _build(ImageConfig, values["image"]).span
-    if (stored := sampler["max_tokens"]) >= span:
+    text_alone = _build(ModelConfig, values["model"]).images == "none"
+    if text_alone or (stored := sampler["max_tokens"]) >= span:
         return ""
     sampler["max_tokens"] = span
     return (

@@ -1,6 +1,8 @@
-"""Suite `likelihood`: held-out text perplexity, and image loss by timestep."""
+"""Suite `likelihood`: held-out text perplexity, and the loss of images: by timestep where they are
+diffused, of a code where they are tokens."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,10 +11,12 @@ import numpy as np
 from flax import nnx
 
 from transfusion_jax.batch import Batch
+from transfusion_jax.config import Experiment
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.generation.engine import Engine
 
+NAMES = ("text", "image")
 BUCKETS = 10
 """Ranges of timesteps, as equal as can be."""
 BATCH = 16
@@ -23,34 +27,44 @@ def likelihood(engine: Engine, samples: Path, rows: int | None) -> dict:
     """Measures at most `rows` held-out rows, evenly spaced over all of them (None: every row).
 
     `text_perplexity`: exp of the mean loss over their text targets, images clean; left out where no
-    text is held out. `image_loss_by_timestep`: mean squared error of the prediction over their
-    images, for each image one timestep drawn from each tenth of the timesteps; keys are
-    "first-last", such as "0-99". `likelihood_rows`: the rows measured.
+    text is held out. `likelihood_rows`: the rows measured. And of their images, by what these are
+    to the model:
+
+    - latents: `image_loss_by_timestep`, mean squared error of the prediction, for each image one
+      timestep drawn from each tenth of the timesteps; keys are "first-last", such as "0-99";
+    - codes: `code_loss`, mean cross-entropy of a code in nats; left out where no image is held out;
+    - none: nothing.
     """
-    experiment = engine.experiment
-    data = Data(experiment, engine.tokenizer, "held_out")
-    edges = bucket_edges(experiment.diffusion.steps)
-    losses = _losses(engine, edges)
-    text, texts, image_count = 0.0, 0.0, 0.0
-    images = np.zeros(len(edges) - 1)
+    data = Data(engine.experiment, engine.tokenizer, "held_out")
+    losses = _losses(engine)
+    sums = {name: (0.0, 0.0) for name in NAMES}
     shards = engine.devices.shards
     for number, batch in enumerate(data.once(-(-BATCH // shards) * shards, rows)):
         engine.moved()
-        text_sum, image_sums, weights = losses(batch, number)
-        text, images = text + text_sum, images + image_sums
-        texts, image_count = texts + weights[0], image_count + weights[1]
-    by_timestep = {
-        f"{low}-{high - 1}": float(loss / image_count)
-        for low, high, loss in zip(edges[:-1], edges[1:], images, strict=True)
-        if image_count
-    }
+        for name, (loss, weight) in losses(batch, number).items():
+            sums[name] = sums[name][0] + loss.astype(np.float64), sums[name][1] + float(weight)
+    (text, texts), (images, image_weight) = sums["text"], sums["image"]
     total = sum(len(source) for source in data.sources)
-    perplexity = {"text_perplexity": float(np.exp(text / texts))} if texts else {}
     return {
-        **perplexity,
-        "image_loss_by_timestep": by_timestep,
+        **({"text_perplexity": float(np.exp(text / texts))} if texts else {}),
+        **_image_metrics(engine.experiment, images, image_weight),
         "likelihood_rows": total if rows is None else min(rows, total),
     }
+
+
+def _image_metrics(experiment: Experiment, losses: np.ndarray | float, weight: float) -> dict:
+    """Of the sums over all images."""
+    kind = experiment.model.images
+    if kind == "none" or (kind == "codes" and not weight):
+        return {}
+    if kind == "codes":
+        return {"code_loss": float(losses / weight)}
+    edges = bucket_edges(experiment.diffusion.steps) if weight else []
+    means = {
+        f"{low}-{high - 1}": float(loss / weight)
+        for (low, high), loss in zip(itertools.pairwise(edges), np.atleast_1d(losses), strict=False)
+    }
+    return {"image_loss_by_timestep": means}
 
 
 def bucket_edges(steps: int) -> list[int]:
@@ -60,30 +74,38 @@ def bucket_edges(steps: int) -> list[int]:
 
 
 def _losses(
-    engine: Engine, edges: Sequence[int]
-) -> Callable[[Batch, int], tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]]:
-    """Sums over a batch, by its number: text loss with clean images, image loss of every bucket,
-    weights."""
-    chunk, seed = engine.experiment.train.vocab_chunk, engine.experiment.train.seed
+    engine: Engine,
+) -> Callable[[Batch, int], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """(batch, its number) -> by name, the sum of weighted losses, and of the weights.
+
+    Images are clean, but where they are diffused: then their loss is one of every bucket.
+    """
+    experiment = engine.experiment
+    chunk, seed = experiment.train.vocab_chunk, experiment.train.seed
+    edges = jnp.asarray(bucket_edges(experiment.diffusion.steps))
+    diffused = experiment.model.images == "latents"
 
     @jax.jit
     def losses(parameters, batch, number):
         model = nnx.merge(engine.graph, parameters)
+        weights = model.weights(batch)
         key = jax.random.fold_in(jax.random.key(seed), number)
         noise = jax.random.normal(key, batch.latents_BMhwc.shape)
         clean = jnp.zeros_like(batch.image_start_BM)
-        low, high = jnp.asarray(edges[:-1]), jnp.asarray(edges[1:])
-        text_BL = model.losses(batch, Noise(clean, jnp.zeros_like(noise)), chunk)["text"]
 
-        def bucket(number):
-            key_of_bucket = jax.random.fold_in(key, number)
-            t_BM = jax.random.randint(key_of_bucket, clean.shape, low[number], high[number])
-            image_BM = model.losses(batch, Noise(t_BM, noise), chunk)["image"]
-            return jnp.sum(image_BM * batch.image_weight_BM)
+        def total(name, noise):
+            return jnp.sum(model.losses(batch, noise, chunk)[name] * weights[name])
 
-        images = jax.lax.map(bucket, jnp.arange(len(low)))
-        weights = batch.text_weight_BL.sum(), batch.image_weight_BM.sum()
-        return jnp.sum(text_BL * batch.text_weight_BL), images, weights
+        def bucket(i):
+            low, high = edges[i], edges[i + 1]
+            t_BM = jax.random.randint(jax.random.fold_in(key, i), clean.shape, low, high)
+            return total("image", Noise(t_BM, noise))
+
+        without_noise = Noise(clean, jnp.zeros_like(noise))
+        sums = {name: total(name, without_noise) for name in NAMES if name in weights}
+        if diffused:
+            sums["image"] = jax.lax.map(bucket, jnp.arange(len(edges) - 1))
+        return {name: (loss, weights[name].sum()) for name, loss in sums.items()}
 
     def measured(batch, number):
         batch = engine.devices.put(batch)

@@ -25,7 +25,8 @@ def pairs(engine: Engine, samples: Path, rows: int | None) -> dict:
     """Draws and captions held-out pairs; leaves `pairs.png`. Empty where no pair is held out.
 
     `drawn_share`: share of captions for which a picture came. And, as `pairs_...`, the `variety` of
-    what was drawn, all in one class, in the model's own images: pixels, or latents. They are
+    what was drawn, all in one class, in the model's own images: pixels, or latents, which are the
+    codebook's entries where images are codes. They are
     compared with at most `COMPARED` training images.
     """
     found = _held_out_pairs(engine)
@@ -40,8 +41,8 @@ def pairs(engine: Engine, samples: Path, rows: int | None) -> dict:
     pairs_grid(captions, drawn, pictures, texts, samples / "pairs.png")
     one_class = [0] * len(found)
     measured = variety(
-        Pictures([None if x is None else engine.image(x) for x in drawn], one_class),
-        Pictures([image for _, image in found], one_class),
+        Pictures([None if x is None else engine.latent(engine.image(x)) for x in drawn], one_class),
+        Pictures([engine.latent(image) for _, image in found], one_class),
         _training_images(engine, COMPARED),
     )
     return {
@@ -69,13 +70,16 @@ def _held_out_pairs(engine: Engine) -> list[tuple[str, np.ndarray]]:
 
 
 def _training_images(engine: Engine, most: int) -> np.ndarray:
-    """At most so many images of training documents, from every source; [n, h, w, c]."""
+    """At most so many images of training documents, from every source, as latents; [n, h, w,
+    c]."""
     data = Data(engine.experiment, engine.tokenizer, "train")
     found = []
     for number, source in enumerate(data.sources):
         share = (most - len(found)) // (len(data.sources) - number)
         found += itertools.islice(_source_images(engine, source, share), share)
-    return np.stack(found) if found else np.zeros((0, *engine.experiment.image.shape), np.float32)
+    if not found:
+        return np.zeros((0, *engine.experiment.image.shape), np.float32)
+    return np.stack([engine.latent(image) for image in found])
 
 
 def _source_images(engine: Engine, source: PlannedSource, most: int) -> Iterator[np.ndarray]:

@@ -31,26 +31,30 @@ class Suite:
     measure: Measure
     pictures: tuple[tuple[int, int, int], ...] = ()
     """Shapes [H, W, C] of the pictures that it can judge; none named: any, or none are needed."""
+    draws: bool = False
+    """Whether it asks the model for pictures."""
     held_out: bool = False
     """Whether it reads the held-out documents of the run's own sources."""
 
 
 SUITES: dict[str, Suite] = {
-    "digits": Suite(digits.digits, pictures=(digits.SHAPE,)),
+    "digits": Suite(digits.digits, pictures=(digits.SHAPE,), draws=True),
     "sums": Suite(sums.sums),
     "comparisons": Suite(comparisons.comparisons),
     "likelihood": Suite(likelihood.likelihood, held_out=True),
-    "pairs": Suite(pairs.pairs, held_out=True),
-    "scenes": Suite(scenes.scenes, pictures=tuple((side, side, 3) for side in SIDES)),
+    "pairs": Suite(pairs.pairs, draws=True, held_out=True),
+    "scenes": Suite(scenes.scenes, pictures=tuple((side, side, 3) for side in SIDES), draws=True),
 }
 
 
 def check_experiment(experiment: Experiment) -> None:
-    """Raises ValueError for a suite that does not exist, or cannot judge a built-in source.
+    """Raises ValueError for a suite that does not exist, asks a model of text for pictures, or
+    cannot judge a built-in source.
 
     What the pictures of prepared data are is known from the run directory only: `check_suites`.
     """
     check_names(experiment.evaluation)
+    _check_draws(experiment, experiment.evaluation)
     if all(source.name in SOURCES for source in experiment.data.sources):
         _check_pictures(experiment.evaluation, experiment.image.shape)
 
@@ -58,6 +62,7 @@ def check_experiment(experiment: Experiment) -> None:
 def check_suites(engine: Engine, names: Sequence[str]) -> None:
     """Raises ValueError for a suite that does not exist, or cannot measure this model."""
     check_names(names)
+    _check_draws(engine.experiment, names)
     _check_pictures(names, engine.picture_shape)
     if any(SUITES[name].held_out for name in names):
         Data(engine.experiment, engine.tokenizer, "held_out")
@@ -67,6 +72,16 @@ def check_names(names: Sequence[str]) -> None:
     """Raises ValueError for a suite that does not exist."""
     for name in names:
         require(name in SUITES, f"evaluation suite {name!r} is not one of {sorted(SUITES)}")
+
+
+def _check_draws(experiment: Experiment, names: Sequence[str]) -> None:
+    """Raises ValueError for a suite that asks a model of text alone for pictures."""
+    for name in names:
+        require(
+            experiment.model.images != "none" or not SUITES[name].draws,
+            f"suite {name!r} asks for pictures, and model.family={experiment.model.family!r} "
+            "writes text alone",
+        )
 
 
 def _check_pictures(names: Sequence[str], shape: tuple[int, int, int]) -> None:

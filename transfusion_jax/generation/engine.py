@@ -19,6 +19,7 @@ from transfusion_jax.autoencoder.codec import Codec, load_codec
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment, MeshConfig, ModelConfig
 from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.errors import require
 from transfusion_jax.generation.devices import Devices
 from transfusion_jax.generation.images import draw_images
 from transfusion_jax.generation.requests import Request, read_requests
@@ -111,6 +112,11 @@ class Engine:
         """A picture as an image of the model's [h, w, c]: itself, or the mean of its latent."""
         return picture_HWC if self.codec is None else self.codec.image(picture_HWC)
 
+    def latent(self, image_hwc: np.ndarray) -> np.ndarray:
+        """An image of the model's as one that can be compared: itself, or what its codes stand
+        for."""
+        return image_hwc if self.codec is None else self.codec.latent(image_hwc)
+
     @property
     def picture_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the pictures it takes and gives."""
@@ -129,7 +135,8 @@ class Engine:
         return read_image(path, *self.picture_shape)
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises ValueError for a request that is longer than a row."""
+        """Raises ValueError for a request that is longer than a row, or shows a picture to a model
+        of text alone."""
         self._read(requests)
 
     def using(self, **changes: object) -> "Engine":
@@ -154,6 +161,12 @@ class Engine:
         return other
 
     def _read(self, requests: Sequence[Request]) -> tuple[Batch, Array]:
+        model = self.experiment.model
+        shown = any(not isinstance(span, str) for request in requests for span in request)
+        require(
+            model.images != "none" or not shown,
+            f"model.family={model.family!r} reads and writes text alone, and is shown a picture",
+        )
         return read_requests(requests, self.experiment, self.tokenizer, self.image)
 
     @functools.cached_property

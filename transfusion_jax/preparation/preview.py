@@ -78,7 +78,7 @@ def description(dataset: Dataset) -> str:
     )
     between = info.get("straddle_the_split", 0)
     straddling = f", {between:,} straddle the split and are in neither part" if between else ""
-    shape = f" --image.height {h} --image.width {w} --image.channels {c}" if info["images"] else ""
+    shape = f" {dataset.flags}" if info["images"] else ""
     sheet = f"{folder / 'contact_sheet.png'}, " if info["images"] else ""
     return "\n".join([
         f"{folder}: {info['documents']:,} documents ({info['held_out']:,} held out{straddling})"

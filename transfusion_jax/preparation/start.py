@@ -127,6 +127,8 @@ def _settings_identity(
         "tokenizer": hashlib.sha256(tokenizer.model).hexdigest() if tokenizer else None,
         "autoencoder": codec.digest if codec else None,
     }
+    if codec and codec.config.kind == "vq":
+        identity["images"] = "codes"  # earlier versions stored latents
     return json.loads(as_json(identity))
 
 

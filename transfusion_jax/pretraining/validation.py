@@ -3,8 +3,8 @@
 The rows of a source are evenly spaced over all its held-out ones. What is drawn for row r of source
 n (captions, latents, noise) comes from (n, r) alone: runs of the same data are measured on the same
 numbers, whatever their seed, mesh and batch, at every step. Text is measured with clean images, as
-in the suite `likelihood`; an image at the middles of eight equal ranges of timesteps, with noise of
-its own at each.
+in the suite `likelihood`, and so are codes; an image that is diffused at the middles of eight equal
+ranges of timesteps, with noise of its own at each.
 """
 
 import functools
@@ -44,7 +44,7 @@ def validator(planned: Blueprint, mesh: Mesh, tokenizer: Tokenizer) -> Observer:
     """What measures a run every `train.validate_every` steps.
 
     It gives `validation/<source>/text_loss` (nats) and `validation/<source>/image_loss` (mean
-    squared error of the prediction), of those that a source has.
+    squared error of the prediction; nats where images are codes), of those that a source has.
 
     Raises:
       ValueError: no source has held-out rows.
@@ -150,18 +150,23 @@ def row_sums(planned: Blueprint) -> Callable[[Any, Batch, Array, Array], Sums]:
             t_BM = jnp.full_like(batch.image_start_BM, t)
             return model.losses(batch, Noise(t_BM, noise_BMhwc), chunk)
 
+        def noise(row: Array, i: Array) -> Array:
+            key_of_image = jax.random.fold_in(jax.random.fold_in(key, row), i)
+            return jax.random.normal(key_of_image, batch.latents_BMhwc.shape[1:], jnp.float32)
+
         def image(i: Array) -> Array:
-            def noise(row: Array) -> Array:
-                key_of_image = jax.random.fold_in(jax.random.fold_in(key, row), i)
-                return jax.random.normal(key_of_image, batch.latents_BMhwc.shape[1:], jnp.float32)
+            noise_BMhwc = jax.vmap(noise, (0, None))(row_B, i)
+            return total(losses(t_of[i], noise_BMhwc)["image"] * weights["image"])
 
-            return total(losses(t_of[i], jax.vmap(noise)(row_B))["image"] * weights["image"])
-
-        text_BL = losses(jnp.int32(0), jnp.zeros_like(batch.latents_BMhwc))["text"]
-        found = {"text": (total(text_BL * weights["text"]), total(weights["text"]))}
-        if "image" in weights:
+        clean = losses(jnp.int32(0), jnp.zeros_like(batch.latents_BMhwc))
+        found = {
+            name: (total(clean[name] * weights[name]), total(weights[name]))
+            for name in NAMES
+            if name in weights
+        }
+        if experiment.model.images == "latents":
             images_KB = jax.lax.map(image, jnp.arange(TIMESTEPS))
-            found["image"] = images_KB.mean(0), total(weights["image"])
+            found["image"] = images_KB.mean(0), found["image"][1]
         return found
 
     return sums

@@ -57,6 +57,16 @@ class Dataset:
         """The tokenizer's ids, rounded up so that a mesh divides them."""
         return -(-self.info["tokenizer"]["entries"] // ROUNDED) * ROUNDED
 
+    @property
+    def flags(self) -> str:
+        """What gives an experiment these images, and a model that takes them."""
+        h, w, c = self.image_shape
+        shape = f"--image.height {h} --image.width {w} --image.channels {c}"
+        if not self.codes:
+            return shape
+        model = "--model.family chameleon --model.image-attention causal"
+        return f"{shape} --image.patch 1 --image.codes {self.codes} {model}"
+
     def image_config(self, patch: int = 2) -> ImageConfig:
         """The images of the data set, in square patches of this side; codes are not cut into
         patches."""

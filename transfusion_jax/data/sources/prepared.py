@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from transfusion_jax.config import Experiment
+from transfusion_jax.config import Experiment, ImageConfig
 from transfusion_jax.data.documents import Document, Text, interleaved_document, pair_document
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.dataset import Dataset, open_dataset
 from transfusion_jax.data.sources.source import Assets, LatentSpace
 from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.errors import require
 
 
 class Prepared:
@@ -28,15 +29,9 @@ class Prepared:
         self.dataset = open_dataset(path)
         self.experiment = experiment
         info = self.dataset.info
-        if info["images"]:
-            _check_codes(path, self.dataset.codes, experiment.image.codes)
-        if info["images"] and self.dataset.image_shape != experiment.image.shape:
-            h, w, c = self.dataset.image_shape
-            raise ValueError(
-                f"the images of {path} are {h}x{w}x{c} {info['image']['stored']}, the experiment's "
-                f"are {'x'.join(map(str, experiment.image.shape))}: "
-                f"--image.height {h} --image.width {w} --image.channels {c}"
-            )
+        # A model of text alone is refused whatever the images are.
+        if info["images"] and experiment.model.images != "none":
+            _check_images(self.dataset, experiment.image)
         self.numbers = self.dataset.numbers(split)
         digest = _digest(info)
         planned = hashlib.sha256(digest + f"{split} {experiment.image.span}".encode()).hexdigest()
@@ -86,20 +81,28 @@ class Prepared:
         return interleaved_document(spans, tokenizer, data, diffusion, rng)
 
 
-def _check_codes(path: Path, stored: int, asked: int) -> None:
-    """Raises ValueError unless the codes that are stored are of a codebook as large as the
-    model's."""
-    if stored == asked:
-        return
-    if not stored:
-        raise ValueError(
-            f"the images of {path} are no codes, and the model needs codes: prepare them with a VQ "
-            f"autoencoder of {asked}"
-        )
-    raise ValueError(
-        f"the images of {path} are codes of {stored}, the experiment has image.codes={asked}: "
-        f"--model.family chameleon --image.codes {stored}"
+def _check_images(dataset: Dataset, image: ImageConfig) -> None:
+    """Raises ValueError unless the images have the experiment's shape and codebook size."""
+    path, codes = dataset.path, dataset.codes
+    require(
+        codes > 0 or image.codes == 0,
+        f"the images of {path} are no codes, and the model needs codes: prepare them with a VQ "
+        f"autoencoder of {image.codes}",
     )
+    require(
+        codes == image.codes,
+        f"the images of {path} are codes of {codes}, the experiment has image.codes={image.codes}: "
+        f"{dataset.flags}",
+    )
+    require(
+        dataset.image_shape == image.shape,
+        f"the images of {path} are {_size(dataset.image_shape)} {dataset.stored}, the "
+        f"experiment's are {_size(image.shape)}: {dataset.flags}",
+    )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _digest(info: dict[str, Any]) -> bytes:
