@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
-from transfusion_jax.commands.main import load_experiment, main
+from transfusion_jax.commands.experiments import load_experiment
+from transfusion_jax.commands.main import main
 from transfusion_jax.config import (
     DataConfig,
     DiffusionConfig,

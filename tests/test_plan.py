@@ -17,7 +17,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from transfusion_jax.commands.main import load_experiment, main
+from transfusion_jax.commands.experiments import load_experiment
+from transfusion_jax.commands.main import main
 from transfusion_jax.config import (
     TABLE_2,
     DataConfig,

@@ -180,8 +180,8 @@ FAULTS = (
     Fault(
         "a bucket's last timestep is never drawn",
         LIKELIHOOD,
-        "low[number], high[number])",
-        "low[number], high[number] - 1)",
+        "clean.shape, low, high)",
+        "clean.shape, low, high - 1)",
         "likelihood",
     ),
     Fault(
@@ -194,8 +194,8 @@ FAULTS = (
     Fault(
         "perplexity is a mean over positions, padding included",
         LIKELIHOOD,
-        "weights = batch.text_weight_BL.sum(),",
-        "weights = jnp.ones_like(batch.text_weight_BL).sum(),",
+        "(loss, weights[name].sum())",
+        "(loss, jnp.ones_like(weights[name]).sum())",
         "likelihood",
     ),
     Fault(

@@ -125,8 +125,8 @@ FAULTS = (
     Fault(
         "a picture of other codes",
         "autoencoder/codec.py",
-        'self.parameters["quantizer"]["codebook"][codes_hw]',
-        'self.parameters["quantizer"]["codebook"][codes_hw - 1]',
+        "codebook[image_hwc[..., 0].astype(np.int32)]",
+        "codebook[image_hwc[..., 0].astype(np.int32) - 1]",
         "codec",
     ),
 )
