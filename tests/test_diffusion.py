@@ -21,7 +21,7 @@ PAIRS = list(itertools.product(SCHEDULES, PREDICTIONS))
     [
         ("schedule", SCHEDULES),
         ("prediction", PREDICTIONS),
-        ("loss", {"prediction", "min_snr", *PREDICTIONS}),
+        ("loss", ("prediction", "min_snr", *PREDICTIONS)),
     ],
     ids=str,
 )
