@@ -14,7 +14,17 @@ from jax.sharding import AbstractMesh, AxisType
 
 from transfusion_jax.commands.experiments import Sweep, load_sweep
 from transfusion_jax.commands.main import main
-from transfusion_jax.config import TABLE_2, Experiment, chameleon, llama, paper, unet
+from transfusion_jax.config import (
+    TABLE_2,
+    Experiment,
+    ImageConfig,
+    ModelConfig,
+    SamplerConfig,
+    chameleon,
+    llama,
+    paper,
+    unet,
+)
 from transfusion_jax.config.fields import flattened
 from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.rules import parameter_shardings
@@ -61,10 +71,17 @@ def points(*tables: str) -> list:
     ]
 
 
+@functools.cache
+def abstract(model: ModelConfig, image: ImageConfig) -> nnx.State:
+    room = SamplerConfig(max_tokens=image.span)
+    return abstract_model(Experiment("x", model=model, image=image, sampler=room))[1]
+
+
 def parameters(experiment: Experiment) -> dict[str, int]:
     """Numbers of parameters by the part of the model."""
     counts: dict[str, int] = {}
-    for path, x in jax.tree.leaves_with_path(nnx.to_pure_dict(abstract_model(experiment)[1])):
+    shapes = nnx.to_pure_dict(abstract(experiment.model, experiment.image))
+    for path, x in jax.tree.leaves_with_path(shapes):
         counts[path[0].key] = counts.get(path[0].key, 0) + math.prod(x.shape)
     return counts
 
@@ -181,7 +198,7 @@ def test_presets_can_be_cut_over_tensor_too(size, preset):
 def cut(experiment: Experiment, axes: dict[str, int]) -> None:
     """Raises ValueError where the mesh does not divide a parameter."""
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-    parameter_shardings(abstract_model(experiment)[1], mesh)
+    parameter_shardings(abstract(experiment.model, experiment.image), mesh)
 
 
 def test_the_large_run_is_that_of_section_4_4():
