@@ -17,7 +17,14 @@ from transfusion_jax.config.data import DataConfig, PhaseConfig, SourceConfig, T
 from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
 from transfusion_jax.config.experiment import Experiment
 from transfusion_jax.config.model import ImageConfig, ModelConfig
-from transfusion_jax.config.presets import TABLE_2, paper
+from transfusion_jax.config.presets import (
+    TABLE_2,
+    chameleon,
+    llama,
+    paper,
+    stabilised,
+    unet,
+)
 from transfusion_jax.config.processes import ProcessesConfig
 from transfusion_jax.config.training import MeshConfig, OptimizerConfig, TrainConfig
 
@@ -36,5 +43,9 @@ __all__ = [
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "chameleon",
+    "llama",
     "paper",
+    "stabilised",
+    "unet",
 ]
