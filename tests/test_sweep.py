@@ -326,7 +326,7 @@ def test_progress_reckons_with_the_mean_of_what_was_run():
 def test_flops_of_a_run_are_those_of_all_its_steps(tmp_path):
     def log(*rows: tuple[int, float | None]) -> None:
         lines = [json.dumps({"step": step, "model_flops_per_step": n}) for step, n in rows]
-        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
     assert trained_flops(tmp_path) == {}
     log((1, 5.0), (10, 7.0), (16, 1.0))

@@ -12,6 +12,7 @@ from transfusion_jax.commands.joining import (
     add_processes,
     asked_mesh,
     join_processes,
+    use_cores,
 )
 from transfusion_jax.commands.terminal import note_leading
 from transfusion_jax.files import write_json
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.evaluation.suite import ROWS, check_names, check_suites, evaluate
     from transfusion_jax.generation.engine import load_engine
     from transfusion_jax.parallel.processes import is_leader, noticing_loss
+    from transfusion_jax.pretraining.run import stored
     from transfusion_jax.training.watchdog import Watch
 
     with Watch(signal.SIGTERM) as watch, noticing_loss():
@@ -47,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
             check_file("--out", arguments.out)
             rows = ROWS if arguments.max_rows is None else _rows(arguments.max_rows)
             join_processes(arguments)
+            if not asked_mesh(arguments):  # as in training, so that the numbers are the same
+                use_cores(stored(arguments.run_dir, lambda line: None)[0])
             engine, step = load_engine(arguments.run_dir, note_leading, asked_mesh(arguments))
             names = names or engine.experiment.evaluation
             check_suites(engine, names)

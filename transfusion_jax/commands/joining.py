@@ -2,7 +2,8 @@
 
 import argparse
 
-from transfusion_jax.config import MeshConfig, ProcessesConfig
+from transfusion_jax.config import Experiment, MeshConfig, ProcessesConfig
+from transfusion_jax.host import use_every_core
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,15 @@ def asked_mesh(arguments: argparse.Namespace) -> dict[str, int]:
     """The axes that were given."""
     given = {axis: getattr(arguments, f"mesh.{axis}") for axis in MeshConfig().axes}
     return {axis: size for axis, size in given.items() if size is not None}
+
+
+def use_cores(experiment: Experiment) -> None:
+    """Where a process is alone and cuts rows alone, makes a CPU device for every core; must come
+    before the first use of a device."""
+    from transfusion_jax.parallel.processes import joined
+
+    if not joined() and experiment.mesh.whole_machine:
+        use_every_core(experiment.data.batch_rows // experiment.train.accumulation)
 
 
 def join_processes(arguments: argparse.Namespace, config: ProcessesConfig | None = None) -> None:

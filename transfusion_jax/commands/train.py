@@ -6,10 +6,10 @@ from pathlib import Path
 from transfusion_jax.commands.bad_input import local, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import add_experiment, asked_experiment
-from transfusion_jax.commands.joining import add_processes, join_processes
+from transfusion_jax.commands.joining import add_processes, join_processes, use_cores
 from transfusion_jax.commands.terminal import say, say_leading, table
 from transfusion_jax.config import Experiment
-from transfusion_jax.host import cache_compiled, process_start, use_every_core
+from transfusion_jax.host import cache_compiled, process_start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.commands.instruments import equipped
     from transfusion_jax.evaluation.suite import check_experiment
     from transfusion_jax.evaluation.summary import summarise
-    from transfusion_jax.parallel.processes import is_leader, joined, noticing_loss
+    from transfusion_jax.parallel.processes import is_leader, noticing_loss
     from transfusion_jax.pretraining.run import open_run
     from transfusion_jax.training.loop import train
     from transfusion_jax.training.profile import Window
@@ -47,8 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             window = Window.parse(arguments.profile, steps) if arguments.profile else None
             directory = arguments.run_dir or Path("runs") / experiment.name
             join_processes(arguments, experiment.processes)
-            if not joined() and experiment.mesh.whole_machine:
-                use_every_core(experiment.data.batch_rows // experiment.train.accumulation)
+            use_cores(experiment)
             watch.against_stalls(experiment.processes.stall_timeout, directory)
             opened = open_run(experiment, directory, say_leading)
             opened = equipped(opened, experiment, window, say_leading)
