@@ -2,7 +2,7 @@
 
     transfusion-jax train experiments/scenes.py
 
-Hardware: two CPU cores; 1.2e14 FLOPs, about half an hour of training with nothing beside it.
+Hardware: two CPU cores; 1.2e14 FLOPs, about twenty minutes of training with nothing beside it.
 Expected: it reads and does not yet draw what is asked. Captions 57 % (of pairs of colour and kind
 never seen in training, 17 %); drawings have clean shapes, 3 % of them those of the caption; edits
 0 %. docs/log.md says what was tried.

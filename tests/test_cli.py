@@ -1,6 +1,7 @@
 """Bad input: one clear line, exit code 2, nothing written. In this process, for speed."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,24 @@ def test_bad_experiment_files(capsys, tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     assert message in fails(capsys, "train", str(path))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_experiment_imports_those_beside_it(tmp_path, inside):
+    """At the top of the file, or when its function is called; and the path is as before."""
+    name = f"beside_{inside}".lower()
+    (tmp_path / f"{name}.py").write_text("WIDTH = 48\n")
+    imported = f"from {name} import WIDTH"
+    top, within = ("", imported) if inside else (imported, "pass")
+    path = tmp_path / "experiment.py"
+    path.write_text(
+        f"from transfusion_jax.config import Experiment, ModelConfig\n{top}\n"
+        f"def config():\n    {within}\n"
+        "    return Experiment('x', model=ModelConfig(width=WIDTH, heads=4))\n"
+    )
+    before = list(sys.path)
+    assert load_experiment(str(path)).model.width == 48
+    assert sys.path == before
 
 
 def test_points_of_a_sweep(tmp_path):

@@ -344,19 +344,15 @@ def _drawn(net: Model, asked: Experiment, prompt: list[int], key):
 
 
 @pytest.mark.parametrize("name", ["chameleon", "unet", "causal"])
-def test_the_engine_draws_and_goes_on_writing(name):
+def test_the_engine_draws(name):
     plan = tiny.planned(experiment(name))
     parameters = tiny.talkative(tiny.random_parameters(plan))
     engine = Engine(plan.experiment, tiny.TOKENIZER, plan.graph, parameters)
-    together = engine.generate([("5 3",), ("9 9 3",)], seed=1)
-    for request, spans in zip(["5 3", "9 9 3"], together, strict=True):
+    for spans in engine.generate([("5 3",), ("9 9 3",)], seed=1):
         images = [x for x in spans if isinstance(x, np.ndarray)]
         assert images and all(x.shape == plan.experiment.image.shape for x in images)
         if name == "chameleon":
             assert all(set(x.reshape(-1).tolist()) <= set(range(CODES)) for x in images)
-        else:
-            alone = engine.generate([(request,)] if request == "5 3" else [(request,)], seed=1)
-            assert isinstance(alone[0][0], type(spans[0]))
 
 
 def test_a_model_of_text_alone_never_begins_an_image():

@@ -23,7 +23,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 @functools.cache
-def model(attention: str = "chunked", remat: str = "none", unroll: int = 1):
+def model(attention: str = "chunked", remat: str = "none"):
     config = ModelConfig(
         layers=2,
         width=32,
@@ -35,7 +35,6 @@ def model(attention: str = "chunked", remat: str = "none", unroll: int = 1):
         attention=attention,
         attention_block=16,
         remat=remat,
-        unroll=unroll,
     )
     built = build(Experiment("test", image=ImageConfig(4, 4, 1, 2), model=config), 0)
     # Fresh output layers predict zero; random ones, so that every path carries a signal.
@@ -117,8 +116,6 @@ def test_packed_equals_unpacked():
         ("chunked", "full"),
         ("chunked", "minimal"),
         ("chunked", "attention"),
-        ("chunked", "full", 2),
-        ("chunked", "none", 2),
     ],
 )
 def test_attention_and_remat_do_not_change_the_model(variant):

@@ -137,7 +137,7 @@ def _call(path: str, names: Mapping[str, Any], function: str) -> Any:
     """What a function of an experiment file returns; what a generator yields, as a list."""
     if function not in names:
         raise ValueError(f"{path} has no function {function}()")
-    with _blaming(path):
+    with _blaming(path), _imports_beside(path):
         found = names[function]()
         return list(found) if function == "sweep" else found
 

@@ -27,7 +27,6 @@ class Experiment:
         "mesh.",
         "processes.",
         "model.remat",
-        "model.unroll",
         "model.attention",
         "data.prefetch",
         "data.max_epochs",

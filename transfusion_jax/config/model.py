@@ -117,9 +117,6 @@ class ModelConfig:
     """What the backward pass recomputes: nothing; all but the products with parameters; all but
     attention (`chunked` and `pallas` only); or every layer from its input, which `offload` keeps
     in the memory of an accelerator's host."""
-    unroll: int = 1
-    """Layers that one turn of the loop over layers runs. More of them compile longer; a CPU is
-    faster with all of them and `remat="none"`, as nothing is copied into stacked arrays."""
     attention: Literal["auto", "chunked", "dense", "pallas", "tokamax"] = "auto"
     """`pallas` runs on TPU, `tokamax` on GPU (`pip install 'transfusion-jax[gpu]'`), the others
     anywhere; `dense` builds the full matrix of scores. `auto` is `pallas` on TPU, `tokamax` on
@@ -131,7 +128,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(
-            min(self.layers, self.width, self.heads, self.vocab_size, self.unroll) > 0,
+            min(self.layers, self.width, self.heads, self.vocab_size) > 0,
             f"model sizes must be positive: {self}",
         )
         self._check_family()

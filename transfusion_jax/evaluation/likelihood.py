@@ -30,8 +30,9 @@ def likelihood(engine: Engine, samples: Path, rows: int | None) -> dict:
     text is held out. `likelihood_rows`: the rows measured. And of their images, by what these are
     to the model:
 
-    - latents: `image_loss_by_timestep`, mean squared error of the prediction, for each image one
-      timestep drawn from each tenth of the timesteps; keys are "first-last", such as "0-99";
+    - latents: `image_loss_by_timestep`, mean squared error of what `diffusion.loss` names, for each
+      image one timestep drawn from each tenth of the timesteps; keys are "first-last", such as
+      "0-99";
     - codes: `code_loss`, mean cross-entropy of a code in nats; left out where no image is held out;
     - none: nothing.
     """

@@ -148,7 +148,7 @@ class Transformer(nnx.Module):
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.config.remat])
-        x_BLD, _ = jax.lax.scan(layer, x_BLD, parameters, unroll=self.config.unroll)
+        x_BLD, _ = jax.lax.scan(layer, x_BLD, parameters)
         return self.norm(x_BLD)
 
     def extend(

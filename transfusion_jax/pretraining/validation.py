@@ -43,8 +43,8 @@ def timesteps(steps: int) -> list[int]:
 def validator(planned: Blueprint, mesh: Mesh, tokenizer: Tokenizer) -> Observer:
     """What measures a run every `train.validate_every` steps.
 
-    It gives `validation/<source>/text_loss` (nats) and `validation/<source>/image_loss` (mean
-    squared error of the prediction; nats where images are codes), of those that a source has.
+    It gives `validation/<source>/text_loss` (nats) and `validation/<source>/image_loss` (as in
+    training: mean squared error, or nats where images are codes), of those that a source has.
 
     Raises:
       ValueError: no source has held-out rows.
