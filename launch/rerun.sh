@@ -16,8 +16,10 @@ shift
 
 child=
 stopping=
+heard=
 stop() {
     stopping=1
+    heard=1
     [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
 }
 trap stop TERM INT
@@ -43,18 +45,19 @@ moved_on() {
     ((furthest > before))
 }
 
-# Runs a command to its end; a signal that is passed on interrupts `wait`, not the command.
+# Runs a command to its end. A signal that is passed on interrupts `wait`, not the command: asked
+# once more, `wait` gives the command's own code, even if that has ended meanwhile.
 code=0
 run() {
     transfusion-jax "$@" &
     child=$!
     [ -z "$stopping" ] || kill -TERM "$child" 2>/dev/null
-    wait "$child"
-    code=$?
-    while kill -0 "$child" 2>/dev/null; do
+    while
+        heard=
         wait "$child"
         code=$?
-    done
+        [ -n "$heard" ]
+    do :; done
     child=
 }
 

@@ -25,6 +25,7 @@ from transfusion_jax.data.sources.sums import problems
 from transfusion_jax.errors import WorkFailed
 from transfusion_jax.generation import engine as engine_module
 from transfusion_jax.generation.outputs import write_outputs
+from transfusion_jax.pretraining import run as run_module
 
 DIGITS = str(Path(__file__).parent.parent / "experiments" / "digits.py")
 PICTURE = np.full((8, 8, 1), 0.5, np.float32)
@@ -187,6 +188,7 @@ def engine(experiment, tokenizer, monkeypatch) -> FakeEngine:
 
     found = FakeEngine(replace(experiment, evaluation=("sums",)), tokenizer, answer)
     monkeypatch.setattr(engine_module, "load_engine", lambda *_: (found, 40))
+    monkeypatch.setattr(run_module, "stored", lambda *_: (found.experiment, {}))
     return found
 
 

@@ -510,6 +510,27 @@ def test_only_restarts_without_progress_are_counted(
         (tmp_path / "transfusion-jax.log").unlink()
 
 
+def test_rerun_knows_the_code_of_a_run_that_ends_as_soon_as_it_is_told(tmp_path):
+    """Both on one core, where the run has ended before the shell asks whether it is still there."""
+    ready = tmp_path / "ready"
+    quick = (
+        "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); "
+        f"open({str(ready)!r}, 'w'); signal.sigwait([signal.SIGTERM]); os._exit(42)"
+    )
+    in_turn(tmp_path, "true", f"exec {shlex.join([sys.executable, '-c', quick])}")
+    core = min(os.sched_getaffinity(0))
+    run = ["taskset", "-c", str(core), "bash", str(LAUNCH / "rerun.sh"), "1", "x.py"]
+    codes = []
+    for _ in range(5):
+        ready.unlink(missing_ok=True)
+        with subprocess.Popen(run, env=with_fakes(tmp_path), stdout=subprocess.DEVNULL) as rerun:
+            wait_until(ready.exists)
+            time.sleep(0.05)
+            rerun.terminate()
+            codes.append(rerun.wait(20))
+    assert codes == [42] * 5
+
+
 def test_rerun_does_not_train_where_the_check_fails(tmp_path):
     in_turn(tmp_path, "exit 1", "exit 0")
     run = ["bash", str(LAUNCH / "rerun.sh"), "5", "x.py"]
