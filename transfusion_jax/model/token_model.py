@@ -57,7 +57,7 @@ class TokenModel(nnx.Module):
         self, x_BLD: BLD, position_BL: Array, intervals: Intervals, cache: KVCache
     ) -> tuple[BLD, KVCache]:
         """Runs whole rows into an empty cache."""
-        start_B = jnp.zeros((len(x_BLD),), jnp.int32)
+        start_B = jnp.zeros(x_BLD.shape[:1], jnp.int32)
         return self.transformer.extend(x_BLD, position_BL, intervals, cache, start_B)
 
     def embed(self, tokens_BL: Array) -> Array:

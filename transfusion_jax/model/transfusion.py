@@ -97,7 +97,7 @@ class Transfusion(TokenModel):
         """Runs one image of every row after the context: the prediction, and the cache with it
         in."""
         start_B = context.length_B
-        t_B1 = jnp.broadcast_to(t, (len(start_B), 1))
+        t_B1 = jnp.broadcast_to(t, (*start_B.shape, 1))
         x_B1PD, carried = self.patches.encode(x_Bhwc[:, None], t_B1)
         position_BP = next_positions(context, self.image.patches)
         if self.mutual_patches > 1:
