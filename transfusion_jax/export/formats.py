@@ -46,6 +46,7 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "safetensors": Format("the whole model, for torch or `train.initial`", "safetensors"),
+    "stablehlo": Format("compiled phases and a runner that needs jax alone", "stablehlo"),
 }
 """By the names of `export --format`."""
 

@@ -83,7 +83,9 @@ def programs(
     prompt = (_int32(B, blocks * block), _int32(B))
     shown = (_float32(B, M, *image.shape), _int32(B, M), one)
     diffused = model.images == "latents"
-    found = {"prefill": Program(prefill, (weights, *prompt, *shown * diffused, *_cache(model, B, S)))}
+    found = {
+        "prefill": Program(prefill, (weights, *prompt, *shown * diffused, *_cache(model, B, S)))
+    }
     B, S = _sizes("B", "S", least=block)
     rows = (_int32(B), *_cache(model, B, S))
     found["decode"] = Program(decode, (weights, _int32(B), *rows))

@@ -18,6 +18,7 @@ two, and its `prefill` takes no images.
 """
 
 import argparse
+import codecs
 import functools
 import json
 import re
@@ -94,13 +95,20 @@ class Tokenizer:
         for i in ids:
             if i >= len(self.pieces) or self.kinds[i] == CONTROL:
                 continue
+            piece = self.pieces[i]
             if self.kinds[i] == BYTE:
-                text += bytes([int(self.pieces[i][3:5], 16)])
+                text += bytes([int(piece[3:5], 16)])
+            elif self.kinds[i] == UNKNOWN:
+                text += " ⁇ ".encode()
             else:
-                piece = " ⁇ " if self.kinds[i] == UNKNOWN else self.pieces[i].replace("▁", " ")
-                text += piece[first and self.spec["dummy_prefix"] and piece[0] == " " :].encode()
+                prefix = first and self.spec["dummy_prefix"]
+                text += (piece.removeprefix("▁") if prefix else piece).replace("▁", " ").encode()
             first = False
-        return text.decode(errors="replace")
+        return text.decode(errors="each_byte")
+
+
+# One mark for each byte that is no text, as sentencepiece has it; Python would join some.
+codecs.register_error("each_byte", lambda error: ("\ufffd", error.start + 1))
 
 
 def _fields(data: bytes):
@@ -154,7 +162,8 @@ class Model:
         self.autoencoder = read_weights(directory, "autoencoder")
         for name in self.about["programs"]:
             exported = export.deserialize((directory / f"{name}.jax_export").read_bytes())
-            setattr(self, name, jax.jit(exported.call))
+            taken_over = (3, 4) if name == "decode" else ()  # the cache, of which it gives the next
+            setattr(self, name, jax.jit(exported.call, donate_argnums=taken_over))
 
     def cache(self, length: int):
         """An empty cache for a row of so many positions."""

@@ -93,5 +93,7 @@ def _write_shard(
         for name, described in planned.items():
             found, array = next(arrays)
             assert (found, array.shape) == (name, described.shape), (found, array.shape, name)
-            whole = np.ascontiguousarray(array, described.dtype)
-            opened.write(whole.reshape(-1).view(np.uint8).data)
+            # A stacked array is cast layer by layer: two copies of it might not fit.
+            for part in array if array.ndim > 2 else (array,):
+                whole = np.ascontiguousarray(part, described.dtype)
+                opened.write(whole.reshape(-1).view(np.uint8).data)
