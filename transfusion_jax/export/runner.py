@@ -11,10 +11,10 @@ together. Nothing here comes from the package that trained the model.
     denoise(weights, image, timestep, length, k, v)                       -> prediction, k, v
     picture(weights, image)                                               -> picture
 
-`k` and `v` are the cache, [layers, rows, capacity, heads, head width]; `length` says how many of its
-entries a row has. `denoise` writes the image's entries after them; each step overwrites those of the
-one before. `picture` is there where images are latents. A model of text alone has neither of the
-two, and its `prefill` takes no images.
+`k` and `v` are the cache, [layers, rows, capacity, heads, head width], of which a row has `length`
+entries. `denoise` writes an image's entries after them; each step overwrites those of the one
+before. `picture` is there where images are latents. A model of text alone has neither of the two,
+and its `prefill` takes no images.
 """
 
 import argparse
@@ -63,13 +63,11 @@ class Tokenizer:
         spec = self.spec
         if spec["type"] != BPE or spec["normalizer"] or spec["collapse"]:
             sys.exit("error: run.py knows byte-pair tokenizers that keep text as it is: give --ids")
-        text = text.replace(" ", "▁")
-        if text and spec["dummy_prefix"]:
-            text = "▁" + text
-        whole = [re.escape(p) for p, i in self.ids.items() if self.kinds[i] == USER]
-        whole.sort(key=len, reverse=True)
-        symbols = re.findall("|".join([*whole, "."]), text, re.DOTALL)
-        fixed = [s in self.ids and self.kinds[self.ids[s]] == USER for s in symbols]
+        text = "▁" * bool(text and spec["dummy_prefix"]) + text.replace(" ", "▁")
+        whole = [p for p, i in self.ids.items() if self.kinds[i] == USER]
+        choices = [*map(re.escape, sorted(whole, key=len, reverse=True)), "."]
+        symbols = re.findall("|".join(choices), text, re.DOTALL)
+        fixed = [symbol in whole for symbol in symbols]
         while True:
             pairs = [
                 (-self.scores[self.ids[a + b]], i)
@@ -83,11 +81,9 @@ class Tokenizer:
             fixed[at : at + 2] = [False]
 
     def _of(self, symbol: str) -> list[int]:
-        if symbol in self.ids:
-            return [self.ids[symbol]]
-        if self.bytes:
+        if symbol not in self.ids and self.bytes:
             return [self.bytes[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-        return [self.kinds.index(UNKNOWN)]
+        return [self.ids[symbol] if symbol in self.ids else self.kinds.index(UNKNOWN)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; marks are left out."""
@@ -119,11 +115,9 @@ def _fields(data: bytes):
         nonlocal at
         value = shift = 0
         while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
+            value |= (data[at] & 127) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 128:
                 return value
 
     while at < len(data):
@@ -167,21 +161,19 @@ class Model:
 
     def cache(self, length: int):
         """An empty cache for a row of so many positions."""
-        about = self.about
-        shape = (about["layers"], 1, max(length, about["least_capacity"]), *about["cache"])
-        return jnp.zeros(shape, about["dtype"]), jnp.zeros(shape, about["dtype"])
+        length = max(length, self.about["least_capacity"])
+        shape = (self.about["layers"], 1, length, *self.about["cache"])
+        return tuple(jnp.zeros(shape, self.about["dtype"]) for _ in "kv")
 
     def read(self, tokens: list[int], images: list[np.ndarray], cache):
         """A document, at each BOI of which one of the images [h, w, c] follows: the logits at its
         end, its length, and the cache that holds it."""
-        about = self.about
-        boi, eoi, patches = about["boi"], about["eoi"], about["patches"]
-        ids, starts = [], []
+        about, ids, starts = self.about, [], []
         for token in tokens:
             ids.append(token)
-            if token == boi and len(starts) < len(images):
+            if token == about["boi"] and len(starts) < len(images):
                 starts.append(len(ids))
-                ids += [0] * patches + [eoi]
+                ids += [0] * about["patches"] + [about["eoi"]]
         length = len(ids)
         ids += [0] * (-length % about["block"])
         rows = [np.asarray([ids], np.int32), np.asarray([length], np.int32)]
@@ -258,7 +250,8 @@ class Model:
             if empty is not None:
                 without = predict(x, path[i], 2, empty)[0]
                 predicted = without + about["guidance"] * (predicted - without)
-            table = [jnp.float32(about[name][path[i + n] + 1]) for n in (0, 1) for name in TABLES]
+            times = (path[i] + 1, path[i + 1] + 1)
+            table = [jnp.float32(about[x][t]) for t in times for x in ("alpha", "sigma")]
             x = _step(x, predicted, noise(i), *table, settings)
         _, *cache = predict(x, about["context_timestep"], length, cache)
         return np.asarray(x[0]), cache
@@ -270,12 +263,9 @@ class Model:
         return np.asarray(self.picture(self.autoencoder, image_hwc[None]))[0]
 
     def _add(self, token: int, length: int, cache):
-        rows = np.asarray([token], np.int32), np.asarray([length], np.int32)
-        logits, *cache = self.decode(self.weights, *rows, *cache)
+        row = np.asarray([token], np.int32), np.asarray([length], np.int32)
+        logits, *cache = self.decode(self.weights, *row, *cache)
         return logits, cache
-
-
-TABLES = ("alpha", "sigma")
 
 
 def _choose(logits, key, length: int, temperature: float):
@@ -299,7 +289,7 @@ def _step(x, predicted, z, alpha_t, sigma_t, alpha_s, sigma_s, settings):
         n = alpha_t**2 + sigma_t**2
         clean = (alpha_t * x - sigma_t * predicted) / n
         noise = (sigma_t * x + alpha_t * predicted) / n
-    else:
+    else:  # flow
         n = alpha_t + sigma_t
         clean, noise = (x - sigma_t * predicted) / n, (x + alpha_t * predicted) / n
     if clip:
@@ -315,14 +305,12 @@ def write_png(file: Path, picture_HWC: np.ndarray) -> None:
     pixels = np.round((np.clip(picture_HWC, -1, 1) + 1) * 127.5).astype(np.uint8)
     height, width, channels = pixels.shape
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        data = kind + data
-        return struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
-
     head = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
-    lines = b"".join(b"\0" + line.tobytes() for line in pixels)
-    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")
-    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    lines = zlib.compress(b"".join(b"\0" + line.tobytes() for line in pixels))
+    content = b"\x89PNG\r\n\x1a\n"
+    for data in (b"IHDR" + head, b"IDAT" + lines, b"IEND"):
+        content += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    file.write_bytes(content)
 
 
 def main() -> None:
@@ -333,29 +321,28 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="begin with an image")
     parser.add_argument("--num", type=int, default=1, help="how many continuations")
     parser.add_argument("--seed", type=int, default=0)
-    for name, kind in (("guidance", float), ("temperature", float), ("steps", int)):
+    for name in ("guidance", "temperature", "steps", "max-tokens"):
+        kind = float if name in ("guidance", "temperature") else int
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
-    parser.add_argument("--max-tokens", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, required=True, help="the directory to write to")
     asked = vars(parser.parse_args())
     text, ids, image, out = (asked.pop(name) for name in ("prompt", "ids", "image", "out"))
     model, number = Model(Path(__file__).parent), 0
-    prompt = model.tokenizer.encode(text) if ids is None else ids
     images = [np.load(image)] if image else []
+    prompt = [model.about["boi"]] * len(images)
+    prompt += model.tokenizer.encode(text) if ids is None else ids
     out.mkdir(parents=True, exist_ok=True)
     with (out / "outputs.jsonl").open("w") as file:
         for row in range(asked.pop("num")):
             spans = []
-            for span in model.generate([model.about["boi"]] * len(images) + prompt, images,
-                                       row=row, **asked):  # fmt: skip
-                if isinstance(span, str):
-                    spans.append({"text": span})
-                else:
+            for span in model.generate(prompt, images, row=row, **asked):
+                drawn = not isinstance(span, str)
+                spans.append({"image": f"{number}.png"} if drawn else {"text": span})
+                if drawn:
                     write_png(out / f"{number}.png", model.picture_of(span))
-                    spans.append({"image": f"{number}.png"})
                     number += 1
             line = json.dumps({"prompt": text, "spans": spans}, ensure_ascii=False)
-            print(line, file=file)
+            file.write(line + "\n")
             print(line)
 
 

@@ -2,7 +2,7 @@
 
 prefill.jax_export  decode.jax_export  denoise.jax_export   StableHLO for cpu, cuda and tpu at once
 model-0000k-of-n.safetensors                                what they take as weights
-picture.jax_export  autoencoder.safetensors                 of a run on latents: from an image to pixels
+picture.jax_export  autoencoder.safetensors                 of a run on latents: to pixels
 run.py  run.json  tokenizer.model                           the runner and what it knows
 
 StableHLO is read by versions of JAX up to six months younger, and by those of three weeks before.
