@@ -90,6 +90,9 @@ class TrainConfig:
     initial: str = ""
     """A directory of weights that a new run starts from, an export (`safetensors`) or an import;
     the optimizer starts afresh, and the average from them. Empty: weights drawn from the seed."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by name or by patterns as of files: `embedding_VD`,
+    `transformer.*`, `*norm*`. They stay bit for bit, and have no gradients and no moments."""
     image_loss_weight: float = 5.0
     """Lambda of L = L_LM + lambda * L_DDPM."""
     z_loss: float = 0.0

@@ -51,18 +51,25 @@ def initial_fields(parameters: Any, optimizer: optax.GradientTransformation) -> 
 
 
 def place(
-    shapes: State, shardings: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+    shapes: State,
+    shardings: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    trained: Any = None,
 ) -> State:
     """`shapes` with a sharding for every array.
 
     Average and moments are sharded as the parameters are (`shardings`), the rest is replicated.
+
+    Args:
+      trained: the part of `shardings` that has moments; None: all.
     """
     everywhere = replicated(mesh)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
         shapes.optimizer,
-        shardings,
+        shardings if trained is None else trained,
         transform_non_params=lambda _: everywhere,
     )
     return with_shardings(

@@ -4,7 +4,7 @@ Pure functions on the arrays of any network: AdamW with global-norm clipping, li
 cosine decay (Transfusion, arXiv 2408.11039, section 4.1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax import Array
 from transfusion_jax.config import OptimizerConfig
 from transfusion_jax.errors import require
 from transfusion_jax.parallel.rules import constrain
+from transfusion_jax.training.frozen import like, merged, without
 from transfusion_jax.training.state import AnyState
 
 Metrics = dict[str, Array]
@@ -64,15 +65,19 @@ def decayed(parameters: nnx.State) -> dict:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, parameters: nnx.State, start: int = 0
+    config: OptimizerConfig,
+    steps: int,
+    parameters: nnx.State,
+    start: int = 0,
+    frozen: Collection[str] = (),
 ) -> optax.GradientTransformation:
     """The optimizer for nested dicts shaped like `parameters`, whose axis names say what decays.
 
     One that makes its first update at step `start` of the run has the same rate as the others from
-    then on.
+    then on. It is begun with all parameters, and updates those that are not in `frozen`.
     """
     rate = learning_rate(config, steps)
-    return optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             lambda updates: rate(updates + start),
@@ -80,9 +85,10 @@ def make_optimizer(
             config.b2,
             config.epsilon,
             weight_decay=config.weight_decay,
-            mask=decayed(parameters),
+            mask=without(decayed(parameters), frozen),
         ),
     )
+    return optimizer._replace(init=lambda tree: optimizer.init(without(tree, frozen)))
 
 
 def descend(
@@ -113,10 +119,18 @@ def updates_made(state: Any) -> Array:
 def updated(
     state: Any, optimizer: optax.GradientTransformation, gradients: Any, ema_decay: float
 ) -> dict[str, Any]:
-    """The fields `parameters`, `ema` and `optimizer` of a state after one update."""
-    parameters, moments = descend(optimizer, gradients, state.optimizer, state.parameters)
-    ema = average(state.ema, parameters, updates_made(state), ema_decay)
-    return {"parameters": parameters, "ema": ema, "optimizer": moments}
+    """The fields `parameters`, `ema` and `optimizer` of a state after one update.
+
+    Parameters without a gradient, and their average, stay as they are.
+    """
+    old, mean = like(state.parameters, gradients), like(state.ema, gradients)
+    new, moments = descend(optimizer, gradients, state.optimizer, old)
+    mean = average(mean, new, updates_made(state), ema_decay)
+    return {
+        "parameters": merged(state.parameters, new),
+        "ema": merged(state.ema, mean),
+        "optimizer": moments,
+    }
 
 
 def advance(
