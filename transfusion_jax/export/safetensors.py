@@ -59,7 +59,7 @@ def config(trained: Trained, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURES[family]],
         # Not transformers' own types: its classes do not read these images.
-        "model_type": f"transfusion_jax_{family}",
+        "model_type": "transfusion_jax",
         **{name: part for name, part in parts.items() if part is not None},
         **special_tokens(trained),
         # Rows of the embedding beyond these are padding, never read or written.
