@@ -105,6 +105,9 @@ def special_tokens(trained: Trained) -> dict[str, int]:
 def _values(trained: Trained) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor, in the order of `published.tensors`; one array of the checkpoint is held."""
     for name in trained.shapes:
-        for layer, array in enumerate(trained.by_layer(name)):
-            place = layer if trained.stacked(name) else None
-            yield tensor_name(name, place), to_published(name, array)
+        stacked = trained.stacked(name)
+        # An expression, so that nothing here refers to an array while the next is read.
+        yield from (
+            (tensor_name(name, layer if stacked else None), to_published(name, array))
+            for layer, array in enumerate(trained.by_layer(name))
+        )
