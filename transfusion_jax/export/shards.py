@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -91,9 +91,14 @@ def _write_shard(
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for name, described in planned.items():
-            found, array = next(arrays)
-            assert (found, array.shape) == (name, described.shape), (found, array.shape, name)
-            # A stacked array is cast layer by layer: two copies of it might not fit.
-            for part in array if array.ndim > 2 else (array,):
-                whole = np.ascontiguousarray(part, described.dtype)
-                opened.write(whole.reshape(-1).view(np.uint8).data)
+            _write_tensor(opened, name, described, next(arrays))  # no name here keeps the array
+
+
+def _write_tensor(
+    opened: BinaryIO, name: str, described: Described, found: tuple[str, np.ndarray]
+) -> None:
+    assert (found[0], found[1].shape) == (name, described.shape), (name, found[0], found[1].shape)
+    # A stacked array is cast layer by layer: two copies of it might not fit.
+    for part in found[1] if found[1].ndim > 2 else found[1:]:
+        whole = np.ascontiguousarray(part, described.dtype)
+        opened.write(whole.reshape(-1).view(np.uint8).data)
