@@ -236,6 +236,7 @@ CASES = {
         dict(guidance=1.0),
     ),
     "flow, ddim": (dict(), dict(prediction="flow", schedule="flow"), dict(kind="ddim")),
+    "mixture": (dict(experts="modality"), dict(), dict()),
     "x, stable": (dict(qk_norm=True, norm_placement="post"), dict(prediction="x"), dict()),
 }
 

@@ -15,7 +15,10 @@ import numpy as np
 import packings
 import pytest
 import tiny
+from exported import flat, run_directory, weights
 from flax import nnx
+from test_export_safetensors import tiny_experiment
+from test_initial import export, start
 
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import MeshConfig
@@ -240,6 +243,23 @@ def test_with_the_text_frozen_text_alone_keeps_its_loss_bit_for_bit():
 def test_it_is_for_diffused_images():
     with pytest.raises(ValueError, match="experts='modality' is for images that are diffused"):
         experiment(family="llama", image_attention="causal")
+
+
+@pytest.mark.parametrize("source", ["llama", "linear"])
+def test_the_weights_of_images_start_as_those_of_text(source, tmp_path):
+    """From an export of text alone, or of a dense model, whose patches are then kept."""
+    theirs, ours = tiny_experiment(source), tiny_experiment("mixture")
+    out = export(run_directory(tmp_path / "run", theirs), tmp_path / "out")
+    said = []
+    state, _ = start(out, ours, said=said)
+    assert any("the weights of images start as those of text" in line for line in said)
+    expected, found = flat(weights(theirs, 3)), flat(jax.device_get(state.parameters))
+    assert any(name.startswith("transformer.image_blocks.") for name in found)
+    for name, value in found.items():
+        if (text := name.replace("transformer.image_", "transformer.")) in expected:
+            np.testing.assert_array_equal(value, expected[text])
+        else:
+            assert source == "llama" and name.startswith("patches.")
 
 
 EXPERIMENT = """

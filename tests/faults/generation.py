@@ -47,7 +47,7 @@ FAULTS = (
     ),
     Fault(
         "cache written one entry late",
-        "model/transformer.py",
+        "model/block.py",
         "at_BT = start_B[:, None] + jnp",
         "at_BT = start_B[:, None] + 1 + jnp",
         "generation llama_oracle",

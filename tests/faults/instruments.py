@@ -152,7 +152,7 @@ FAULTS = (
     ),
     Fault(
         "attention has no name in a trace",
-        "model/transformer.py",
+        "model/block.py",
         'jax.named_scope("attention")',
         'jax.named_scope("attends")',
         "instruments::test_a_profile_holds_the_named_scopes",

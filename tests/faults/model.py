@@ -12,7 +12,7 @@ FAULTS = (
     ),
     Fault(
         "rope not of keys",
-        "model/transformer.py",
+        "model/block.py",
         "rotate(q_BLNH, *cos_sin), rotate(k_BSKH, *cos_sin)",
         "rotate(q_BLNH, *cos_sin), k_BSKH",
         "llama_oracle reference",
@@ -40,14 +40,14 @@ FAULTS = (
     ),
     Fault(
         "mlp under the norm of attention",
-        "model/transformer.py",
+        "model/block.py",
         "self.mlp(self.mlp_norm(x_BLD))",
         "self.mlp(self.attention_norm(x_BLD))",
         "llama_oracle reference",
     ),
     Fault(
         "residual of the normed stream",
-        "model/transformer.py",
+        "model/block.py",
         "x_BLD = x_BLD + (out_BLD if self.pre",
         "x_BLD = in_BLD + (out_BLD if self.pre",
         "llama_oracle reference",

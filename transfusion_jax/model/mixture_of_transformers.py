@@ -7,9 +7,9 @@ images are patches; BOI and EOI are text. With the weights of text frozen it is 
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 
 import jax
-from flax import nnx
 from jax import Array
 
 from transfusion_jax.model.attention.intervals import Intervals
@@ -17,7 +17,7 @@ from transfusion_jax.model.block import Block, KVCache, attend
 from transfusion_jax.model.grouped import Pair, Work, chosen
 
 Compute = Callable[[Work, Array, Array], tuple[Array, ...]]
-"""`grouped` or `selected`: from work, positions and their modality to its results."""
+"""`grouped` or `selected`: from work, positions and which of them are patches, to its results."""
 
 
 def mixture_block(
@@ -30,64 +30,61 @@ def mixture_block(
     compute: Compute,
     cache: tuple[KVCache, Array] | None = None,
 ) -> tuple[Array, KVCache | None]:
-    """What `Block` does, with the weights of two: as `text(x)` where `image_BL` is False, and as
-    `image(x)` where it is True, but for attention, which is over all."""
+    """What `Block` does, with the weights of two: as `text` where `image_BL` is False, and as
+    `image` where it is True, but for attention, which is over all."""
 
-    def norm(of: Callable[[Block], nnx.Module], x: Array) -> Array:
-        return chosen(image_BL, of(image)(x), of(text)(x))
-
-    def pair(of: Callable[[Block], nnx.Param]) -> Pair:
-        return Pair(of(text), of(image))
+    def norm(name: str, x: Array) -> Array:
+        own = attrgetter(name)
+        return chosen(image_BL, own(image)(x), own(text)(x))
 
     config, pre = text.attention.config, text.pre
     with jax.named_scope("block"):
         with jax.named_scope("attention"):
-            in_BLD = norm(lambda b: b.attention_norm, x_BLD) if pre else x_BLD
-            q_BLNH, k_BSKH, v_BSKH = compute(
-                Work(
-                    lambda x, q, k, v: (q(x), k(x), v(x)),
-                    (
-                        pair(lambda b: b.attention.q_DNH),
-                        pair(lambda b: b.attention.k_DKH),
-                        pair(lambda b: b.attention.v_DKH),
-                    ),
-                    takes=(None,),
-                    gives=(("heads", None), ("kv_heads", None), ("kv_heads", None)),
-                ),
-                in_BLD,
-                image_BL,
-            )
+            in_BLD = norm("attention_norm", x_BLD) if pre else x_BLD
+            q_BLNH, k_BSKH, v_BSKH = compute(_heads(text, image), in_BLD, image_BL)
             if config.qk_norm:
-                q_BLNH = norm(lambda b: b.attention.q_norm, q_BLNH)
-                k_BSKH = norm(lambda b: b.attention.k_norm, k_BSKH)
+                q_BLNH = norm("attention.q_norm", q_BLNH)
+                k_BSKH = norm("attention.k_norm", k_BSKH)
             out_BLNH, cache = attend(config, q_BLNH, k_BSKH, v_BSKH, cos_sin, intervals, cache)
-            (out_BLD,) = compute(
-                Work(
-                    lambda x, out: (out(x, contracted=2),),
-                    (pair(lambda b: b.attention.out_NHD),),
-                    takes=("heads", None),
-                    gives=((None,),),
-                    summed="heads",
-                ),
-                out_BLNH,
-                image_BL,
-            )
-            x_BLD = x_BLD + (out_BLD if pre else norm(lambda b: b.attention_norm, out_BLD))
+            (out_BLD,) = compute(_output(text, image), out_BLNH, image_BL)
+            x_BLD = x_BLD + (out_BLD if pre else norm("attention_norm", out_BLD))
         with jax.named_scope("mlp"):
-            in_BLD = norm(lambda b: b.mlp_norm, x_BLD) if pre else x_BLD
-            (out_BLD,) = compute(
-                Work(
-                    lambda x, gate, up, down: (down(jax.nn.silu(gate(x)) * up(x)),),
-                    (
-                        pair(lambda b: b.mlp.gate_DF),
-                        pair(lambda b: b.mlp.up_DF),
-                        pair(lambda b: b.mlp.down_FD),
-                    ),
-                    takes=(None,),
-                    gives=((None,),),
-                    summed="mlp",
-                ),
-                in_BLD,
-                image_BL,
-            )
-            return x_BLD + (out_BLD if pre else norm(lambda b: b.mlp_norm, out_BLD)), cache
+            in_BLD = norm("mlp_norm", x_BLD) if pre else x_BLD
+            (out_BLD,) = compute(_feed_forward(text, image), in_BLD, image_BL)
+            return x_BLD + (out_BLD if pre else norm("mlp_norm", out_BLD)), cache
+
+
+def _heads(text: Block, image: Block) -> Work:
+    """Queries, keys and values of normed positions."""
+    return Work(
+        lambda x, q, k, v: (q(x), k(x), v(x)),
+        _pairs(text, image, "attention.q_DNH", "attention.k_DKH", "attention.v_DKH"),
+        takes=(None,),
+        gives=(("heads", None), ("kv_heads", None), ("kv_heads", None)),
+    )
+
+
+def _output(text: Block, image: Block) -> Work:
+    """What attention adds, from its heads."""
+    return Work(
+        lambda x, out: (out(x, contracted=2),),
+        _pairs(text, image, "attention.out_NHD"),
+        takes=("heads", None),
+        gives=((None,),),
+        summed="heads",
+    )
+
+
+def _feed_forward(text: Block, image: Block) -> Work:
+    """As `SwiGLU`."""
+    return Work(
+        lambda x, gate, up, down: (down(jax.nn.silu(gate(x)) * up(x)),),
+        _pairs(text, image, "mlp.gate_DF", "mlp.up_DF", "mlp.down_FD"),
+        takes=(None,),
+        gives=((None,),),
+        summed="mlp",
+    )
+
+
+def _pairs(text: Block, image: Block, *names: str) -> tuple[Pair, ...]:
+    return tuple(Pair(own(text), own(image)) for own in map(attrgetter, names))

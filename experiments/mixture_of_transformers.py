@@ -1,0 +1,28 @@
+"""Mixture-of-Transformers against the dense model, at equal FLOPs (Liang et al. 2024, arXiv
+2411.04996).
+
+    transfusion-jax sweep experiments/mixture_of_transformers.py
+
+Digits, sums and comparisons; each with two seeds. A position of the mixture multiplies as many
+weights as one of the dense model, so a step has the same FLOPs; in all it has nearly twice as many.
+Hardware: two CPU cores, a quarter of an hour for a dense point, a third more for a mixture.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from digits import config as digits
+
+from transfusion_jax.config import Experiment
+
+
+def sweep() -> Iterator[Experiment]:
+    base = digits()
+    for name, experts in (("dense", "shared"), ("mixture", "modality")):
+        for seed in (0, 1):
+            yield replace(
+                base,
+                name=f"{name}_{seed}",
+                model=replace(base.model, experts=experts),
+                train=replace(base.train, seed=seed),
+            )
