@@ -1,0 +1,55 @@
+"""The formats that weights leave and enter in; each has a module, imported when it is asked for.
+
+A module of a format to export has
+
+    write(trained: Trained, out: Path, dtype: str, report: Report) -> None
+
+which fills the directory `out`, and one of a format to import has
+
+    read(source: Path, out: Path, report: Report) -> None
+
+which fills `out` with what `train.initial` starts a run from. Both raise ValueError for what the
+user can cause. They run in one process, the one that leads.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transfusion_jax.errors import require
+
+PACKAGE = __package__
+
+
+@dataclass(frozen=True)
+class Format:
+    help: str
+    """One line."""
+    module: str
+    """Of this package."""
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """`write` or `read` of its module.
+
+        Raises:
+          ValueError: it needs a package that is not installed.
+        """
+        try:
+            return getattr(importlib.import_module(f"{PACKAGE}.{self.module}"), name)
+        except ModuleNotFoundError as error:
+            require(not str(error.name).startswith(PACKAGE.split(".")[0]), str(error))
+            raise ValueError(
+                f"this format needs the package {error.name}: pip install 'transfusion-jax[export]'"
+            ) from error
+
+
+FORMATS: Mapping[str, Format] = {
+    "safetensors": Format("the whole model, for torch or `train.initial`", "safetensors"),
+}
+"""By the names of `export --format`."""
+
+IMPORTS: Mapping[str, Format] = {
+    "safetensors": Format("what `export --format safetensors` wrote", "from_safetensors"),
+}
+"""By the names of `import FORMAT`."""
