@@ -44,6 +44,19 @@ def open_tensors(source: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], problem: str
+) -> None:
+    """Raises ValueError with `problem`, and the first three names and shapes that do not fit."""
+    wrong = [
+        f"{name} {found.get(name, 'missing')} instead of {expected.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | found.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    require(not wrong, f"{problem}: {'; '.join(wrong[:3])}{more}")
+
+
 def _files(source: Path) -> tuple[list[Path], set[str]]:
     """The files, and the tensors that an index says are in them."""
     require(source.exists(), f"no such file or directory: {source}")

@@ -7,13 +7,13 @@ from typing import Literal
 
 import jax
 import numpy as np
-from flax import nnx
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.errors import require
-from transfusion_jax.model.build import abstract_model
+from transfusion_jax.model.published import Axes, parameters
 from transfusion_jax.pretraining.run import stored
+from transfusion_jax.tensors import check_shapes
 from transfusion_jax.training.arrays import DamagedArray, StoredArrays, stored_arrays
 from transfusion_jax.training.checkpoint import CheckpointError, Report, stored_steps
 
@@ -34,8 +34,8 @@ class Trained:
     shapes: dict[str, jax.ShapeDtypeStruct]
     """By dotted name, as in "transformer.blocks.attention.q_DNH"; a stacked one has its layers
     on axis 0."""
-    axes: dict[str, tuple[str | None, ...]]
-    """Logical axes of the same; the first of a stacked one is "layers"."""
+    axes: dict[str, Axes]
+    """Logical axes of the same."""
     arrays: StoredArrays
 
     def read(self, name: str) -> np.ndarray:
@@ -70,10 +70,12 @@ def open_trained(run_dir: Path, step: int | None, weights: Weights, report: Repo
     steps = stored_steps(directory)
     require(bool(steps), f"there is no checkpoint in {directory} yet")
     require(step is None or step in steps, f"no checkpoint of step {step} in {directory}: {steps}")
+    known = parameters(experiment)
+    shapes = {name: leaf for name, (leaf, _) in known.items()}
+    axes = {name: axes for name, (_, axes) in known.items()}
     for asked in reversed(steps) if step is None else [step]:
         try:
             arrays = stored_arrays(directory / str(asked), TREES[weights])
-            shapes, axes = described(experiment)
             check_shapes(
                 {name: leaf.shape for name, leaf in shapes.items()},
                 arrays.shapes,
@@ -85,28 +87,3 @@ def open_trained(run_dir: Path, step: int | None, weights: Weights, report: Repo
             continue
         return Trained(run_dir, experiment, tokenizer, asked, weights, shapes, axes, arrays)
     raise CheckpointError(f"no checkpoint in {directory} can be read")
-
-
-def described(
-    experiment: Experiment,
-) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str | None, ...]]]:
-    """Shapes and logical axes of a model's parameters, by dotted name."""
-    flat = list(nnx.to_flat_state(abstract_model(experiment)[1]))
-    names = [".".join(map(str, path)) for path, _ in flat]
-    leaves = [leaf for _, leaf in flat]
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    axes = [tuple(leaf.get_metadata("out_sharding")) for leaf in leaves]
-    return dict(zip(names, shapes, strict=True)), dict(zip(names, axes, strict=True))
-
-
-def check_shapes(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], problem: str
-) -> None:
-    """Raises ValueError with the first three names and shapes that do not fit."""
-    wrong = [
-        f"{name} {found.get(name, 'missing')} instead of {expected.get(name, 'nothing')}"
-        for name in sorted(expected.keys() | found.keys())
-        if found.get(name) != expected.get(name)
-    ]
-    more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    require(not wrong, f"{problem}: {'; '.join(wrong[:3])}{more}")

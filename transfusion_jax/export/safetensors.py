@@ -1,0 +1,110 @@
+"""The whole model as safetensors: tensors with a torch user's names and shapes, and what to know.
+
+model-00001-of-0000n.safetensors, model.safetensors.index.json   names in `model/published.py`
+config.json              text, image and diffusion parts     tokenizer.model   sentencepiece
+generation_config.json   how it was sampled                  README.md         a model card
+experiment.json          all settings of the run
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transfusion_jax import __version__
+from transfusion_jax.config.stored import dumps
+from transfusion_jax.export.card import model_card
+from transfusion_jax.export.shards import Described, dtype_named, write_shards
+from transfusion_jax.export.trained import Trained
+from transfusion_jax.files import write_atomic, write_json
+from transfusion_jax.model.published import (
+    diffusion_config,
+    image_config,
+    tensor_name,
+    tensors,
+    text_config,
+    to_published,
+)
+from transfusion_jax.training.checkpoint import Report
+
+ARCHITECTURES = {"transfusion": "Transfusion", "chameleon": "Chameleon", "llama": "Llama"}
+
+
+def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
+    """Fills the directory `out`."""
+    kind = dtype_named(dtype)
+    planned = {
+        tensor.name: Described(tensor.published_shape, kind)
+        for tensor in tensors(trained.experiment)
+    }
+    write_shards(out, planned, _values(trained))
+    write_json(out / "config.json", config(trained, dtype))
+    write_json(out / "generation_config.json", generation_config(trained))
+    write_atomic(out / "tokenizer.model", trained.tokenizer.model)
+    write_atomic(out / "experiment.json", dumps(trained.experiment).encode())
+    write_atomic(out / "README.md", model_card(trained, planned, dtype).encode())
+
+
+def config(trained: Trained, dtype: str) -> dict[str, Any]:
+    """What a reader of the tensors must know."""
+    experiment, tokenizer = trained.experiment, trained.tokenizer
+    family = experiment.model.family
+    parts = {
+        "text_config": text_config(experiment.model, experiment.data.row_length),
+        "image_config": image_config(experiment),
+        "diffusion_config": diffusion_config(experiment),
+    }
+    return {
+        "architectures": [ARCHITECTURES[family]],
+        # Not transformers' own types: its classes do not read these images.
+        "model_type": f"transfusion_jax_{family}",
+        **{name: part for name, part in parts.items() if part is not None},
+        **special_tokens(trained),
+        # Rows of the embedding beyond these are padding, never read or written.
+        "tokenizer_size": tokenizer.size,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "weights": trained.weights,
+        "step": trained.step,
+        "transfusion_jax_version": __version__,
+    }
+
+
+def generation_config(trained: Trained) -> dict[str, Any]:
+    """How the run samples, in the words of transformers where it has them."""
+    sampler = trained.experiment.sampler
+    tokens = special_tokens(trained)
+    greedy = sampler.temperature == 0
+    return {
+        "bos_token_id": tokens["bos_token_id"],
+        "eos_token_id": tokens["eos_token_id"],
+        "do_sample": not greedy,
+        **({} if greedy else {"temperature": sampler.temperature}),
+        "max_new_tokens": sampler.max_tokens,
+        "image_sampler": {
+            name: value
+            for name, value in asdict(sampler).items()
+            if name not in ("temperature", "max_tokens")
+        },
+    }
+
+
+def special_tokens(trained: Trained) -> dict[str, int]:
+    tokenizer = trained.tokenizer
+    return {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "boi_token_id": tokenizer.boi,
+        "eoi_token_id": tokenizer.eoi,
+    }
+
+
+def _values(trained: Trained) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor, in the order of `published.tensors`; one array of the checkpoint is held."""
+    for name in trained.shapes:
+        for layer, array in enumerate(trained.by_layer(name)):
+            place = layer if trained.stacked(name) else None
+            yield tensor_name(name, place), to_published(name, array)
