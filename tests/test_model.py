@@ -10,7 +10,7 @@ import packings
 import pytest
 from flax import nnx
 
-from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig
+from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig, RopeScaling
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.model.build import abstract_model, build
 from transfusion_jax.model.patches.grid import patchify, unpatchify

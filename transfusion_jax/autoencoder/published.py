@@ -2,8 +2,8 @@
 tensor names and shapes.
 
 Stable Diffusion 1 to 3, XL and FLUX are published in it. Conversions only: `codec.py` reads the
-files, `export/autoencoder.py` writes them. Published kernels are [out, in, height, width] or [out, in]; ours are [height, width, in,
-out] or [in, out].
+files, `export/autoencoder.py` writes them. Published kernels are [out, in, height, width] or
+[out, in]; ours are [height, width, in, out] or [in, out].
 """
 
 import math

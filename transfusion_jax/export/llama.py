@@ -1,31 +1,37 @@
 """The text trunk of a run as a `LlamaForCausalLM` of transformers, with its tokenizer.
 
-config.json   generation_config.json   model-0000k-of-n.safetensors   model.safetensors.index.json
+config.json   generation_config.json   model-0000k-of-0000n.safetensors   the files' index
 tokenizer.json   tokenizer_config.json   tokenizer.model
 """
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transfusion_jax.data.tokenizer import Tokenizer
-from transfusion_jax.export.llama_layout import (
-    BLOCKS,
-    EMBEDDING,
-    ENDS,
-    OUTPUT,
-    check_trunk,
-    in_layer,
-    to_config,
-    to_theirs,
-)
+from transfusion_jax.config import ModelConfig
+from transfusion_jax.errors import require
 from transfusion_jax.export.shards import Described, dtype_named, write_shards
 from transfusion_jax.export.tokenizer_json import write_tokenizer
 from transfusion_jax.export.trained import Trained
 from transfusion_jax.files import write_json
+from transfusion_jax.model.published import (
+    BLOCK,
+    BLOCKS,
+    TRUNK,
+    Tensor,
+    tensors,
+    text_config,
+    to_published,
+)
 from transfusion_jax.training.checkpoint import Report
+
+VOCABULARY = ("embedding_VD", "output_DV")
+"""Parameters with a row for every token."""
+IMAGES = "patches."
+"""Parameters that text does not meet."""
 
 
 def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
@@ -36,46 +42,87 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     """
     model, tokenizer = trained.experiment.model, trained.tokenizer
     check_trunk(model)
+    found = trunk(trained)
     length = trained.experiment.data.row_length
     write_tokenizer(tokenizer, out, length)
-    config = to_config(model, tokenizer.size, length)
-    special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    write_json(out / "config.json", {**config, **special, "torch_dtype": dtype})
-    write_json(out / "generation_config.json", _generation(trained))
-    write_shards(out, _planned(trained, dtype_named(dtype)), _tensors(trained))
-    report(f"{tokenizer.size} of {model.vocab_size} rows of the vocabulary are tokens, and kept")
+    write_json(out / "config.json", config(trained, dtype))
+    write_json(out / "generation_config.json", generation_config(trained))
+    kind = dtype_named(dtype)
+    planned = {tensor.name: Described(_shape(trained, tensor), kind) for tensor in found}
+    write_shards(out, planned, values(trained, found))
+    report(f"the vocabulary has {tokenizer.size} rows, without the {model.vocab_size} - "
+           f"{tokenizer.size} that no token has")  # fmt: skip
 
 
-def _generation(trained: Trained) -> dict[str, Any]:
-    """Greedy, as `sampler.temperature` is by default; text ends where an image would begin."""
-    tokenizer: Tokenizer = trained.tokenizer
-    draws = trained.experiment.model.images != "none"
+def check_trunk(model: ModelConfig) -> None:
+    """Raises ValueError for a trunk that is no Llama."""
+    require(
+        model.family != "chameleon",
+        "a chameleon's images are tokens too: it has no text trunk that is a model of its own",
+    )
+    require(not model.qk_norm, "a Llama has no norm of queries and keys (model.qk_norm=True)")
+    require(
+        model.norm_placement == "pre",
+        f"a Llama's norms are before its layers (model.norm_placement={model.norm_placement!r})",
+    )
+
+
+def trunk(trained: Trained) -> list[Tensor]:
+    """The tensors of the text trunk, the layers of a parameter one after another.
+
+    Raises:
+      ValueError: it has one that a Llama has not.
+    """
+    found = [x for x in tensors(trained.experiment) if not x.parameter.startswith(IMAGES)]
+    known = {*TRUNK, *(BLOCKS + name for name in BLOCK)}
+    unknown = sorted({tensor.parameter for tensor in found} - known)
+    require(not unknown, f"a Llama has no {', '.join(unknown[:3])}")
+    return found
+
+
+def values(trained: Trained, found: list[Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor by its published name, in this order; one array of the checkpoint is held."""
+    arrays: Iterator[np.ndarray] = iter(())
+    for tensor in found:
+        if not tensor.layer:
+            arrays = trained.by_layer(tensor.parameter)
+        rows = trained.tokenizer.size if tensor.parameter in VOCABULARY else None
+        yield tensor.name, to_published(tensor.parameter, next(arrays))[:rows]
+
+
+def _shape(trained: Trained, tensor: Tensor) -> tuple[int, ...]:
+    rows, *others = tensor.published_shape
+    return (trained.tokenizer.size if tensor.parameter in VOCABULARY else rows, *others)
+
+
+def config(trained: Trained, dtype: str) -> dict[str, Any]:
+    """The contents of config.json, for transformers 4 and 5."""
+    experiment, tokenizer = trained.experiment, trained.tokenizer
+    model = dataclasses.replace(experiment.model, vocab_size=tokenizer.size)
+    settings = text_config(model, experiment.data.row_length)
+    for name in ("norm_placement", "qk_norm"):  # which a Llama has not
+        del settings[name]
     return {
+        "architectures": ["LlamaForCausalLM"],
+        **settings,
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": [tokenizer.eos, *([tokenizer.boi] if draws else [])],
-        "pad_token_id": tokenizer.eos,
-        "do_sample": False,
+        "eos_token_id": tokenizer.eos,
+        "torch_dtype": dtype,
     }
 
 
-def _planned(trained: Trained, dtype: np.dtype) -> Mapping[str, Described]:
-    """Every tensor, in the order of `_tensors`."""
-    layers, planned = trained.experiment.model.layers, {}
-    for name, theirs in {**ENDS, **BLOCKS}.items():
-        shape = trained.shapes[name].shape
-        if name in BLOCKS:
-            like = to_theirs(name, np.broadcast_to(np.float32(0), shape[1:]))
-            for layer in range(layers):
-                planned[in_layer(layer, theirs)] = Described(like.shape, dtype)
-        else:
-            planned[theirs] = Described((trained.tokenizer.size, *shape[1:]), dtype)
-    return planned
-
-
-def _tensors(trained: Trained) -> Iterator[tuple[str, np.ndarray]]:
-    for name, theirs in {**ENDS, **BLOCKS}.items():
-        for layer, array in enumerate(trained.by_layer(name)):
-            tensor = to_theirs(name, array)
-            if name in (EMBEDDING, OUTPUT):
-                tensor = tensor[: trained.tokenizer.size]
-            yield (in_layer(layer, theirs) if name in BLOCKS else theirs), tensor
+def generation_config(trained: Trained) -> dict[str, Any]:
+    """Text ends at EOS, and where an image would begin."""
+    tokenizer, sampler = trained.tokenizer, trained.experiment.sampler
+    ends = [tokenizer.eos]
+    if trained.experiment.model.images != "none":
+        ends.append(tokenizer.boi)
+    greedy = sampler.temperature == 0
+    return {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": ends,
+        "pad_token_id": tokenizer.eos,
+        "do_sample": not greedy,
+        **({} if greedy else {"temperature": sampler.temperature, "top_k": 0}),
+        "max_new_tokens": sampler.max_tokens,
+    }
