@@ -62,15 +62,16 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
       ValueError: the sentencepiece model does what tokenizers cannot.
     """
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
-    _check(model)
     vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    taken = sorted({BOI, EOI} & vocab.keys())
+    require(not taken, f"the tokenizer has an entry {taken[:1]} of its own")
+    _check(model)
     special = {
         i: piece.piece
         for i, piece in enumerate(model.pieces)
         if piece.type in (Piece.CONTROL, Piece.UNKNOWN)
     }
     for name, i in ((BOI, tokenizer.boi), (EOI, tokenizer.eoi)):
-        require(name not in vocab, f"the tokenizer has an entry {name!r} of its own")
         vocab[name] = i
         special[i] = name
     bos = special[tokenizer.bos]
