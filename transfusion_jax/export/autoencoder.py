@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from flax import traverse_util
 
 from transfusion_jax.autoencoder import published
-from transfusion_jax.autoencoder.codec import Codec, load_codec
+from transfusion_jax.autoencoder.codec import Codec, load_codec, named
 from transfusion_jax.errors import require
 from transfusion_jax.export.shards import dtype_named
 from transfusion_jax.export.trained import Weights
@@ -64,9 +63,9 @@ def write_autoencoder(codec: Codec, out: Path, dtype: str = "float32") -> None:
     kind = dtype_named(dtype)
     tensors = {
         published.tensor_name(name): np.ascontiguousarray(
-            published.to_their_layout(name, np.asarray(value)), kind
+            published.to_their_layout(name, array), kind
         )
-        for name, value in traverse_util.flatten_dict(codec.parameters, sep=".").items()
+        for name, array in named(codec.parameters).items()
     }
     content = safetensors.numpy.save(dict(sorted(tensors.items())), {"format": "pt"})
     write_atomic(out / published.WEIGHTS[0], content)
