@@ -59,7 +59,7 @@ def config(trained: Trained, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURES[family]],
         # Not transformers' own types: its classes do not read these images.
-        "model_type": f"transfusion_jax_{family}",
+        "model_type": "transfusion_jax",
         **{name: part for name, part in parts.items() if part is not None},
         **special_tokens(trained),
         # Rows of the embedding beyond these are padding, never read or written.
@@ -105,6 +105,9 @@ def special_tokens(trained: Trained) -> dict[str, int]:
 def _values(trained: Trained) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor, in the order of `published.tensors`; one array of the checkpoint is held."""
     for name in trained.shapes:
-        for layer, array in enumerate(trained.by_layer(name)):
-            place = layer if trained.stacked(name) else None
-            yield tensor_name(name, place), to_published(name, array)
+        stacked = trained.stacked(name)
+        # An expression, so that nothing here refers to an array while the next is read.
+        yield from (
+            (tensor_name(name, layer if stacked else None), to_published(name, array))
+            for layer, array in enumerate(trained.by_layer(name))
+        )

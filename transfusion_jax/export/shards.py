@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -91,7 +91,12 @@ def _write_shard(
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for name, described in planned.items():
-            found, array = next(arrays)
-            assert (found, array.shape) == (name, described.shape), (found, array.shape, name)
-            whole = np.ascontiguousarray(array, described.dtype)
-            opened.write(whole.reshape(-1).view(np.uint8).data)
+            _write_tensor(opened, name, described, next(arrays))  # no name here keeps the array
+
+
+def _write_tensor(
+    opened: BinaryIO, name: str, described: Described, found: tuple[str, np.ndarray]
+) -> None:
+    assert (found[0], found[1].shape) == (name, described.shape), (name, found[0], found[1].shape)
+    whole = np.ascontiguousarray(found[1], described.dtype)
+    opened.write(whole.reshape(-1).view(np.uint8).data)
