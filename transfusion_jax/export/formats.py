@@ -52,6 +52,7 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     "safetensors": Format("the whole model, for torch or `train.initial`", "safetensors"),
     "llama": Format("the text trunk as a LlamaForCausalLM, with its tokenizer", "llama"),
+    "gguf": Format("the text trunk as a GGUF file, for llama.cpp", "gguf"),
     "autoencoder": Format("the run's autoencoder as diffusers' AutoencoderKL", "autoencoder"),
 }
 """By the names of `export --format`."""

@@ -48,7 +48,7 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     write_json(out / "config.json", config(trained, dtype))
     write_json(out / "generation_config.json", generation_config(trained))
     kind = dtype_named(dtype)
-    planned = {tensor.name: Described(_shape(trained, tensor), kind) for tensor in found}
+    planned = {tensor.name: Described(shape(trained, tensor), kind) for tensor in found}
     write_shards(out, planned, values(trained, found))
     report(f"the vocabulary has {tokenizer.size} rows, without the {model.vocab_size} - "
            f"{tokenizer.size} that no token has")  # fmt: skip
@@ -90,7 +90,8 @@ def values(trained: Trained, found: list[Tensor]) -> Iterator[tuple[str, np.ndar
         yield tensor.name, to_published(tensor.parameter, next(arrays))[:rows]
 
 
-def _shape(trained: Trained, tensor: Tensor) -> tuple[int, ...]:
+def shape(trained: Trained, tensor: Tensor) -> tuple[int, ...]:
+    """Of a tensor as it is written, padding of the vocabulary cut off."""
     rows, *others = tensor.published_shape
     return (trained.tokenizer.size if tensor.parameter in VOCABULARY else rows, *others)
 

@@ -61,11 +61,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     Raises:
       ValueError: the sentencepiece model does what tokenizers cannot.
     """
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    model = checked_model(tokenizer)
     vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    taken = sorted({BOI, EOI} & vocab.keys())
-    require(not taken, f"the tokenizer has an entry {taken[:1]} of its own")
-    _check(model)
     special = {
         i: piece.piece
         for i, piece in enumerate(model.pieces)
@@ -125,8 +122,13 @@ def _cuts(whole: str, pieces: Set[str]) -> list[int]:
     return sorted(cuts, key=lambda i: (-max(i, length - i), not whole.startswith(whole[i:]), -i))
 
 
-def _check(model: sentencepiece_model_pb2.ModelProto) -> None:
-    """Raises ValueError for what has no equal in tokenizers."""
+def checked_model(tokenizer: Tokenizer) -> sentencepiece_model_pb2.ModelProto:
+    """The parts of a sentencepiece model.
+
+    Raises:
+      ValueError: it does what other tokenizers do not, or differently.
+    """
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     require(
         trainer.model_type == BPE,
@@ -140,6 +142,14 @@ def _check(model: sentencepiece_model_pb2.ModelProto) -> None:
         normalizer.escape_whitespaces and not trainer.treat_whitespace_as_suffix,
         "the tokenizer keeps its spaces as they are, or after words",
     )
+    _check_pieces(model)
+    return model
+
+
+def _check_pieces(model: sentencepiece_model_pb2.ModelProto) -> None:
+    """Raises ValueError for entries whose merges have no fixed order."""
+    taken = sorted({BOI, EOI} & {piece.piece for piece in model.pieces})
+    require(not taken, f"the tokenizer has an entry {taken[:1]} of its own")
     known = {piece.piece for piece in model.pieces if piece.type == Piece.NORMAL}
     with_score: dict[float, str] = {}
     for piece in model.pieces:
