@@ -4,9 +4,8 @@
 
 Random weights of one of the paper's sizes go into a checkpoint, as a run on so many devices leaves
 it. Then processes of their own export them and import the export. Memory is the most private
-memory (RssAnon, read every few milliseconds) above that of a process which has only imported the
-code; pages of mapped files are not in it. The least that fits is one array of the checkpoint, one
-chunk of it that is being decoded, and one tensor to write.
+memory (RssAnon, read every few milliseconds), in which pages of mapped files are not. The least
+that fits is the code, one array of the checkpoint, and one chunk of it, encoded and decoded.
 """
 
 import argparse
@@ -105,9 +104,8 @@ def main() -> None:
             "import": ("import", "safetensors", out, "--out", back),
         }.items():
             peak, seconds = measured(*command, *words)
-            print(
-                f"{name}: {peak - idle:.2f} GiB above the {idle:.2f} of the code, {seconds:.0f} s"
-            )
+            print(f"{name}: {peak:.2f} GiB, {seconds:.0f} s")
+        print(f"the code of both takes {idle:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def test_two_processes_write_what_one_does_and_refuse_together(workplace):
     assert main(["export", str(run), *OUT, str(workplace / "one")]) == 0
     found = finished(start(workplace, "run", 2, *OUT, "two", command="export"))
     assert [code for code, _, _ in found] == [0, 0], found
-    assert "is written to two" in found[0][1] and found[1][1] == ""
+    assert "written to two" in found[0][1] and found[1][1] == ""
     assert contents(workplace / "two") == contents(workplace / "one")
     found = finished(start(workplace, "run", 2, *OUT, "two", command="export"))
     assert [code for code, _, _ in found] == [2, 2], found

@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "transfusion_jax"
 LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "families", "generation",
          "instruments", "model", "planning", "preflight", "preparation", "processes",
-         "sweeps", "training")  # fmt: skip
+         "safetensors", "sweeps", "training")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore
 
 from transfusion_jax.training.checkpoint import quieten_orbax, stored_progress
+from transfusion_jax.training.storage_errors import as_line
 
 
 class DamagedArray(Exception):
@@ -47,7 +48,7 @@ class StoredArrays:
                 array[part] = store[part].read().result()
             return array
         except ValueError as error:
-            raise DamagedArray(f"{name} of {self.path}: {error}") from None
+            raise DamagedArray(f"{name}: {as_line(error)}") from None
 
     def verify(self) -> None:
         """Reads all of them, one after another, and compares their checksum with the stored one.
@@ -79,7 +80,7 @@ def stored_arrays(checkpoint: Path, tree: str) -> StoredArrays:
         )
         return StoredArrays(path, {name: tuple(_open(path, name).shape) for name in names})
     except (OSError, ValueError, KeyError) as error:
-        raise DamagedArray(f"{path}: {error}") from None
+        raise DamagedArray(f"{path}: {as_line(error)}") from None
 
 
 def _open(path: Path, name: str) -> tensorstore.TensorStore:
