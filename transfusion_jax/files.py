@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_atomic(path: Path, content: bytes) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields a temporary directory to fill, which is renamed to `path` on success, else removed.
+
+    Raises:
+      ValueError: `path` is a file, or a directory that is not empty.
+    """
+    check_empty(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_of(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_empty(path: Path) -> None:
+    """Raises ValueError unless a directory can be made at `path`, or an empty one is there."""
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{path}: {place} is a file, not a directory")
+            if place == path and (found := sorted(x.name for x in path.iterdir())):
+                raise ValueError(f"{path} is not empty: it holds {found[0]}")
+            return
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,7 +16,9 @@ from transfusion_jax.commands import (
     autoencoder,
     check,
     evaluate,
+    export,
     generate,
+    import_weights,
     inspect,
     plan,
     prepare,
@@ -39,6 +41,8 @@ COMMANDS: dict[str, Command] = {
     "plan": plan.COMMAND,
     "check": check.COMMAND,
     "sweep": sweep.COMMAND,
+    "export": export.COMMAND,
+    "import": import_weights.COMMAND,
 }
 HELP = ("-h", "--help")
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in JAX's error

@@ -9,10 +9,11 @@ from transfusion_jax.errors import require
 
 def flattened(config: Any) -> dict[str, Any]:
     """The values of a config without its structure: {"model.layers": 24, ...}."""
-    return _flat(dataclasses.asdict(config), "")
+    return flat(dataclasses.asdict(config))
 
 
-def _flat(tree: Any, prefix: str) -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts and lists, by dotted name."""
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, list | tuple):
@@ -20,7 +21,7 @@ def _flat(tree: Any, prefix: str) -> dict[str, Any]:
     else:
         return {prefix: tree}
     return {
-        k: v for name, leaf in items for k, v in _flat(leaf, f"{prefix}.{name}".lstrip(".")).items()
+        k: v for name, leaf in items for k, v in flat(leaf, f"{prefix}.{name}".lstrip(".")).items()
     }
 
 

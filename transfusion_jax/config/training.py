@@ -87,6 +87,9 @@ class TrainConfig:
     """Steps of the whole run."""
     seed: int = 0
     """Of weights, data order, noise and timesteps."""
+    initial: str = ""
+    """A directory of weights that a new run starts from, an export (`safetensors`) or an import;
+    the optimizer starts afresh, and the average from them. Empty: weights drawn from the seed."""
     image_loss_weight: float = 5.0
     """Lambda of L = L_LM + lambda * L_DDPM."""
     z_loss: float = 0.0

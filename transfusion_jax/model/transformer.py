@@ -139,7 +139,7 @@ class Transformer(nnx.Module):
     def __call__(self, x_BLD: BLD, position_BL: BL, intervals: Intervals) -> BLD:
         """Packed rows in, normed hidden states out."""
         graph, parameters = nnx.split(self.blocks)
-        cos_sin = rotation(position_BL, self.config.head_dim, self.config.rope_theta)
+        cos_sin = self._rotation(position_BL)
 
         def layer(x_BLD, parameters):
             x_BLD = checkpoint_name(x_BLD, LAYER_INPUT)
@@ -160,7 +160,7 @@ class Transformer(nnx.Module):
         intervals are in cache positions.
         """
         graph, parameters = nnx.split(self.blocks)
-        cos_sin = rotation(position_BT, self.config.head_dim, self.config.rope_theta)
+        cos_sin = self._rotation(position_BT)
 
         def layer(x_BTD, per_layer):
             parameters, kv = per_layer
@@ -168,3 +168,7 @@ class Transformer(nnx.Module):
 
         x_BTD, cache = jax.lax.scan(layer, x_BTD, (parameters, cache))
         return self.norm(x_BTD), cache
+
+    def _rotation(self, position_BL: BL) -> tuple[Array, Array]:
+        config = self.config
+        return rotation(position_BL, config.head_dim, config.rope_theta, config.rope_scaling)

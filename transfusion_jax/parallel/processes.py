@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed, xla_bridge
 
 from transfusion_jax.config import ProcessesConfig
-from transfusion_jax.errors import ComeAgain, ProcessLost, require
+from transfusion_jax.errors import ComeAgain, ProcessLost, WorkFailed, require
 from transfusion_jax.parallel.roll_call import call_roll
 
 WAIT = 1000 * 86400  # milliseconds; who is gone is known by its heartbeats, not by this
@@ -138,6 +138,27 @@ def gathered(value: Any) -> list[Any]:
         except RuntimeError as error:
             raise ProcessLost(f"process {process} of {count} does not answer: {error}") from error
     return answers
+
+
+def leader_does(work: Callable[[], None]) -> None:
+    """Runs what only one process may do in the one that leads, while the others wait; an error of
+    it is raised in all, as it is in the leader, as WorkFailed in the others or as ValueError if it
+    is bad input.
+
+    Raises:
+      ProcessLost: the leader is gone.
+    """
+    error = None
+    if is_leader():
+        try:
+            work()
+        except Exception as found:
+            error = found
+    line, bad_input = gathered([error and str(error), isinstance(error, ValueError)])[0]
+    if error is not None:
+        raise error
+    if line is not None:
+        raise ValueError(line) if bad_input else WorkFailed(line)
 
 
 @contextlib.contextmanager

@@ -27,10 +27,11 @@ from transfusion_jax.model.work import batch_work, model_flops
 from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.processes import check_collectives, is_leader
 from transfusion_jax.parallel.rules import batch_sharding
+from transfusion_jax.pretraining.initial import initialise_from
 from transfusion_jax.pretraining.state import Blueprint, blueprint
 from transfusion_jax.pretraining.step import compiled_step
 from transfusion_jax.pretraining.validation import validator
-from transfusion_jax.training.checkpoint import Report
+from transfusion_jax.training.checkpoint import Report, stored_steps
 from transfusion_jax.training.directory import (
     RunDirectory,
     check_directory,
@@ -62,6 +63,9 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     latents = latent_space(data)
     feed = _feed(data, planned)
     validators = (validator(planned, mesh, tokenizer),) if experiment.train.validate_every else ()
+    initialise = planned.initialise
+    if experiment.train.initial and not stored_steps(directory / "checkpoints"):
+        initialise = initialise_from(experiment.train.initial, planned, tokenizer, report)
     instruments = Instruments(validators, loss_watch(experiment), project=_project(experiment))
 
     def fill(path: Path) -> None:
@@ -78,7 +82,7 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
         settings=experiment.train,
         mesh=mesh,
         feed=feed,
-        initialise=planned.initialise,
+        initialise=initialise,
         step=compiled_step(planned),
         title=f"{experiment.name}: a transformer of {planned.parameters:,} parameters "
         f"({model.layers} layers, width {model.width}, {model.heads} heads)",

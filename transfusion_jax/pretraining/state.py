@@ -69,5 +69,9 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
 
 def initial_state(experiment: Experiment, optimizer: optax.GradientTransformation) -> State:
     """Step 0, with parameters drawn from the experiment's seed."""
-    parameters = nnx.to_pure_dict(nnx.state(build(experiment, experiment.train.seed), nnx.Param))
-    return State(**initial_fields(parameters, optimizer))
+    return State(**initial_fields(drawn_parameters(experiment), optimizer))
+
+
+def drawn_parameters(experiment: Experiment) -> dict:
+    """The parameters of step 0, drawn from the experiment's seed."""
+    return nnx.to_pure_dict(nnx.state(build(experiment, experiment.train.seed), nnx.Param))

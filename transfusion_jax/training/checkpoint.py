@@ -66,7 +66,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int, report: Report, failed_save: str = "continue"):
-        _quieten_orbax()
+        quieten_orbax()
         self._directory = directory
         self._keep = keep
         self._failed_save = failed_save
@@ -220,7 +220,7 @@ def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, A
       ValueError: there is none.
       CheckpointError: there are some, but none can be read.
     """
-    _quieten_orbax()
+    quieten_orbax()
     if not directory.exists():
         raise ValueError(f"there is no checkpoint in {directory} yet")
     with ocp.training.Checkpointer(directory.absolute()) as manager:
@@ -233,6 +233,25 @@ def load_average(directory: Path, abstract: Any, report: Report) -> tuple[int, A
     if steps:
         raise CheckpointError(f"no checkpoint in {directory} can be read")
     raise ValueError(f"there is no checkpoint in {directory} yet")
+
+
+def stored_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory, ascending; asks no other process."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def stored_progress(path: Path) -> dict[str, Any]:
+    """The progress saved in one checkpoint; asks no other process."""
+    with ocp.Context(multiprocessing_options=_alone()):
+        return ocp.load_checkpointables(path.absolute(), {"progress": None})["progress"]
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    return ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
 
 
 def _parts(state: AnyState) -> dict[str, Any]:
@@ -263,10 +282,7 @@ def _load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {}
 
     def load() -> None:
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(), active_processes={jax.process_index()}
-        )
-        with ocp.Context(multiprocessing_options=alone):
+        with ocp.Context(multiprocessing_options=_alone()):
             parts.update(ocp.load_checkpointables(path.absolute(), {**abstract, "progress": None}))
 
     error = failure(load)
@@ -293,7 +309,7 @@ def _load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def _quieten_orbax() -> None:
+def quieten_orbax() -> None:
     """Silences Orbax's running commentary, and its warnings about a damaged checkpoint."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

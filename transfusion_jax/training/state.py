@@ -77,9 +77,14 @@ def with_shardings(shapes: AnyState, shardings: Any) -> AnyState:
     )
 
 
-def initialise(initial_state: Callable[[], AnyState], abstract: AnyState) -> AnyState:
-    """The state that `initial_state()` makes, each array made on the devices that keep it."""
-    return jax.jit(initial_state, out_shardings=_shardings(abstract))()
+def initialise(
+    initial_state: Callable[..., AnyState], abstract: AnyState, *arrays: Any
+) -> AnyState:
+    """The state that `initial_state(*arrays)` makes, each array made on the devices that keep it;
+    it takes over the buffers of `arrays`."""
+    donated = tuple(range(len(arrays)))
+    made = jax.jit(initial_state, out_shardings=_shardings(abstract), donate_argnums=donated)
+    return made(*arrays)
 
 
 def compiled(

@@ -1,0 +1,1 @@
+"""Trained weights for other tools, and weights of others for a run."""
