@@ -69,6 +69,8 @@ class Plan:
     topology: Topology
     mesh: dict[str, int]
     parameters: int
+    trained: int
+    """Of them: the others are frozen."""
     memory: Memory
     model_flops: float
     costs: Costs | None
@@ -104,6 +106,7 @@ class Plan:
             "slices": self.topology.slices,
             "chips": self.topology.chips,
             "parameters": self.parameters,
+            "trained_parameters": self.trained,
             "mesh": self.mesh,
             "rules": {axis: list(mesh_axes(axis)) for axis in RULES if mesh_axes(axis)},
             "unsharded_bytes": self.unsharded,
@@ -154,9 +157,12 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
         experiment=experiment,
         topology=topology,
         mesh=dict(mesh.shape),
-        parameters=sum(x.size for x in jax.tree.leaves(parameters)),
+        parameters=planned.parameters,
+        trained=planned.trained,
         memory=memory,
-        model_flops=model_flops(planned.multiplications, experiment, work),
+        model_flops=model_flops(
+            planned.multiplications, experiment, work, planned.trained_multiplications
+        ),
         costs=costs,
         compile_seconds=seconds,
         unsharded=unsharded({"batch": vars(batch), **parameters}),
