@@ -5,6 +5,7 @@ import shutil
 import weakref
 from dataclasses import replace
 
+import autoencoder_cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import safetensors.numpy
 import test_families
 from exported import a_tokenizer, flat, run_directory, weights
 
+from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import MeshConfig, TrainConfig
 from transfusion_jax.config.stored import dumps
@@ -196,6 +198,37 @@ def test_what_is_beside_the_tensors(run_dir, tmp_path):
     assert stored == json.loads((run_dir / "config.json").read_text())
 
 
+@pytest.mark.parametrize("config", [autoencoder_cases.SMALL, autoencoder_cases.VQ])
+def test_the_autoencoder_and_the_tokenizer_leave_for_diffusers_and_transformers(
+    run_dir, tmp_path, config
+):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    save_codec(copy / "autoencoder", config, autoencoder_cases.parameters(config), 0.5, 0.25)
+    exported(copy, tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "vae" / "config.json").read_text())
+    kind = {"kl": "AutoencoderKL", "vq": "VQModel"}[config.kind]
+    assert described["_class_name"] == kind and described["scaling_factor"] == 0.5
+    if config.kind == "kl":
+        ours, theirs = (load_codec(path) for path in (copy / "autoencoder", tmp_path / "out/vae"))
+        assert (theirs.scale, theirs.shift) == (0.5, 0.25)
+        x_BHWC = autoencoder_cases.images(1, 16, 16, 3)
+        np.testing.assert_array_equal(ours.encode(x_BHWC)[0], theirs.encode(x_BHWC)[0])
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert tokenizer["added_tokens"][-1]["id"] == 299  # EOI
+    about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_an_autoencoder_that_diffusers_does_not_have_leaves_as_it_is(run_dir, tmp_path, capsys):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    config = replace(autoencoder_cases.VQ, latent_projection=False)
+    save_codec(copy / "autoencoder", config, autoencoder_cases.parameters(config), 1.0, 0.0)
+    exported(copy, tmp_path / "out")
+    assert "the autoencoder is as this package has it: diffusers" in capsys.readouterr().out
+    ours, theirs = (load_codec(path) for path in (copy / "autoencoder", tmp_path / "out/vae"))
+    assert ours.digest == theirs.digest
+
+
 def test_the_card_has_settings_data_metrics_and_licence(run_dir, tmp_path):
     copy = shutil.copytree(run_dir, tmp_path / "run")
     exported(copy, tmp_path / "bare")
@@ -223,7 +256,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_leaves(run_dir, tmp_pa
         path.write_bytes(content)
     exported(copy, tmp_path / "out")
     said = capsys.readouterr().out
-    assert "checkpoints/6 is damaged" in said and "step 3 of" in said
+    assert "checkpoints/6 is damaged" in said and "average weights of step 3 of" in said
     with pytest.raises(CheckpointError):
         open_trained(copy, 6, "average", print)
 

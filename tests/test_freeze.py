@@ -95,9 +95,12 @@ def test_trees_without_a_part_and_with_another():
     assert without(4, {"a"}) == 4
 
 
-def test_frozen_parameters_and_their_average_keep_their_bits():
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_frozen_parameters_and_their_average_keep_their_bits(kind):
     """Minus zero too, which adding nothing would change; the others all change."""
-    mesh, planned = planned_on(frozen_experiment())
+    experiment = frozen_experiment()
+    optimizer = replace(experiment.optimizer, kind=kind)
+    mesh, planned = planned_on(replace(experiment, optimizer=optimizer))
     parameters = tiny.random_parameters(planned)
     parameters["embedding_VD"] = parameters["embedding_VD"].at[0].set(-0.0)
     before = named(jax.tree.map(jnp.copy, parameters))

@@ -21,6 +21,7 @@ from transfusion_jax.config import (
 )
 from transfusion_jax.config.stored import dumps, loads
 from transfusion_jax.data.tokenizer import train_tokenizer
+from transfusion_jax.preflight.data import initial_facts
 from transfusion_jax.pretraining import initial
 from transfusion_jax.pretraining.initial import initialise_from, open_weights
 from transfusion_jax.pretraining.run import open_run
@@ -193,6 +194,17 @@ def test_a_run_that_cannot_start_leaves_no_directory(exported, tmp_path):
     with pytest.raises(ValueError, match="do not fit the model"):
         open_run(wrong, tmp_path / "run", print)
     assert not (tmp_path / "run").exists()
+
+
+def test_check_finds_weights_that_do_not_fit(exported, tmp_path):
+    experiment = a_run(exported)
+    facts = initial_facts(experiment, tmp_path / "run")
+    assert list(facts) == [str(exported)] and len(facts[str(exported)]["digest"]) == 64
+    wrong = initial_facts(changed(experiment, "model", mlp_width=64), tmp_path / "run")
+    assert "do not fit the model" in wrong[str(exported)]["problem"]
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)  # it is resumed
+    assert initial_facts(experiment, tmp_path / "run") == {}
+    assert initial_facts(tiny_experiment(), tmp_path) == {}
 
 
 def test_another_tokenizer_is_refused_by_name(exported):

@@ -10,7 +10,7 @@ import packings
 import pytest
 from flax import nnx
 
-from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig
+from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig, RopeScaling
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.model.build import abstract_model, build
 from transfusion_jax.model.patches.grid import patchify, unpatchify
@@ -174,7 +174,7 @@ def test_rope_turns_pairs_by_the_angles_of_llama():
     pairs = np.asarray(x[..., : H // 2]) + 1j * np.asarray(x[..., H // 2 :])
     angle = np.asarray(position)[..., None, None] * theta ** (-2 * np.arange(H // 2) / H)
     turned = pairs * np.exp(1j * angle)
-    got = rotate(x, *rotation(position, H, theta))
+    got = rotate(x, *rotation(position, H, theta, RopeScaling()))
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-4)
 
 

@@ -139,7 +139,7 @@ def test_half_precision_files_load(tmp_path):
     ("change", "message"),
     [
         (
-            {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
+            {"down_block_types": ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]},
             "down_block_types has 'AttnDownEnc",
         ),
         (

@@ -20,7 +20,8 @@ from flax import nnx
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import DiffusionConfig, SamplerConfig
 from transfusion_jax.generation.engine import Engine
-from transfusion_jax.model.published import image_config
+from transfusion_jax.model.patches.unet import Conv
+from transfusion_jax.model.published import image_config, to_published
 
 torch = pytest.importorskip("torch")
 
@@ -99,6 +100,16 @@ def test_logits_and_predictions_of_mixed_rows_are_ours(case, tmp_path):
         ours, theirs = np.asarray(ours)[where], theirs.numpy()[where]
         assert np.abs(ours).max() > 0.5, name
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_a_convolution_leaves_as_torch_has_it():
+    """Of a U-Net, which the reference does not read."""
+    conv = Conv(3, 5, rngs=nnx.Rngs(params=0))
+    x_Nhwc = np.random.default_rng(0).standard_normal((2, 6, 8, 3)).astype(np.float32)
+    kernel = torch.from_numpy(np.array(to_published("conv.kernel", np.asarray(conv.kernel[...]))))
+    x = torch.from_numpy(x_Nhwc).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.conv2d(x, kernel, padding=1).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(theirs, conv(jnp.asarray(x_Nhwc)), rtol=0, atol=1e-5)
 
 
 def _wide(x):

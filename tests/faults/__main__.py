@@ -29,6 +29,7 @@ from faults.fault import LISTS, Fault, faults_by_list  # noqa: E402
 COPIED = (
     "transfusion_jax",
     "tests",
+    "examples",
     "experiments",
     "launch",
     "benchmarks",

@@ -191,10 +191,7 @@ def save_codec(
     """
     directory.mkdir(parents=True, exist_ok=True)
     pure = nnx.to_pure_dict(parameters) if isinstance(parameters, nnx.State) else parameters
-    leaves = jax.device_get(traverse_util.flatten_dict(pure))
-    tensors = {
-        _dotted(place): np.ascontiguousarray(leaf, np.float32) for place, leaf in leaves.items()
-    }
+    tensors = named(pure)
     fields = {**dataclasses.asdict(config), "scale": float(scale), "shift": float(shift)}
     # Left in reverse order: the weights are renamed first, while there is no config.json.
     with (
@@ -204,6 +201,14 @@ def save_codec(
         weights.write_bytes(safetensors.numpy.save(dict(sorted(tensors.items()))))
         description.write_text(json.dumps(fields, indent=2) + "\n")
         (directory / CONFIG).unlink(missing_ok=True)
+
+
+def named(parameters: dict) -> Tensors:
+    """The arrays of an autoencoder, float32, by their dotted names."""
+    leaves = jax.device_get(traverse_util.flatten_dict(parameters))
+    return {
+        _dotted(place): np.ascontiguousarray(leaf, np.float32) for place, leaf in leaves.items()
+    }
 
 
 def _dotted(place: tuple[str | int, ...]) -> str:

@@ -1,8 +1,9 @@
-"""The layout of diffusers' `AutoencoderKL`: configuration, tensor names and shapes.
+"""The layout of diffusers' `AutoencoderKL` (and `VQModel`, which is only written): configuration,
+tensor names and shapes.
 
 Stable Diffusion 1 to 3, XL and FLUX are published in it. Conversions only: `codec.py` reads the
-files. Published kernels are [out, in, height, width] or [out, in]; ours are [height, width, in,
-out] or [in, out].
+files, `export/autoencoder.py` writes them. Published kernels are [out, in, height, width] or
+[out, in]; ours are [height, width, in, out] or [in, out].
 """
 
 import math
@@ -47,8 +48,11 @@ MODULES = {
     ".upsample.": ".upsamplers.0.conv.",
     ".mid_block.attention.": ".mid_block.attentions.0.",
     ".to_out.": ".to_out.0.",
+    "quantizer.codebook": "quantize.embedding.weight",
 }
 """Our name of a module -> the published one, where they differ."""
+
+DOWN, ATTENTION_DOWN, UP = "DownEncoderBlock2D", "AttnDownEncoderBlock2D", "UpDecoderBlock2D"
 
 CURRENT_NAMES = {
     ".query.": ".to_q.",
@@ -86,7 +90,7 @@ def read_config(raw: Mapping[str, Any]) -> tuple[AutoencoderConfig, float, float
         groups=raw["norm_num_groups"],
         blocks=raw["layers_per_block"],
         middle_attention=raw["mid_block_add_attention"],
-        encoder_attention=False,
+        encoder_attention=raw["down_block_types"][-1] == ATTENTION_DOWN,
         latent_projection=raw["use_quant_conv"],
     )
     return config, float(raw["scaling_factor"]), float(raw["shift_factor"] or 0.0)
@@ -94,16 +98,16 @@ def read_config(raw: Mapping[str, Any]) -> tuple[AutoencoderConfig, float, float
 
 def _check_config(raw: Mapping[str, Any]) -> None:
     widths = raw["block_out_channels"]
-    for name, supported in (
-        ("down_block_types", "DownEncoderBlock2D"),
-        ("up_block_types", "UpDecoderBlock2D"),
-    ):
-        other = ", ".join(repr(block) for block in raw[name] if block != supported)
-        require(not other, f"{name} has {other}; only {supported!r} is supported")
+    for name, supported in (("down_block_types", DOWN), ("up_block_types", UP)):
+        blocks = list(raw[name])
         require(
-            len(raw[name]) == len(widths),
+            len(blocks) == len(widths),
             f"{name}={raw[name]} and block_out_channels={widths} differ in length",
         )
+        if supported == DOWN and blocks[-1] == ATTENTION_DOWN:
+            blocks.pop()
+        other = ", ".join(repr(block) for block in blocks if block != supported)
+        require(not other, f"{name} has {other}; only {supported!r} is supported")
     require(raw["act_fn"] in ("silu", "swish"), f"act_fn={raw['act_fn']!r} is not 'silu'")
     for one, two in (("in_channels", "out_channels"), ("use_quant_conv", "use_post_quant_conv")):
         require(raw[one] == raw[two], f"{one}={raw[one]} and {two}={raw[two]} differ")
@@ -112,6 +116,54 @@ def _check_config(raw: Mapping[str, Any]) -> None:
             raw[name] is None,
             f"{name}={raw[name]} is not supported, only scaling_factor and shift_factor",
         )
+
+
+def to_config(config: AutoencoderConfig, scale: float, shift: float) -> dict[str, Any]:
+    """The contents of a published config.json; for kind "kl", inverts `read_config`.
+
+    Raises:
+      ValueError: diffusers has no such autoencoder.
+    """
+    groups = {min(config.groups, width) for width in config.widths}
+    require(
+        len(groups) == 1,
+        f"diffusers has one number of groups for all layers, not {sorted(groups)} "
+        f"(model.groups={config.groups}, channels {config.widths})",
+    )
+    vq = config.kind == "vq"
+    require(
+        not vq or config.latent_projection,
+        "diffusers' VQModel always has 1x1 convolutions around its codes "
+        "(model.latent_projection=False)",
+    )
+    levels = len(config.widths)
+    last = ATTENTION_DOWN if config.encoder_attention else DOWN
+    projected = config.latent_projection
+    return {
+        "_class_name": "VQModel" if vq else "AutoencoderKL",
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.blocks,
+        "down_block_types": [DOWN] * (levels - 1) + [last],
+        "up_block_types": [UP] * levels,
+        "act_fn": "silu",
+        "norm_num_groups": groups.pop(),
+        "sample_size": config.size,
+        "scaling_factor": scale,
+        "mid_block_add_attention": config.middle_attention,
+        **(
+            {"num_vq_embeddings": config.codes, "vq_embed_dim": config.latent_channels}
+            if vq
+            else {
+                "shift_factor": shift,
+                "use_quant_conv": projected,
+                "use_post_quant_conv": projected,
+                "force_upcast": True,
+            }
+        ),
+    }
 
 
 def weights_file(directory: Path) -> Path:
@@ -136,6 +188,13 @@ def tensor_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def to_our_layout(tensor: np.ndarray) -> np.ndarray:
     """A published tensor with its dimensions in our order."""
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def to_their_layout(name: str, array: np.ndarray) -> np.ndarray:
+    """Inverts `to_our_layout`; a codebook is the same in both."""
+    if name == "quantizer.codebook":
+        return array
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 def to_current_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

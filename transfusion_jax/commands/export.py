@@ -8,6 +8,7 @@ from transfusion_jax.commands.joining import add_processes, join_processes
 from transfusion_jax.commands.terminal import say_leading
 from transfusion_jax.export.formats import FORMATS
 from transfusion_jax.files import atomic_directory
+from transfusion_jax.host import return_freed_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.parallel.processes import leader_does
 
     def write() -> None:
+        form = FORMATS[arguments.format]
+        opened, write = form.function("opened", open_trained), form.function("write")
         with atomic_directory(arguments.out) as out:
-            trained = open_trained(
-                arguments.run_dir, arguments.step, arguments.weights, say_leading
-            )
-            FORMATS[arguments.format].function("write")(trained, out, arguments.dtype, say_leading)
-        say_leading(f"step {trained.step} of {arguments.run_dir} is written to {arguments.out}")
+            trained = opened(arguments.run_dir, arguments.step, arguments.weights, say_leading)
+            write(trained, out, arguments.dtype, say_leading)
+        say_leading(f"written to {arguments.out}")
 
+    return_freed_memory()
     with user_input():
         join_processes(arguments)
         leader_does(write)

@@ -16,7 +16,7 @@
 from transfusion_jax.config.data import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig
 from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
 from transfusion_jax.config.experiment import Experiment
-from transfusion_jax.config.model import ImageConfig, ModelConfig
+from transfusion_jax.config.model import ImageConfig, ModelConfig, RopeScaling
 from transfusion_jax.config.presets import (
     TABLE_2,
     chameleon,
@@ -39,6 +39,7 @@ __all__ = [
     "OptimizerConfig",
     "PhaseConfig",
     "ProcessesConfig",
+    "RopeScaling",
     "SamplerConfig",
     "SourceConfig",
     "TokenizerConfig",

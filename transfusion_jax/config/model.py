@@ -64,6 +64,40 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies of a Llama that was made to read longer rows than it was trained on."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """`linear`: all frequencies are divided by `factor` (Chen et al. 2023, arXiv 2306.15595).
+    `llama3`: those that turn fewer than `low` times in `length` positions are divided, those that
+    turn more than `high` times are kept, and between the two it is in proportion (Llama 3.1)."""
+    factor: float = 8.0
+    """How many times longer rows may be."""
+    low: float = 1.0
+    """Turns up to which frequencies are divided; of `llama3` alone."""
+    high: float = 4.0
+    """Turns from which frequencies are kept; of `llama3` alone."""
+    length: int = 8192
+    """Positions of a row before; of `llama3` alone."""
+
+    def __post_init__(self):
+        require(
+            self.kind in ("none", "linear", "llama3"),
+            f"model.rope_scaling.kind={self.kind!r} must be 'none', 'linear' or 'llama3'",
+        )
+        require(
+            self.factor > 0 and self.length > 0,
+            f"model.rope_scaling.factor={self.factor} and model.rope_scaling.length={self.length} "
+            "must be positive",
+        )
+        require(
+            0 < self.low < self.high,
+            f"model.rope_scaling.low={self.low} must be positive and below "
+            f"model.rope_scaling.high={self.high}",
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-style transformer: pre-RMSNorm, RoPE, SwiGLU, no biases, untied embeddings."""
 
@@ -95,6 +129,7 @@ class ModelConfig:
     their own (Mixture-of-Transformers, arXiv 2411.04996)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = RopeScaling()
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMSNorm."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -4,7 +4,11 @@ A module of a format to export has
 
     write(trained: Trained, out: Path, dtype: str, report: Report) -> None
 
-which fills the directory `out`, and one of a format to import has
+which fills the directory `out`. One that is not of a trained model has its own
+
+    opened(run_dir: Path, step: int | None, weights: Weights, report: Report)
+
+which gives what its `write` is given. A module of a format to import has
 
     read(source: Path, out: Path, report: Report) -> None
 
@@ -29,14 +33,15 @@ class Format:
     module: str
     """Of this package."""
 
-    def function(self, name: str) -> Callable[..., Any]:
-        """`write` or `read` of its module.
+    def function(self, name: str, default: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """`write`, `opened` or `read` of its module.
 
         Raises:
           ValueError: it needs a package that is not installed.
         """
         try:
-            return getattr(importlib.import_module(f"{PACKAGE}.{self.module}"), name)
+            module = importlib.import_module(f"{PACKAGE}.{self.module}")
+            return getattr(module, name, default)
         except ModuleNotFoundError as error:
             require(not str(error.name).startswith(PACKAGE.split(".")[0]), str(error))
             raise ValueError(
@@ -46,11 +51,15 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "safetensors": Format("the whole model, for torch or `train.initial`", "safetensors"),
+    "llama": Format("the text trunk as a LlamaForCausalLM, with its tokenizer", "llama"),
+    "gguf": Format("the text trunk as a GGUF file, for llama.cpp", "gguf"),
+    "autoencoder": Format("the run's autoencoder as diffusers' AutoencoderKL", "autoencoder"),
     "stablehlo": Format("compiled phases and a runner that needs jax alone", "stablehlo"),
 }
 """By the names of `export --format`."""
 
 IMPORTS: Mapping[str, Format] = {
     "safetensors": Format("what `export --format safetensors` wrote", "from_safetensors"),
+    "llama": Format("Llama weights in the layout of Hugging Face or Meta", "from_llama"),
 }
 """By the names of `import FORMAT`."""

@@ -1,9 +1,10 @@
 """The whole model as safetensors: tensors with a torch user's names and shapes, and what to know.
 
 model-00001-of-0000n.safetensors, model.safetensors.index.json   names in `model/published.py`
-config.json              text, image and diffusion parts     tokenizer.model   sentencepiece
-generation_config.json   how it was sampled                  README.md         a model card
-experiment.json          all settings of the run
+config.json              text, image and diffusion parts   tokenizer.model       sentencepiece
+generation_config.json   how it was sampled                tokenizer.json        for transformers
+experiment.json          all settings of the run           tokenizer_config.json
+vae/                     the autoencoder, for diffusers    README.md             a model card
 """
 
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from transfusion_jax import __version__
+from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.config.stored import dumps
+from transfusion_jax.export.autoencoder import write_autoencoder
 from transfusion_jax.export.card import model_card
 from transfusion_jax.export.shards import Described, dtype_named, write_shards
+from transfusion_jax.export.tokenizer_json import write_tokenizer
 from transfusion_jax.export.trained import Trained
 from transfusion_jax.files import write_atomic, write_json
 from transfusion_jax.model.published import (
@@ -31,6 +35,9 @@ from transfusion_jax.training.checkpoint import Report
 
 ARCHITECTURES = {"transfusion": "Transfusion", "chameleon": "Chameleon", "llama": "Llama"}
 
+AUTOENCODER = "vae"
+"""The folder that diffusers' pipelines have it in."""
+
 
 def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     """Fills the directory `out`."""
@@ -42,9 +49,32 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     write_shards(out, planned, _values(trained))
     write_json(out / "config.json", config(trained, dtype))
     write_json(out / "generation_config.json", generation_config(trained))
-    write_atomic(out / "tokenizer.model", trained.tokenizer.model)
+    _write_tokenizer(trained, out, report)
+    _write_autoencoder(trained, out, dtype, report)
     write_atomic(out / "experiment.json", dumps(trained.experiment).encode())
     write_atomic(out / "README.md", model_card(trained, planned, dtype).encode())
+
+
+def _write_tokenizer(trained: Trained, out: Path, report: Report) -> None:
+    write_atomic(out / "tokenizer.model", trained.tokenizer.model)
+    try:
+        write_tokenizer(trained.tokenizer, out, trained.experiment.data.row_length)
+    except ValueError as error:
+        report(f"there is no tokenizer.json: {error}")
+
+
+def _write_autoencoder(trained: Trained, out: Path, dtype: str, report: Report) -> None:
+    """Of a run on latents or codes; in our layout where diffusers has no such autoencoder."""
+    place = trained.run_dir / "autoencoder"
+    if not place.is_dir():
+        return
+    codec = load_codec(place)
+    (out / AUTOENCODER).mkdir()
+    try:
+        write_autoencoder(codec, out / AUTOENCODER, dtype)
+    except ValueError as error:
+        report(f"the autoencoder is as this package has it: {error}")
+        save_codec(out / AUTOENCODER, codec.config, codec.parameters, codec.scale, codec.shift)
 
 
 def config(trained: Trained, dtype: str) -> dict[str, Any]:

@@ -85,5 +85,6 @@ def open_trained(run_dir: Path, step: int | None, weights: Weights, report: Repo
         except DamagedArray as error:
             report(f"checkpoint {directory / str(asked)} is damaged ({error})")
             continue
+        report(f"{weights} weights of step {asked} of {run_dir}")
         return Trained(run_dir, experiment, tokenizer, asked, weights, shapes, axes, arrays)
     raise CheckpointError(f"no checkpoint in {directory} can be read")

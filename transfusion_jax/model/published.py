@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from transfusion_jax.config import Experiment, ModelConfig
+from transfusion_jax.config import Experiment, ModelConfig, RopeScaling
 from transfusion_jax.model.build import abstract_model
 
 TRUNK = {
@@ -156,6 +156,7 @@ def text_config(model: ModelConfig, length: int) -> dict[str, Any]:
     Args:
       length: of the rows that it was trained on.
     """
+    scaling = _scaling(model.rope_scaling)
     return {
         "model_type": "llama",
         "vocab_size": model.vocab_size,
@@ -168,14 +169,29 @@ def text_config(model: ModelConfig, length: int) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": length,
         "rms_norm_eps": model.norm_epsilon,
-        # transformers 4 reads the first of these two, 5 the second.
+        # transformers 4 reads the first two of these, 5 the last.
         "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+        "rope_parameters": {**scaling, "rope_theta": model.rope_theta},
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "norm_placement": model.norm_placement,
         "qk_norm": model.qk_norm,
+    }
+
+
+def _scaling(scaling: RopeScaling) -> dict[str, Any]:
+    if scaling.kind == "none":
+        return {"rope_type": "default"}
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "original_max_position_embeddings": scaling.length,
     }
 
 

@@ -61,7 +61,7 @@ class Transformer(nnx.Module):
           image_BL: which positions are patches; a mixture needs it.
         """
         merged, stacked = self._split()
-        cos_sin = rotation(position_BL, self.config.head_dim, self.config.rope_theta)
+        cos_sin = self._rotation(position_BL)
 
         def layer(x_BLD, parameters):
             x_BLD = checkpoint_name(x_BLD, LAYER_INPUT)
@@ -95,7 +95,7 @@ class Transformer(nnx.Module):
           image_BT: which positions are patches, if they differ; else whether all are.
         """
         merged, stacked = self._split()
-        cos_sin = rotation(position_BT, self.config.head_dim, self.config.rope_theta)
+        cos_sin = self._rotation(position_BT)
 
         def layer(x_BTD, per_layer):
             parameters, kv = per_layer
@@ -107,6 +107,10 @@ class Transformer(nnx.Module):
 
         x_BTD, cache = jax.lax.scan(layer, x_BTD, (stacked, cache))
         return self._normed(x_BTD, image_BT), cache
+
+    def _rotation(self, position_BL: BL) -> tuple[Array, Array]:
+        config = self.config
+        return rotation(position_BL, config.head_dim, config.rope_theta, config.rope_scaling)
 
     def _split(self) -> tuple[Callable[..., tuple[Block, ...]], tuple[nnx.State, ...]]:
         """What makes the blocks of a layer from its parameters, and those of all layers, stacked.

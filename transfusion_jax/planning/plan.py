@@ -18,6 +18,7 @@ import jax
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
+from transfusion_jax.model.attention.chunked import rows_together
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
 from transfusion_jax.model.work import model_flops
 from transfusion_jax.parallel.mesh import make_mesh
@@ -142,7 +143,11 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
     model = experiment.model
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     together = experiment.data.batch_rows // (experiment.train.accumulation * shards)
-    work = row_work(rows, model.attention_block or DEFAULT_BLOCK.get(model.attention, 0), together)
+    block = model.attention_block or DEFAULT_BLOCK.get(model.attention, 0)
+    if model.attention == "chunked":
+        heads = model.heads // mesh.shape["tensor"]
+        together = rows_together(together, experiment.data.row_length, heads, block)
+    work = row_work(rows, block, together)
     costs = None
     if compiled is not None:
         program = read_program(compiled.as_text(), unknown_trips=work.loop_blocks)

@@ -7,6 +7,9 @@ from transfusion_jax.config import Experiment
 from transfusion_jax.data.sources.dataset import file_digest
 from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.data.sources.registry import SOURCES
+from transfusion_jax.files import local_path
+from transfusion_jax.pretraining.initial import open_weights
+from transfusion_jax.training.checkpoint import stored_steps
 
 
 def data_facts(experiment: Experiment) -> dict[str, dict[str, str]]:
@@ -23,6 +26,19 @@ def data_facts(experiment: Experiment) -> dict[str, dict[str, str]]:
         except OSError as error:
             facts[path] = {"problem": str(error)}
     return facts
+
+
+def initial_facts(experiment: Experiment, directory: Path) -> dict[str, dict[str, str]]:
+    """The same of the weights that a new run in a directory starts from, if it starts from any."""
+    initial = experiment.train.initial
+    if not initial or stored_steps(directory / "checkpoints"):
+        return {}
+    try:
+        open_weights(initial, experiment)
+        described = (local_path(initial) / "config.json").read_bytes()
+        return {initial: {"digest": hashlib.sha256(described).hexdigest()}}
+    except (OSError, ValueError) as error:
+        return {initial: {"problem": str(error)}}
 
 
 def _source_digest(name: str, experiment: Experiment) -> str:

@@ -17,7 +17,7 @@ import transfusion_jax
 from transfusion_jax.config import Experiment
 from transfusion_jax.config.stored import dumps
 from transfusion_jax.parallel.processes import gathered
-from transfusion_jax.preflight.data import data_facts
+from transfusion_jax.preflight.data import data_facts, initial_facts
 from transfusion_jax.preflight.needs import Needs, needs_of
 from transfusion_jax.preflight.run_directory import directory_problem
 
@@ -75,7 +75,7 @@ def collect(experiment: Experiment, directory: Path) -> list[Facts]:
         "devices": len(devices),
         "needs": needs_of(experiment),
         "memory": _memory(devices),
-        "data": data_facts(experiment),
+        "data": data_facts(experiment) | initial_facts(experiment, directory),
         "directory": problem,
         "free": _free(directory),
         "held": _held(directory / "checkpoints"),

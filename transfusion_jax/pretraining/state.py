@@ -87,8 +87,7 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     steps = experiment.train.steps
     optimizer = make_optimizer(experiment.optimizer, steps, parameters, frozen=frozen)
     shapes = jax.eval_shape(functools.partial(initial_state, experiment, optimizer))
-    shardings = parameter_shardings(parameters, mesh)
-    abstract = place(shapes, shardings, optimizer, mesh, without(shardings, frozen))
+    abstract = place(shapes, parameter_shardings(parameters, mesh), mesh)
     return Blueprint(experiment, graph, optimizer, abstract, frozen)
 
 

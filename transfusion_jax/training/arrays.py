@@ -4,7 +4,10 @@ Orbax keeps each tree of a checkpoint as Zarr arrays, named by their dotted path
 store. Restoring the tree would hold all of it at one time.
 """
 
+import itertools
 import json
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,7 @@ import numpy as np
 import tensorstore
 
 from transfusion_jax.training.checkpoint import quieten_orbax, stored_progress
-
-# Chunks (each a device's part of an array) decoded at a time: the memory beside the array.
-CONCURRENCY = {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}
+from transfusion_jax.training.storage_errors import as_line
 
 
 class DamagedArray(Exception):
@@ -34,13 +35,20 @@ class StoredArrays:
     def read(self, name: str) -> np.ndarray:
         """One array, float32; nothing of it is kept here.
 
+        Its chunks (each a device's part) are read one after another: all at once, their encoded
+        bytes would take as much memory as the array.
+
         Raises:
           DamagedArray: it cannot be decoded.
         """
+        array = np.empty(self.shapes[name], np.float32)
         try:
-            return np.asarray(_open(self.path, name).read().result(), np.float32)
+            store = _open(self.path, name)
+            for part in _chunks(store.shape, store.chunk_layout.read_chunk.shape):
+                array[part] = store[part].read().result()
+            return array
         except ValueError as error:
-            raise DamagedArray(f"{name} of {self.path}: {error}") from None
+            raise DamagedArray(f"{name}: {as_line(error)}") from None
 
     def verify(self) -> None:
         """Reads all of them, one after another, and compares their checksum with the stored one.
@@ -72,10 +80,18 @@ def stored_arrays(checkpoint: Path, tree: str) -> StoredArrays:
         )
         return StoredArrays(path, {name: tuple(_open(path, name).shape) for name in names})
     except (OSError, ValueError, KeyError) as error:
-        raise DamagedArray(f"{path}: {error}") from None
+        raise DamagedArray(f"{path}: {as_line(error)}") from None
 
 
 def _open(path: Path, name: str) -> tensorstore.TensorStore:
     store = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
-    spec = {"driver": "zarr3", "kvstore": store, "context": CONCURRENCY}
+    spec = {"driver": "zarr3", "kvstore": store}
     return tensorstore.open(spec, read=True, open=True).result()
+
+
+def _chunks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """The parts of an array of this shape that its chunks are."""
+    starts = (range(0, size, step) for size, step in zip(shape, chunk, strict=True))
+    for corner in itertools.product(*starts):
+        ends = map(operator.add, corner, chunk)
+        yield tuple(slice(a, min(b, n)) for a, b, n in zip(corner, ends, shape, strict=True))

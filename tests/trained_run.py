@@ -1,0 +1,47 @@
+"""A run directory with a checkpoint of random weights, for tests of exports."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import tiny
+
+from transfusion_jax.config import Experiment
+from transfusion_jax.config.stored import dumps
+from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
+from transfusion_jax.training.checkpoint import Checkpoints
+
+TEXTS = (
+    "In the beginning the Universe was created. This has made a lot of people very angry.",
+    "  two spaces before, 1234 and 3.14159 in between, and a tab\tat the end\t",
+    "naïve café, Ελληνικά, русский, 日本語, עברית",
+    "def main(argv):\n    return 0",
+)
+STEP = 7
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([text for text in TEXTS for _ in range(20)], 480)
+
+
+def experiment(**model) -> Experiment:
+    """`tiny.small()` with these fields of its model, and rows of the vocabulary to spare."""
+    small = tiny.small()
+    return replace(small, model=replace(small.model, vocab_size=512, **model))
+
+
+def write_run(path: Path, run: Experiment, seed: int = 0) -> dict:
+    """Fills a directory; returns the parameters, which are their average as well."""
+    plan = tiny.planned(run)
+    parameters = tiny.random_parameters(plan, seed)
+    state = replace(tiny.fresh_state(plan, parameters), step=jnp.int32(STEP))
+    path.mkdir(parents=True)
+    saved = Checkpoints(path / "checkpoints", 3, print)
+    saved.save(state, {"train_seconds": 0.0, "data": []})
+    assert saved.wait()
+    saved.close()
+    (path / "tokenizer.model").write_bytes(tokenizer().model)
+    (path / "config.json").write_text(dumps(run))
+    return parameters
