@@ -1,5 +1,7 @@
 """`export --format gguf`: read back by transformers' reader of GGUF."""
 
+import sys
+
 import numpy as np
 import pytest
 import trained_run
@@ -72,3 +74,12 @@ def test_scaled_frequencies_are_refused_in_a_line(tmp_path, capsys):
     assert code == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "model.rope_scaling.kind='linear'" in said[0]
+
+
+def test_a_package_that_is_missing_is_named_in_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "transfusion_jax.export.gguf", raising=False)
+    code, _ = exported(tmp_path, trained_run.experiment())
+    assert code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "needs the package gguf: pip install" in said[0]

@@ -35,6 +35,7 @@ CASES = {
         kv_heads=0, rope_theta=1000.0, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
     ),
     "scaled linearly": dict(rope_scaling=RopeScaling("linear", 2.0)),
+    "weights of its own for images": dict(experts="modality"),
 }
 
 

@@ -19,7 +19,6 @@ from transfusion_jax.export.trained import Trained
 from transfusion_jax.files import write_json
 from transfusion_jax.model.published import (
     BLOCK,
-    BLOCKS,
     TRUNK,
     Tensor,
     tensors,
@@ -30,8 +29,10 @@ from transfusion_jax.training.checkpoint import Report
 
 VOCABULARY = ("embedding_VD", "output_DV")
 """Parameters with a row for every token."""
-IMAGES = "patches."
-"""Parameters that text does not meet."""
+IMAGES = ("patches.", "transformer.image_")
+"""Parameters that text does not meet begin with one of these."""
+TEXT = "transformer.blocks."
+"""All that a layer has for text begins with this."""
 
 
 def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
@@ -73,7 +74,7 @@ def trunk(trained: Trained) -> list[Tensor]:
       ValueError: it has one that a Llama has not.
     """
     found = [x for x in tensors(trained.experiment) if not x.parameter.startswith(IMAGES)]
-    known = {*TRUNK, *(BLOCKS + name for name in BLOCK)}
+    known = {*TRUNK, *(TEXT + name for name in BLOCK)}
     unknown = sorted({tensor.parameter for tensor in found} - known)
     require(not unknown, f"a Llama has no {', '.join(unknown[:3])}")
     return found
