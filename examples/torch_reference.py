@@ -28,15 +28,15 @@ patch is at a position. The image starts from that of i = number of steps."""
 
 
 class Model:
-    """The weights in a directory, in float32; of anything but linear patches, SystemExit."""
+    """The weights in a directory, in float32; SystemExit if they are of another kind of model."""
 
     def __init__(self, directory: Path):
         config = json.loads((directory / "config.json").read_text())
-        encoder = config.get("image_config", {}).get("patch_encoder")
-        if encoder != "linear":
+        kind = [config.get("image_config", {}).get(x) for x in ("patch_encoder", "experts")]
+        if kind != ["linear", "shared"]:
             raise SystemExit(
-                f"{directory} is a {config['architectures'][0]} with patch_encoder={encoder}: this "
-                "reads a Transfusion with linear patches only"
+                f"{directory} is a {config['architectures'][0]} of {kind}: this reads a "
+                "Transfusion with linear patches and shared weights only"
             )
         self.config, self.text, self.image = config, config["text_config"], config["image_config"]
         self.diffusion = config["diffusion_config"]

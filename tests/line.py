@@ -107,7 +107,7 @@ def open_run(experiment: Line, directory: Path, report: Callable[[str], None]) -
         return State(**initial_fields(nnx.to_pure_dict(parameters()), optimizer))
 
     shapes = jax.eval_shape(initial_state)
-    abstract = place(shapes, parameter_shardings(parameters(), mesh), optimizer, mesh)
+    abstract = place(shapes, parameter_shardings(parameters(), mesh), mesh)
     feed = Feed(
         batches=functools.partial(points, experiment),
         rows=ROWS,

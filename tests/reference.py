@@ -138,33 +138,51 @@ def rotate(x, places, theta):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def attention(weights, x, seen, places, theta):
-    heads, size = weights["attention.q_DNH"].shape[1:]
-    group = heads // weights["attention.k_DKH"].shape[1]
+def attention(each, shapes, x, seen, places, theta):
+    heads, size = shapes["attention.q_DNH"].shape[1:]
+    group = heads // shapes["attention.k_DKH"].shape[1]
     result = torch.zeros_like(x)
     for n in range(heads):
-        query = rotate(x @ weights["attention.q_DNH"][:, n], places, theta)
-        key = rotate(x @ weights["attention.k_DKH"][:, n // group], places, theta)
-        value = x @ weights["attention.v_DKH"][:, n // group]
+        query = rotate(each(lambda w, n=n: x @ w["attention.q_DNH"][:, n]), places, theta)
+        k = n // group
+        key = rotate(each(lambda w, k=k: x @ w["attention.k_DKH"][:, k]), places, theta)
+        value = each(lambda w, k=k: x @ w["attention.v_DKH"][:, k])
         scores = (query @ key.T / math.sqrt(size)).masked_fill(~seen, -math.inf)
-        result = result + torch.softmax(scores, -1) @ value @ weights["attention.out_NHD"][n]
+        found = torch.softmax(scores, -1) @ value
+        result = result + each(lambda w, n=n, found=found: found @ w["attention.out_NHD"][n])
     return result
 
 
-def transformer(params, x, seen, places, theta):
-    for layer in range(len(params["transformer.blocks.mlp_norm.scale"])):
-        prefix = "transformer.blocks."
-        weights = {
+def transformer(params, x, patch, seen, places, theta):
+    """`patch` says which positions are patches: in a mixture of transformers (Liang et al. 2024)
+    these have weights of their own, else those of all."""
+
+    def weights(prefix, layer):
+        return {
             name.removeprefix(prefix): value[layer]
             for name, value in params.items()
             if name.startswith(prefix)
         }
-        y = rms_norm(x, weights["attention_norm.scale"])
-        x = x + attention(weights, y, seen, places, theta)
-        y = rms_norm(x, weights["mlp_norm.scale"])
-        gated = silu(y @ weights["mlp.gate_DF"]) * (y @ weights["mlp.up_DF"])
-        x = x + gated @ weights["mlp.down_FD"]
-    return rms_norm(x, params["transformer.norm.scale"])
+
+    def norm(x, name):
+        return each(lambda w: rms_norm(x, w[name]))
+
+    def each(f):
+        return torch.where(patch[:, None], f(image), f(text))
+
+    own = "image_" if "transformer.image_norm.scale" in params else ""
+    for layer in range(len(params["transformer.blocks.mlp_norm.scale"])):
+        text = weights("transformer.blocks.", layer)
+        image = weights(f"transformer.{own}blocks.", layer)
+        y = norm(x, "attention_norm.scale")
+        x = x + attention(each, text, y, seen, places, theta)
+        y = norm(x, "mlp_norm.scale")
+        gated = silu(each(lambda w, y=y: y @ w["mlp.gate_DF"]))
+        gated = gated * each(lambda w, y=y: y @ w["mlp.up_DF"])
+        x = x + each(lambda w, gated=gated: gated @ w["mlp.down_FD"])
+    text = {"scale": params["transformer.norm.scale"]}
+    image = {"scale": params[f"transformer.{own}norm.scale"]}
+    return norm(x, "scale")
 
 
 def patch_vectors(params, config, image):
@@ -204,7 +222,8 @@ def forward(params, config, row):
         ]
     )
     seen = torch.tensor([[sees(i, j) for j in found] for i in found])
-    hidden = transformer(params, x, seen, [p.place for p in found], config.theta)
+    patch = torch.tensor([p.image is not None for p in found])
+    hidden = transformer(params, x, patch, seen, [p.place for p in found], config.theta)
     noises = []
     for number in range(len(images)):
         own = [n for n, p in enumerate(found) if p.image == number]

@@ -258,6 +258,7 @@ def test_a_text_begins_with_bos_and_image_marks_are_tokens(tmp_path):
         assert len(other) == SIZE
         assert (other.bos_token_id, other.eos_token_id) == (ours.bos, ours.eos)
         assert other("people")["input_ids"] == [ours.bos, *ours.encode("people")]
+        assert set(other("people")) == {"input_ids", "attention_mask"}  # all that a Llama takes
         marks = [ours.boi, ours.eoi]
         assert other(f"people{BOI}{EOI}")["input_ids"][-2:] == marks
         assert set(marks) <= set(other.all_special_ids)

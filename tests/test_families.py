@@ -45,13 +45,16 @@ STABLE = {"qk_norm": True, "norm_placement": "post"}
 UNET = {"patch_encoder": "unet", "unet_widths": (16, 32), "unet_blocks": 1}
 FAMILIES = {
     "linear": {},
+    "mixture": {"experts": "modality"},
     "causal": {"image_attention": "causal"},
     "unet": UNET,
     "stable transfusion": STABLE,
+    "stable mixture": {"experts": "modality", **STABLE},
     "chameleon": {"family": "chameleon", "image_attention": "causal", **STABLE},
     "llama": {"family": "llama", "image_attention": "causal"},
     "stable llama": {"family": "llama", "image_attention": "causal", **STABLE},
 }
+DIFFUSED = [name for name, changes in FAMILIES.items() if "family" not in changes]
 WITH_IMAGES = [name for name, changes in FAMILIES.items() if changes.get("family") != "llama"]
 
 
@@ -160,7 +163,7 @@ def test_cached_equals_uncached(name):
     net = model(name)
     clean = Noise(jnp.zeros_like(batch.image_start_BM), jnp.zeros_like(batch.latents_BMhwc))
     alpha = 1.0
-    if name not in ("chameleon", "llama", "stable llama"):
+    if name in DIFFUSED:
         alpha = net.process.schedule.alpha(jnp.int32(0))
     seen = replace(batch, latents_BMhwc=batch.latents_BMhwc * alpha)
     hidden, _ = net.read(seen, clean.t_BM, net.new_cache(2, packings.LENGTH + 5))
@@ -173,7 +176,7 @@ def test_cached_equals_uncached(name):
     np.testing.assert_allclose(got["z"][weight], log_z[weight] ** 2, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "causal", "unet", "stable transfusion"])
+@pytest.mark.parametrize("name", DIFFUSED)
 def test_a_denoising_step_on_a_cache_is_that_of_the_whole_document(name):
     """`<s> 7 9 BOI image`: the prediction for the image, at every timestep."""
     net = model(name)
@@ -239,7 +242,7 @@ def _alone(batch, noise: Noise, document: int):
     return alone, Noise(noise.t_BM[:, order], noise.noise_BMhwc[:, order])
 
 
-SWITCHES = ("causal", "stable transfusion", "stable llama")
+SWITCHES = ("causal", "stable transfusion", "stable mixture", "stable llama")
 
 
 @pytest.mark.parametrize(

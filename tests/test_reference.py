@@ -143,6 +143,7 @@ VARIANTS = [
     {"timestep": "after", "patch_position": "rope"},
     {"timestep": "before", "patch_position": "learned"},
     {"timestep": "after", "patch_position": "learned"},
+    {"experts": "modality"},
 ]
 
 
@@ -210,6 +211,10 @@ def test_steps_through_warm_up_and_decay():
     check_steps(tiny.small(**VARIANTS[0]), steps=5, clipped=True)
 
 
+def test_steps_of_a_mixture_of_transformers():
+    check_steps(tiny.small(**VARIANTS[4]), steps=3, clipped=True)
+
+
 def test_steps_without_clipping_nor_microbatches():
     experiment = tiny.small(**VARIANTS[3])
     experiment = replace(
@@ -267,15 +272,16 @@ def spans_of(items: list) -> list:
 
 
 SAMPLERS = [
-    (5, {"kind": "ddpm", "clip": 1.5, "guidance": 2.5}),
-    (4, {"kind": "ddim", "clip": 0.0, "guidance": 1.5}),
+    (5, {"kind": "ddpm", "clip": 1.5, "guidance": 2.5}, {}),
+    (4, {"kind": "ddim", "clip": 0.0, "guidance": 1.5}, {}),
+    (4, {"kind": "ddim", "clip": 0.0, "guidance": 1.5}, {"experts": "modality"}),
 ]
 
 
-@pytest.mark.parametrize(("seed", "sampler"), SAMPLERS, ids=["ddpm", "ddim"])
-def test_pictures_and_the_text_around_them(seed, sampler, noises):
+@pytest.mark.parametrize(("seed", "sampler", "changes"), SAMPLERS, ids=["ddpm", "ddim", "mixture"])
+def test_pictures_and_the_text_around_them(seed, sampler, changes, noises):
     """Texts and pictures in, texts and pictures out, from the noise that ours has drawn."""
-    experiment = tiny.small(timestep="after", patch_position="learned")
+    experiment = tiny.small(timestep="after", patch_position="learned", **changes)
     experiment = replace(experiment, sampler=replace(experiment.sampler, **sampler))
     config, plan = config_of(experiment), tiny.planned(experiment)
     parameters = tiny.talkative(tiny.random_parameters(plan, seed))

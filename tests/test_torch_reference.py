@@ -178,11 +178,11 @@ def test_the_example_runs_as_its_docstring_says(tmp_path, capsys, monkeypatch):
     assert len(FILE.read_text().splitlines()) <= 250
 
 
-@pytest.mark.parametrize("name", ["unet", "chameleon", "llama"])
+@pytest.mark.parametrize("name", ["unet", "chameleon", "llama", "mixture"])
 def test_what_it_cannot_read_is_one_line(name, tmp_path):
     part = image_config(test_families.experiment(name))
     config = {"architectures": ["Model"], **({"image_config": part} if part else {})}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="a Transfusion with linear patches only$") as refused:
+    with pytest.raises(SystemExit, match="with linear patches and shared weights only$") as refused:
         reference().Model(tmp_path)
     assert "\n" not in str(refused.value)

@@ -106,6 +106,17 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
         assert here < (1.1 if mesh_config.tensor == 1 else 1.25) * share
 
 
+def test_muon_trains_on_a_mesh_like_on_one_device(experiment, tokenizer):
+    changed = replace(experiment, optimizer=replace(experiment.optimizer, kind="muon"))
+    alone, _ = run(changed, tokenizer, ONE, 6)
+    mesh = MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)
+    losses, state = run(changed, tokenizer, mesh, 6)
+    np.testing.assert_allclose(losses, alone, rtol=1e-4)
+    moments = jax.tree.leaves(state.optimizer)
+    here = sum(x.addressable_shards[0].data.nbytes for x in moments)
+    assert here < 1.25 * sum(x.nbytes for x in moments) / 8
+
+
 @pytest.mark.parametrize(
     "parts, mesh_config",
     [

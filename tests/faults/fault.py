@@ -6,8 +6,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "transfusion_jax"
 LISTS = ("attention", "autoencoder", "data", "diffusion", "evaluation", "families", "generation",
-         "instruments", "model", "planning", "preflight", "preparation", "processes",
-         "safetensors", "sweeps", "training")  # fmt: skip
+         "instruments", "llama", "model", "planning", "preflight", "preparation", "processes",
+         "safetensors", "stablehlo", "sweeps", "training")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ FAULTS = (
     Fault(
         "average of the weights before the update",
         "training/update.py",
-        "average(state.ema, parameters, updates_made(state), ema_decay)",
-        "average(state.ema, state.parameters, updates_made(state), ema_decay)",
+        "average(mean, new, updates_made(state), ema_decay)",
+        "average(mean, old, updates_made(state), ema_decay)",
         "update reference",
     ),
     Fault(
@@ -185,5 +185,40 @@ FAULTS = (
         "old in pairs if digest != old]",
         "old in pairs if digest != digest]",
         "directory",
+    ),
+    Fault(
+        "what is frozen has moments",
+        "training/update.py",
+        "optimizer.init(without(tree, frozen))",
+        "optimizer.init(tree)",
+        "freeze",
+    ),
+    Fault(
+        "what is frozen has gradients",
+        "pretraining/step.py",
+        "trained = without(parameters, blueprint.frozen)",
+        "trained = parameters",
+        "freeze",
+    ),
+    Fault(
+        "the average of what is frozen is computed anew",
+        "training/update.py",
+        '"ema": merged(state.ema, mean)',
+        '"ema": jax.tree.map(lambda x, y: 0.3 * x + 0.7 * y, state.ema, merged(state.ema, mean))',
+        "freeze::test_frozen_parameters_and_their_average_keep_their_bits",
+    ),
+    Fault(
+        "a pattern to freeze that matches nothing is passed over",
+        "training/frozen.py",
+        "bool(matched), f",
+        "True, f",
+        "freeze::test_a_pattern_that_cannot_be_meant_is_named",
+    ),
+    Fault(
+        "FLOPs of frozen gradients are counted",
+        "model/work.py",
+        "2.0 * trained[of]",
+        "2.0 * n",
+        "freeze::test_gradients_of_what_is_frozen_are_not_computed",
     ),
 )

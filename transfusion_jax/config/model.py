@@ -123,6 +123,10 @@ class ModelConfig:
     qk_norm: bool = False
     """Layer norm of queries and keys, in every head, before RoPE (Chameleon; Dehghani et al. 2023,
     arXiv 2302.05442)."""
+    experts: Literal["shared", "modality"] = "shared"
+    """Whose weights a position multiplies: those of all positions, or those of its modality: text
+    and image patches each have queries, keys, values, outputs, feed-forward layers and norms of
+    their own (Mixture-of-Transformers, arXiv 2411.04996)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling = RopeScaling()
@@ -213,6 +217,11 @@ class ModelConfig:
         require(
             unet or not self.unet_widths,
             f"model.unet_widths={self.unet_widths} needs model.patch_encoder='unet'",
+        )
+        require(
+            self.experts == "shared" or self.family == "transfusion",
+            f"model.experts={self.experts!r} is for images that are diffused, not for a "
+            f"{self.family}",
         )
         require(
             min(self.unet_widths, default=1) > 0 and self.unet_blocks > 0,

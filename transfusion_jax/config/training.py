@@ -9,8 +9,12 @@ from transfusion_jax.errors import require
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW, or Muon, with linear warm-up and cosine decay."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon` makes the updates of matrices inside the transformer's layers orthogonal (Jordan et
+    al. 2024), as large as AdamW's (Liu et al. 2025, arXiv 2502.16982); the rest is
+    AdamW's, with Nesterov's momentum."""
     learning_rate: float = 3e-4
     """The peak, at the end of the warm-up."""
     final_learning_rate: float = 1.5e-5
@@ -21,6 +25,8 @@ class OptimizerConfig:
     """AdamW's decay of the mean of the gradients."""
     b2: float = 0.95
     """AdamW's decay of the mean of their squares."""
+    momentum: float = 0.95
+    """Muon's decay of the mean of the gradients."""
     epsilon: float = 1e-8
     """AdamW's addition to the denominator."""
     weight_decay: float = 0.1
@@ -39,7 +45,7 @@ class OptimizerConfig:
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name}={value} must not be negative")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
         for name in ("epsilon", "clip_norm"):
@@ -90,6 +96,9 @@ class TrainConfig:
     initial: str = ""
     """A directory of weights that a new run starts from, an export (`safetensors`) or an import;
     the optimizer starts afresh, and the average from them. Empty: weights drawn from the seed."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by name or by patterns as of files: `embedding_VD`,
+    `transformer.*`, `*norm*`. They stay bit for bit, and have no gradients and no moments."""
     image_loss_weight: float = 5.0
     """Lambda of L = L_LM + lambda * L_DDPM."""
     z_loss: float = 0.0

@@ -50,8 +50,7 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     kind = dtype_named(dtype)
     planned = {tensor.name: Described(shape(trained, tensor), kind) for tensor in found}
     write_shards(out, planned, values(trained, found))
-    report(f"the vocabulary has {tokenizer.size} rows, without the {model.vocab_size} - "
-           f"{tokenizer.size} that no token has")  # fmt: skip
+    report(f"{tokenizer.size} of the vocabulary's {model.vocab_size} rows are tokens, and are kept")
 
 
 def check_trunk(model: ModelConfig) -> None:

@@ -98,5 +98,7 @@ def _write_tensor(
     opened: BinaryIO, name: str, described: Described, found: tuple[str, np.ndarray]
 ) -> None:
     assert (found[0], found[1].shape) == (name, described.shape), (name, found[0], found[1].shape)
-    whole = np.ascontiguousarray(found[1], described.dtype)
-    opened.write(whole.reshape(-1).view(np.uint8).data)
+    # A stacked array is cast layer by layer: two copies of it might not fit.
+    for part in found[1] if found[1].ndim > 2 else found[1:]:
+        whole = np.ascontiguousarray(part, described.dtype)
+        opened.write(whole.reshape(-1).view(np.uint8).data)

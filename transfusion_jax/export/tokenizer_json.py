@@ -47,6 +47,7 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path, length: int) -> None:
             "unk_token": whole["model"]["unk_token"],
             "additional_special_tokens": [name for name in names if name in (BOI, EOI)],
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
         },
     )
     write_atomic(out / "tokenizer.model", tokenizer.model)

@@ -31,7 +31,7 @@ def write_text(
     Returns:
       The rows, and their text tokens [B, budget + 1], NO_TOKEN elsewhere.
     """
-    never_V = _never_predicted(experiment.model.vocab_size, tokenizer)
+    never_V = never_predicted(experiment.model.vocab_size, tokenizer)
     boi_V = np.arange(experiment.model.vocab_size) == tokenizer.boi
     never_V |= boi_V & (experiment.model.images == "none")
 
@@ -70,7 +70,7 @@ def choose(logits_BV: Array, rows: Rows, temperature: float) -> Array:
     return token_B.astype(jnp.int32)
 
 
-def _never_predicted(vocab_size: int, tokenizer: Tokenizer) -> np.ndarray:
+def never_predicted(vocab_size: int, tokenizer: Tokenizer) -> np.ndarray:
     """[V]: BOS and EOI, which are given, and ids beyond the tokenizer's."""
     never_V = np.zeros(vocab_size, bool)
     never_V[[tokenizer.bos, tokenizer.eoi]] = True

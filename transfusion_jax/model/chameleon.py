@@ -19,7 +19,13 @@ from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.model.interface import Context, Guidance
 from transfusion_jax.model.layers import float32_product
 from transfusion_jax.model.losses import token_losses
-from transfusion_jax.model.token_model import TokenModel, embedding, output, patch_positions
+from transfusion_jax.model.token_model import (
+    TokenModel,
+    block_multiplications,
+    embedding,
+    output,
+    patch_positions,
+)
 from transfusion_jax.model.transformer import KVCache, Transformer
 from transfusion_jax.parallel.rules import gathered
 from transfusion_jax.shapes import BLD, BM
@@ -100,7 +106,11 @@ class Chameleon(TokenModel):
     def multiplications(self) -> dict[str, int]:
         """Logits of a code are those of its position, the one before it."""
         head = math.prod(self.output_DV.shape)
-        return {"position": self.transformer_multiplications(), "target": head, "patch": head}
+        return {
+            "position": block_multiplications(self.transformer.blocks),
+            "target": head,
+            "patch": head,
+        }
 
     def _followed(self, context: Context, token_B: Array) -> Context:
         hidden_B1D, cache = self.extend(token_B[:, None], context)

@@ -16,7 +16,12 @@ from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.model.interface import Context, Guidance
 from transfusion_jax.model.losses import token_losses
-from transfusion_jax.model.token_model import TokenModel, embedding, output
+from transfusion_jax.model.token_model import (
+    TokenModel,
+    block_multiplications,
+    embedding,
+    output,
+)
 from transfusion_jax.model.transformer import KVCache, Transformer
 from transfusion_jax.shapes import BLD, BM
 
@@ -54,6 +59,6 @@ class Llama(TokenModel):
 
     def multiplications(self) -> dict[str, int]:
         return {
-            "position": self.transformer_multiplications(),
+            "position": block_multiplications(self.transformer.blocks),
             "target": math.prod(self.output_DV.shape),
         }

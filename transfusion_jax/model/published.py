@@ -24,8 +24,10 @@ TRUNK = {
     "embedding_VD": "model.embed_tokens.weight",
     "output_DV": "lm_head.weight",
     "transformer.norm.scale": "model.norm.weight",
+    "transformer.image_norm.scale": "model.image_norm.weight",
 }
-BLOCKS = "transformer.blocks."
+BLOCKS = {"transformer.blocks.": "", "transformer.image_blocks.": "image."}
+"""Of blocks -> after model.layers.<layer>."""
 BLOCK = {
     "attention_norm.scale": "input_layernorm.weight",
     "attention.q_DNH": "self_attn.q_proj.weight",
@@ -41,7 +43,7 @@ BLOCK = {
     "mlp.up_DF": "mlp.up_proj.weight",
     "mlp.down_FD": "mlp.down_proj.weight",
 }
-"""Under `BLOCKS` -> under model.layers.<layer>."""
+"""Of a block -> after that."""
 AS_THEY_ARE = ("scale", "bias", "embedding_VD", "position_PD")
 """Last names of parameters that are no linear maps or convolutions."""
 
@@ -92,9 +94,15 @@ def tensor_name(name: str, layer: int | None = None) -> str:
     """Published name of one of our parameters, given its dotted name; of one layer of it, if it is
     stacked."""
     if layer is not None:
-        inner = name.removeprefix(BLOCKS)
-        return f"model.layers.{layer}.{BLOCK.get(inner) or _plain(inner)}"
+        (prefix,) = (prefix for prefix in BLOCKS if name.startswith(prefix))
+        inner = name.removeprefix(prefix)
+        return f"model.layers.{layer}.{BLOCKS[prefix]}{BLOCK.get(inner) or _plain(inner)}"
     return TRUNK.get(name) or f"model.{_plain(name)}"
+
+
+def of_text(name: str) -> str:
+    """The parameter that does for text what this one does for images in a mixture; else itself."""
+    return name.replace("transformer.image_", "transformer.", 1)
 
 
 def _plain(name: str) -> str:
@@ -206,6 +214,7 @@ def image_config(experiment: Experiment) -> dict[str, Any] | None:
         "patch_encoder": model.patch_encoder,
         "patch_position": model.patch_position,
         "timestep": model.timestep,
+        "experts": model.experts,
     }
     if model.patch_encoder == "unet":
         encoder |= {"unet_widths": list(model.unet_widths), "unet_blocks": model.unet_blocks}

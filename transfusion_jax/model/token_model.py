@@ -54,11 +54,16 @@ class TokenModel(nnx.Module):
         )
 
     def read_vectors(
-        self, x_BLD: BLD, position_BL: Array, intervals: Intervals, cache: KVCache
+        self,
+        x_BLD: BLD,
+        position_BL: Array,
+        intervals: Intervals,
+        cache: KVCache,
+        image_BL: Array | bool = False,
     ) -> tuple[BLD, KVCache]:
-        """Runs whole rows into an empty cache."""
-        start_B = jnp.zeros((len(x_BLD),), jnp.int32)
-        return self.transformer.extend(x_BLD, position_BL, intervals, cache, start_B)
+        """Runs whole rows into an empty cache; `image_BL` as in `Transformer.extend`."""
+        start_B = jnp.zeros(x_BLD.shape[:1], jnp.int32)
+        return self.transformer.extend(x_BLD, position_BL, intervals, cache, start_B, image_BL)
 
     def embed(self, tokens_BL: Array) -> Array:
         # Looked up in float32, in which the gradients of a token's many places are then added.
@@ -75,12 +80,11 @@ class TokenModel(nnx.Module):
         kernel_DV = gathered(self.output_DV, jnp.float32)[:, : self.config.vocab_size]
         return float32_product(hidden_BLD, kernel_DV)
 
-    def transformer_multiplications(self) -> int:
-        """Of one position. Norms multiply nothing."""
-        blocks = nnx.to_flat_state(nnx.state(self.transformer.blocks, nnx.Param))
-        return sum(
-            math.prod(x.shape) for _, x in blocks if "norm" not in x.get_metadata("out_sharding")
-        )
+
+def block_multiplications(blocks: nnx.Module) -> int:
+    """Of one position with all of these blocks. Norms multiply nothing."""
+    flat = nnx.to_flat_state(nnx.state(blocks, nnx.Param))
+    return sum(math.prod(x.shape) for _, x in flat if "norm" not in x.get_metadata("out_sharding"))
 
 
 def next_positions(context: Context, count: int) -> Array:

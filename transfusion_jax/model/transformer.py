@@ -1,26 +1,30 @@
 """The transformer: Llama blocks, stacked and scanned, over a packed row or over a cache."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from transfusion_jax.config import ModelConfig
-from transfusion_jax.model.attention.attention import attention
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.remat import KEPT
-from transfusion_jax.model.layers import LayerNorm, RMSNorm, SwiGLU, parameter, project
-from transfusion_jax.model.rope import rotate, rotation
+from transfusion_jax.model.block import Block, KVCache
+from transfusion_jax.model.grouped import PRODUCT, chosen, grouped, selected
+from transfusion_jax.model.layers import RMSNorm
+from transfusion_jax.model.mixture_of_transformers import mixture_block
+from transfusion_jax.model.rope import rotation
 from transfusion_jax.parallel.rules import constrain
 from transfusion_jax.shapes import BL, BLD
 
 LAYER_INPUT = "layer_input"
 # What a layer keeps for its backward pass (`model.remat`); all else is computed again.
 POLICIES = {
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "minimal": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -30,101 +34,9 @@ POLICIES = {
 }  # fmt: skip
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Rotated keys and values of S positions, one slice per layer: [layers, B, S, K, H]."""
-
-    k: Array
-    v: Array
-
-    @staticmethod
-    def zeros(config: ModelConfig, batch: int, length: int) -> "KVCache":
-        shape = (config.layers, batch, length, config.num_kv_heads, config.head_dim)
-        return KVCache(
-            jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype)
-        )
-
-
-def _write(cache_BSKH: Array, new_BTKH: Array, start_B: Array) -> Array:
-    """Puts T new entries at each row's own start; positions past the end of the cache are
-    dropped."""
-    at_BT = start_B[:, None] + jnp.arange(new_BTKH.shape[1])[None, :]
-    return jax.vmap(lambda cache, at, new: cache.at[at].set(new, mode="drop"))(
-        cache_BSKH, at_BT, new_BTKH
-    )
-
-
-class Attention(nnx.Module):
-    """Projections around interval attention, with RoPE, and a norm if asked for, on queries and
-    keys."""
-
-    def __init__(self, config: ModelConfig, out_gain: float, *, rngs: nnx.Rngs):
-        D, N, K, H = config.width, config.heads, config.num_kv_heads, config.head_dim
-        self.q_DNH = parameter(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), D**-0.5)
-        self.k_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
-        self.v_DKH = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
-        self.out_NHD = parameter(
-            rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), out_gain * D**-0.5
-        )
-        if config.qk_norm:
-            self.q_norm = LayerNorm(H, config.norm_epsilon)
-            self.k_norm = LayerNorm(H, config.norm_epsilon)
-        self.config = config
-
-    def __call__(
-        self,
-        x_BLD: Array,
-        cos_sin: tuple[Array, Array],
-        intervals: Intervals,
-        cache: tuple[KVCache, Array] | None = None,
-    ) -> tuple[Array, KVCache | None]:
-        q_BLNH, k_BSKH = project(x_BLD, self.q_DNH), project(x_BLD, self.k_DKH)
-        if self.config.qk_norm:
-            q_BLNH, k_BSKH = self.q_norm(q_BLNH), self.k_norm(k_BSKH)
-        q_BLNH, k_BSKH = rotate(q_BLNH, *cos_sin), rotate(k_BSKH, *cos_sin)
-        v_BSKH = project(x_BLD, self.v_DKH)
-        if cache is not None:
-            kv, start_B = cache
-            k_BSKH, v_BSKH = _write(kv.k, k_BSKH, start_B), _write(kv.v, v_BSKH, start_B)
-            cache = KVCache(k_BSKH, v_BSKH)
-        out_BLNH = attention(
-            q_BLNH, k_BSKH, v_BSKH, intervals,
-            implementation="dense" if x_BLD.shape[1] == 1 else self.config.attention,
-            block=self.config.attention_block,
-        )  # fmt: skip
-        return project(out_BLNH, self.out_NHD, contracted=2), cache
-
-
-class Block(nnx.Module):
-    """Pre-norm: h = x + attention(norm(x)); h + mlp(norm(h)). Post-norm: h = x +
-    norm(attention(x)); h + norm(mlp(h))."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        # Residual branches start small, so that the depth does not set the scale of the output
-        # (GPT-2).
-        out_gain = (2 * config.layers) ** -0.5
-        self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config, out_gain, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.mlp = SwiGLU(config.width, config.ffn_width, out_gain, rngs=rngs)
-        self.pre = config.norm_placement == "pre"
-
-    def __call__(self, x_BLD, cos_sin, intervals, cache=None):
-        with jax.named_scope("block"):
-            with jax.named_scope("attention"):
-                in_BLD = self.attention_norm(x_BLD) if self.pre else x_BLD
-                out_BLD, cache = self.attention(in_BLD, cos_sin, intervals, cache)
-                x_BLD = x_BLD + (out_BLD if self.pre else self.attention_norm(out_BLD))
-            with jax.named_scope("mlp"):
-                if self.pre:
-                    return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache
-                return x_BLD + self.mlp_norm(self.mlp(x_BLD)), cache
-
-
 class Transformer(nnx.Module):
     """All blocks, with their parameters stacked along a leading `layers` axis, and the final
-    norm."""
+    norm; with `model.experts="modality"` all of it twice, once for images."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.layers)
@@ -134,41 +46,84 @@ class Transformer(nnx.Module):
 
         self.blocks = blocks(rngs)
         self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.mixture = config.experts == "modality"
+        if self.mixture:
+            self.image_blocks = blocks(rngs)
+            self.image_norm = RMSNorm(config.width, config.norm_epsilon)
         self.config = config
 
-    def __call__(self, x_BLD: BLD, position_BL: BL, intervals: Intervals) -> BLD:
-        """Packed rows in, normed hidden states out."""
-        graph, parameters = nnx.split(self.blocks)
+    def __call__(
+        self, x_BLD: BLD, position_BL: BL, intervals: Intervals, image_BL: Array | None = None
+    ) -> BLD:
+        """Packed rows in, normed hidden states out.
+
+        Args:
+          image_BL: which positions are patches; a mixture needs it.
+        """
+        merged, stacked = self._split()
         cos_sin = self._rotation(position_BL)
 
         def layer(x_BLD, parameters):
             x_BLD = checkpoint_name(x_BLD, LAYER_INPUT)
-            x_BLD, _ = nnx.merge(graph, parameters)(x_BLD, cos_sin, intervals)
+            blocks = merged(parameters)
+            if self.mixture:
+                x_BLD, _ = mixture_block(*blocks, x_BLD, cos_sin, intervals, image_BL, grouped)
+            else:
+                x_BLD, _ = blocks[0](x_BLD, cos_sin, intervals)
             return constrain(x_BLD, "batch", "residual", None), None
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.config.remat])
-        x_BLD, _ = jax.lax.scan(layer, x_BLD, parameters)
-        return self.norm(x_BLD)
+        x_BLD, _ = jax.lax.scan(layer, x_BLD, stacked)
+        return self._normed(x_BLD, image_BL)
 
     def extend(
-        self, x_BTD: Array, position_BT: Array, intervals: Intervals, cache: KVCache, start_B: Array
+        self,
+        x_BTD: Array,
+        position_BT: Array,
+        intervals: Intervals,
+        cache: KVCache,
+        start_B: Array,
+        image_BT: Array | bool = False,
     ) -> tuple[Array, KVCache]:
         """Runs T new positions of each row, which take the cache entries [start, start + T).
 
         Entries that are there already are overwritten: so an image is denoised in place. The
         intervals are in cache positions.
+
+        Args:
+          image_BT: which positions are patches, if they differ; else whether all are.
         """
-        graph, parameters = nnx.split(self.blocks)
+        merged, stacked = self._split()
         cos_sin = self._rotation(position_BT)
 
         def layer(x_BTD, per_layer):
             parameters, kv = per_layer
-            return nnx.merge(graph, parameters)(x_BTD, cos_sin, intervals, (kv, start_B))
+            blocks, cached = merged(parameters), (kv, start_B)
+            if isinstance(image_BT, bool) or not self.mixture:
+                block = blocks[self.mixture and image_BT]
+                return block(x_BTD, cos_sin, intervals, cached)
+            return mixture_block(*blocks, x_BTD, cos_sin, intervals, image_BT, selected, cached)
 
-        x_BTD, cache = jax.lax.scan(layer, x_BTD, (parameters, cache))
-        return self.norm(x_BTD), cache
+        x_BTD, cache = jax.lax.scan(layer, x_BTD, (stacked, cache))
+        return self._normed(x_BTD, image_BT), cache
 
     def _rotation(self, position_BL: BL) -> tuple[Array, Array]:
         config = self.config
         return rotation(position_BL, config.head_dim, config.rope_theta, config.rope_scaling)
+
+    def _split(self) -> tuple[Callable[..., tuple[Block, ...]], tuple[nnx.State, ...]]:
+        """What makes the blocks of a layer from its parameters, and those of all layers, stacked.
+
+        The first block is that of text, or of all positions; the second, if any, that of images.
+        """
+        stacks = (self.blocks, self.image_blocks) if self.mixture else (self.blocks,)
+        graphs, parameters = zip(*map(nnx.split, stacks), strict=True)
+        return lambda layer: tuple(map(nnx.merge, graphs, layer)), parameters
+
+    def _normed(self, x_BLD: Array, image_BL: Array | bool | None) -> Array:
+        if not self.mixture:
+            return self.norm(x_BLD)
+        if isinstance(image_BL, bool):
+            return (self.image_norm if image_BL else self.norm)(x_BLD)
+        return chosen(image_BL, self.image_norm(x_BLD), self.norm(x_BLD))

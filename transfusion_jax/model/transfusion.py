@@ -19,6 +19,7 @@ from transfusion_jax.model.losses import image_loss, token_losses
 from transfusion_jax.model.patches.encoder import PatchEncoder
 from transfusion_jax.model.token_model import (
     TokenModel,
+    block_multiplications,
     embedding,
     next_positions,
     output,
@@ -56,7 +57,7 @@ class Transfusion(TokenModel):
         """
         x_BLD, carried = self._embed_batch(batch, noisy_BMhwc, t_BM)
         intervals = row_intervals(batch, self.mutual_patches)
-        hidden_BLD = self.transformer(x_BLD, batch.position_BL, intervals)
+        hidden_BLD = self.transformer(x_BLD, batch.position_BL, intervals, self._images(batch))
         at_BQ = patch_positions(batch.image_start_BM, self.image.patches)
         hidden_BQD = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(
             hidden_BLD, at_BQ
@@ -91,13 +92,13 @@ class Transfusion(TokenModel):
         """Runs whole rows, their images clean and labelled with timestep t."""
         x_BLD, _ = self._embed_batch(batch, batch.latents_BMhwc, t_BM)
         intervals = row_intervals(batch, self.mutual_patches)
-        return self.read_vectors(x_BLD, batch.position_BL, intervals, cache)
+        return self.read_vectors(x_BLD, batch.position_BL, intervals, cache, self._images(batch))
 
     def denoise(self, x_Bhwc: Array, t: Array, context: Context) -> tuple[Array, KVCache]:
         """Runs one image of every row after the context: the prediction, and the cache with it
         in."""
         start_B = context.length_B
-        t_B1 = jnp.broadcast_to(t, (len(start_B), 1))
+        t_B1 = jnp.broadcast_to(t, (*start_B.shape, 1))
         x_B1PD, carried = self.patches.encode(x_Bhwc[:, None], t_B1)
         position_BP = next_positions(context, self.image.patches)
         if self.mutual_patches > 1:
@@ -106,7 +107,7 @@ class Transfusion(TokenModel):
             end_BP = position_BP + 1
         intervals = Intervals(jnp.zeros_like(end_BP), end_BP)
         hidden_BPD, cache = self.transformer.extend(
-            x_B1PD[:, 0], position_BP, intervals, context.cache, start_B
+            x_B1PD[:, 0], position_BP, intervals, context.cache, start_B, image_BT=True
         )
         return self.patches.decode(hidden_BPD[:, None], carried)[:, 0], cache
 
@@ -135,12 +136,19 @@ class Transfusion(TokenModel):
         return image_Bhwc, cache
 
     def multiplications(self) -> dict[str, int]:
-        """Norms and embeddings multiply nothing."""
-        return {
-            "position": self.transformer_multiplications(),
-            "target": math.prod(self.output_DV.shape),
-            **self.patches.multiplications(),
-        }
+        """Norms and embeddings multiply nothing. In a mixture, a patch multiplies the weights of
+        images, and not those of text."""
+        each = self.patches.multiplications()
+        position = block_multiplications(self.transformer.blocks)
+        if self.transformer.mixture:
+            each["patch"] += block_multiplications(self.transformer.image_blocks) - position
+        return {"position": position, "target": math.prod(self.output_DV.shape), **each}
+
+    def _images(self, batch: Batch) -> Array:
+        """[B, L]: whether a position is a patch."""
+        at_BQ = patch_positions(batch.image_start_BM, self.image.patches)
+        nowhere = jnp.zeros(batch.tokens_BL.shape, bool)
+        return jax.vmap(lambda row, at: row.at[at].set(True, mode="drop"))(nowhere, at_BQ)
 
     def _embed_batch(self, batch: Batch, noisy_BMhwc: BMhwc, t_BM: BM) -> tuple[BLD, Any]:
         """What enters the transformer, patch vectors where the images are, and what the patch

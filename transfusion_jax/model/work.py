@@ -40,16 +40,22 @@ def batch_work(batch: Batch, patches: int) -> Work:
     return Work(images / rows, targets / rows, pairs / rows)
 
 
-def model_flops(multiplications: Mapping[str, int], experiment: Experiment, work: Work) -> float:
+def model_flops(
+    multiplications: Mapping[str, int],
+    experiment: Experiment,
+    work: Work,
+    trained: Mapping[str, int] | None = None,
+) -> float:
     """FLOPs that a step needs, forward and backward.
 
-    6 per weight and vector it multiplies: blocks multiply every position, the vocabulary projection
-    positions with a text target, patch layers patches. 12 H per head, layer and pair of positions
-    that may see each other. Not counted: recomputation, computed pairs that are masked, and logits
-    that enter no loss.
+    6 per weight and vector it multiplies, 4 if the weight is frozen and so has no gradient: blocks
+    multiply every position, the vocabulary projection positions with a text target, patch layers
+    patches. 12 H per head, layer and pair of positions that may see each other. Not counted:
+    recomputation, computed pairs that are masked, and logits that enter no loss.
 
     Args:
       multiplications: of the model, as `Model.multiplications` gives them.
+      trained: of the weights that are trained; None: all are.
     """
     config = experiment.model
     counts = {
@@ -58,6 +64,7 @@ def model_flops(multiplications: Mapping[str, int], experiment: Experiment, work
         "patch": work.images * experiment.image.patches,
         "image": work.images,
     }
-    weights = sum(n * counts[of] for of, n in multiplications.items())
+    trained = multiplications if trained is None else trained
+    weights = sum((4.0 * n + 2.0 * trained[of]) * counts[of] for of, n in multiplications.items())
     attention = work.pairs * config.width * config.layers
-    return experiment.data.batch_rows * (6.0 * weights + 12.0 * attention)
+    return experiment.data.batch_rows * (weights + 12.0 * attention)

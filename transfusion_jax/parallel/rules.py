@@ -88,14 +88,17 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
     An axis whose devices do not divide it is not cut, as the one position of a decoding step.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    spec = partition_spec(axes)
+    return jax.lax.with_sharding_constraint(x, divided(axes, x.shape))
+
+
+def divided(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """Mesh axes of an array with these logical axes on the current mesh, where they divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
     devices = [math.prod(mesh.shape[name] for name in mesh_axes(axis)) for axis in axes]
-    parts = zip(spec, x.shape, devices, strict=True)
-    divided = PartitionSpec(*(cut if size % n == 0 else None for cut, size, n in parts))
-    return jax.lax.with_sharding_constraint(x, divided)
+    parts = zip(partition_spec(axes), shape, devices, strict=True)
+    return PartitionSpec(*(cut if size % n == 0 else None for cut, size, n in parts))
 
 
 def gathered(parameter: nnx.Variable, dtype: jax.typing.DTypeLike) -> Array:

@@ -24,7 +24,8 @@ def page(plan: Plan) -> str:
         "mesh": _mesh(plan),
         "axes": axes or "none is sharded",
         "replicated": whole or "nothing",
-        "parameters": f"{plan.parameters:,}",
+        "parameters": f"{plan.parameters:,}"
+        + (f", {plan.trained:,} of them trained" if plan.trained < plan.parameters else ""),
         "step": f"{experiment.data.batch_rows} rows of {experiment.data.row_length} positions"
         + (f" in {microbatches} microbatches" if microbatches > 1 else "")
         + f"; remat {experiment.model.remat}, attention {experiment.model.attention}",

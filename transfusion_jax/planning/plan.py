@@ -18,6 +18,7 @@ import jax
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
+from transfusion_jax.model.attention.chunked import rows_together
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
 from transfusion_jax.model.work import model_flops
 from transfusion_jax.parallel.mesh import make_mesh
@@ -68,6 +69,8 @@ class Plan:
     topology: Topology
     mesh: dict[str, int]
     parameters: int
+    trained: int
+    """Of them: the others are frozen."""
     memory: Memory
     model_flops: float
     costs: Costs | None
@@ -103,6 +106,7 @@ class Plan:
             "slices": self.topology.slices,
             "chips": self.topology.chips,
             "parameters": self.parameters,
+            "trained_parameters": self.trained,
             "mesh": self.mesh,
             "rules": {axis: list(mesh_axes(axis)) for axis in RULES if mesh_axes(axis)},
             "unsharded_bytes": self.unsharded,
@@ -139,7 +143,11 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
     model = experiment.model
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     together = experiment.data.batch_rows // (experiment.train.accumulation * shards)
-    work = row_work(rows, model.attention_block or DEFAULT_BLOCK.get(model.attention, 0), together)
+    block = model.attention_block or DEFAULT_BLOCK.get(model.attention, 0)
+    if model.attention == "chunked":
+        heads = model.heads // mesh.shape["tensor"]
+        together = rows_together(together, experiment.data.row_length, heads, block)
+    work = row_work(rows, block, together)
     costs = None
     if compiled is not None:
         program = read_program(compiled.as_text(), unknown_trips=work.loop_blocks)
@@ -149,9 +157,12 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
         experiment=experiment,
         topology=topology,
         mesh=dict(mesh.shape),
-        parameters=sum(x.size for x in jax.tree.leaves(parameters)),
+        parameters=planned.parameters,
+        trained=planned.trained,
         memory=memory,
-        model_flops=model_flops(planned.multiplications, experiment, work),
+        model_flops=model_flops(
+            planned.multiplications, experiment, work, planned.trained_multiplications
+        ),
         costs=costs,
         compile_seconds=seconds,
         unsharded=unsharded({"batch": vars(batch), **parameters}),

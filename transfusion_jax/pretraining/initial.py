@@ -2,7 +2,8 @@
 
 A directory in the layout of `model/published.py`, as exports and imports write it. Files are mapped
 and every process reads its own parts of them, so the mesh is that of the run, whatever theirs was.
-Where the weights are of text alone, the layers around images are drawn from the seed.
+Where the weights are of text alone, the layers around images are drawn from the seed. Where they
+have none apart for images, and the model has, these start as those of text.
 """
 
 import functools
@@ -27,6 +28,7 @@ from transfusion_jax.model.published import (
     diffusion_config,
     from_published,
     image_config,
+    of_text,
     tensors,
     text_config,
 )
@@ -112,6 +114,12 @@ def open_weights(directory: str, experiment: Experiment) -> Weights:
         expected = [t for t in expected if t.parameter not in drawn]
         if drawn:
             notes.append(f"{len(drawn)} parameters of {DRAWN[:-1]} are drawn from the seed")
+    copied: set[str] = set()
+    if theirs.get("image_config", {}).get("experts", "shared") == "shared":
+        copied = {t.parameter for t in expected if t.parameter != of_text(t.parameter)}
+    if copied:
+        expected = [t for t in expected if t.parameter not in copied]
+        notes.append("the weights of images start as those of text")
     check_shapes(
         {tensor.name: tensor.published_shape for tensor in expected},
         {name: tensor.shape for name, tensor in found.items()},
@@ -120,6 +128,7 @@ def open_weights(directory: str, experiment: Experiment) -> Weights:
     parts = defaultdict(list)
     for tensor in expected:
         parts[tensor.parameter].append(tensor)
+    parts |= {name: parts[of_text(name)] for name in copied}
     return Weights(found, dict(parts), tuple(notes))
 
 

@@ -86,7 +86,7 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
         step=compiled_step(planned),
         title=f"{experiment.name}: a transformer of {planned.parameters:,} parameters "
         f"({model.layers} layers, width {model.width}, {model.heads} heads)",
-        details=_details(data, _ledger(data, opened)),
+        details=(*_frozen(planned), *_details(data, _ledger(data, opened))),
         instruments=instruments,
     )
 
@@ -119,8 +119,8 @@ def step_flops(planned: Blueprint) -> Callable[[Batch], float]:
     """What counts the model FLOPs of a step, from a batch in the host's memory."""
     experiment = planned.experiment
     patches = experiment.model.mutual_patches(experiment.image)
-    each = planned.multiplications
-    return lambda batch: model_flops(each, experiment, batch_work(batch, patches))
+    each, trained = planned.multiplications, planned.trained_multiplications
+    return lambda batch: model_flops(each, experiment, batch_work(batch, patches), trained)
 
 
 def _feed(data: Data, planned: Blueprint) -> Feed:
@@ -152,6 +152,14 @@ def _ledger(data: Data, opened: RunDirectory) -> dict[str, dict]:
     if is_leader():
         write_atomic(path, (json.dumps(ledger, indent=2) + "\n").encode())
     return ledger
+
+
+def _frozen(planned: Blueprint) -> tuple[tuple[str, str], ...]:
+    """A line about what is not trained, if anything is not."""
+    if not planned.frozen:
+        return ()
+    patterns = ", ".join(planned.experiment.train.freeze)
+    return (("frozen", f"{planned.parameters - planned.trained:,} of them: {patterns}"),)
 
 
 def _details(data: Data, ledger: dict[str, dict]) -> tuple[tuple[str, str], ...]:

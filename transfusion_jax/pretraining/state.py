@@ -13,6 +13,7 @@ from transfusion_jax.model.attention.platforms import for_platform
 from transfusion_jax.model.build import abstract_model, build
 from transfusion_jax.parallel.mesh import check_rows
 from transfusion_jax.parallel.rules import parameter_shardings
+from transfusion_jax.training.frozen import frozen_names, without
 from transfusion_jax.training.state import State, initial_fields, initialise, place
 from transfusion_jax.training.update import make_optimizer
 
@@ -27,6 +28,8 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     abstract: State
     """Shapes and dtypes, with their shardings."""
+    frozen: frozenset[str] = frozenset()
+    """Dotted names of the parameters that are not trained."""
 
     def initialise(self) -> State:
         """The state of step 0, each array made on the devices that keep it."""
@@ -38,10 +41,28 @@ class Blueprint:
         """How many numbers the model has."""
         return sum(x.size for x in jax.tree.leaves(self.abstract.parameters))
 
+    @property
+    def trained(self) -> int:
+        """How many of them change."""
+        return sum(x.size for x in jax.tree.leaves(without(self.abstract.parameters, self.frozen)))
+
     @functools.cached_property
     def multiplications(self) -> dict[str, int]:
         """As `Model.multiplications`."""
         return nnx.merge(self.graph, self.abstract.parameters).multiplications()
+
+    @functools.cached_property
+    def trained_multiplications(self) -> dict[str, int]:
+        """`multiplications` of the weights that are trained."""
+        if not self.frozen:
+            return self.multiplications
+
+        def emptied(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            name = ".".join(str(part.key) for part in path)
+            return jax.ShapeDtypeStruct((0,) * x.ndim, x.dtype) if name in self.frozen else x
+
+        trained = jax.tree.map_with_path(emptied, self.abstract.parameters)
+        return nnx.merge(self.graph, trained).multiplications()
 
 
 def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
@@ -49,7 +70,7 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
 
     Raises:
       ValueError: the mesh does not divide a parameter or the batch, or the model asks for what its
-        devices cannot run.
+        devices cannot run, or what is frozen is not in it.
     """
     check_rows(mesh, experiment.data.batch_rows, parts=experiment.train.accumulation)
     parts = mesh.shape["sequence"] * mesh.shape["tensor"]
@@ -61,10 +82,13 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     model = for_platform(experiment.model, mesh.devices.flat[0].platform)
     experiment = replace(experiment, model=model)
     graph, parameters = abstract_model(experiment)
-    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps, parameters)
+    names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(parameters)]
+    frozen = frozen_names(names, experiment.train.freeze)
+    steps = experiment.train.steps
+    optimizer = make_optimizer(experiment.optimizer, steps, parameters, frozen=frozen)
     shapes = jax.eval_shape(functools.partial(initial_state, experiment, optimizer))
-    abstract = place(shapes, parameter_shardings(parameters, mesh), optimizer, mesh)
-    return Blueprint(experiment, graph, optimizer, abstract)
+    abstract = place(shapes, parameter_shardings(parameters, mesh), mesh)
+    return Blueprint(experiment, graph, optimizer, abstract, frozen)
 
 
 def initial_state(experiment: Experiment, optimizer: optax.GradientTransformation) -> State:

@@ -14,6 +14,7 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.diffusion.process import Noise, draw_training_noise
 from transfusion_jax.pretraining.objective import Losses, batch_losses
 from transfusion_jax.pretraining.state import Blueprint
+from transfusion_jax.training.frozen import merged, without
 from transfusion_jax.training.state import State, compiled
 from transfusion_jax.training.update import (
     Metrics,
@@ -69,18 +70,20 @@ def compiled_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State,
 def _gradients(
     blueprint: Blueprint, parameters: Any, batch: Batch, step: Array
 ) -> tuple[Any, Losses]:
-    """Gradients of the batch's loss, added up over its microbatches; and its losses."""
+    """Gradients of the batch's loss, added up over its microbatches; and its losses.
+
+    What is frozen has none: it is not in their tree.
+    """
     settings = blueprint.experiment.train
 
-    def loss(
-        parameters: Any, batch: Batch, microbatch: Batch, noise: Noise
-    ) -> tuple[Array, Losses]:
-        model = nnx.merge(blueprint.graph, parameters)
+    def loss(trained: Any, batch: Batch, microbatch: Batch, noise: Noise) -> tuple[Array, Losses]:
+        model = nnx.merge(blueprint.graph, merged(parameters, trained))
         losses = batch_losses(model, microbatch, batch, noise, settings)
         return losses.total, losses
 
     key = step_key(settings.seed, step)
     noise = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
-    differentiate = functools.partial(jax.grad(loss, has_aux=True), parameters, batch)
-    zero = jax.tree.map(jnp.zeros_like, parameters), Losses(*jnp.zeros(3))
+    trained = without(parameters, blueprint.frozen)
+    differentiate = functools.partial(jax.grad(loss, has_aux=True), trained, batch)
+    zero = jax.tree.map(jnp.zeros_like, trained), Losses(*jnp.zeros(3))
     return accumulated(differentiate, (batch, noise), settings.accumulation, zero)

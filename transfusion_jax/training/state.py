@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from transfusion_jax.parallel.rules import replicated
 
@@ -50,24 +50,31 @@ def initial_fields(parameters: Any, optimizer: optax.GradientTransformation) -> 
     }
 
 
-def place(
-    shapes: State, shardings: Any, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> State:
+def place(shapes: State, shardings: Any, mesh: Mesh) -> State:
     """`shapes` with a sharding for every array.
 
-    Average and moments are sharded as the parameters are (`shardings`), the rest is replicated.
+    The average is sharded as the parameters are (`shardings`), and so is whatever the optimizer
+    remembers of a parameter: under the keys that lead to it. The rest is replicated.
     """
     everywhere = replicated(mesh)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        shapes.optimizer,
-        shardings,
-        transform_non_params=lambda _: everywhere,
-    )
+    of_parameters = {
+        _keys(path): sharding for path, sharding in jax.tree.leaves_with_path(shardings)
+    }
+
+    def remembered(path: tuple, _: jax.ShapeDtypeStruct) -> NamedSharding:
+        keys = _keys(path)
+        ends = (keys[start:] for start in range(len(keys)))
+        return next((of_parameters[end] for end in ends if end in of_parameters), everywhere)
+
+    moments = jax.tree.map_with_path(remembered, shapes.optimizer)
     return with_shardings(
         shapes, State(everywhere, shardings, shardings, moments, everywhere, everywhere)
     )
+
+
+def _keys(path: tuple) -> tuple:
+    """The keys of the dicts along a path."""
+    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
 def with_shardings(shapes: AnyState, shardings: Any) -> AnyState:

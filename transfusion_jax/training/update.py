@@ -1,25 +1,30 @@
 """From gradients to the next state: optimizer, moving average, skipped steps, accumulation.
 
 Pure functions on the arrays of any network: AdamW with global-norm clipping, linear warm-up and
-cosine decay (Transfusion, arXiv 2408.11039, section 4.1).
+cosine decay (Transfusion, arXiv 2408.11039, section 4.1); or Muon in its place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 from jax import Array
 
 from transfusion_jax.config import OptimizerConfig
 from transfusion_jax.errors import require
 from transfusion_jax.parallel.rules import constrain
+from transfusion_jax.training.frozen import like, merged, without
 from transfusion_jax.training.state import AnyState
 
 Metrics = dict[str, Array]
+ADAMW_RMS = 0.2
+"""Root mean square of AdamW's updates at rate 1, as usually seen (Liu et al. 2025, arXiv
+2502.16982, section 2.2)."""
 
 
 def step_key(seed: int, step: Array) -> Array:
@@ -64,25 +69,63 @@ def decayed(parameters: nnx.State) -> dict:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, parameters: nnx.State, start: int = 0
+    config: OptimizerConfig,
+    steps: int,
+    parameters: nnx.State,
+    start: int = 0,
+    frozen: Collection[str] = (),
 ) -> optax.GradientTransformation:
     """The optimizer for nested dicts shaped like `parameters`, whose axis names say what decays.
 
     One that makes its first update at step `start` of the run has the same rate as the others from
-    then on.
+    then on. It is begun with all parameters, and updates those that are not in `frozen`.
     """
     rate = learning_rate(config, steps)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            lambda updates: rate(updates + start),
-            config.b1,
-            config.b2,
-            config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decayed(parameters),
-        ),
-    )
+    settings = {
+        "learning_rate": lambda updates: rate(updates + start),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    decay = without(decayed(parameters), frozen)
+    if config.kind == "muon":
+        update = optax.contrib.muon(
+            **settings,
+            weight_decay_mask=decay,
+            beta=config.momentum,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=without(matrices(parameters), frozen),
+            consistent_rms=ADAMW_RMS,
+        )
+    else:
+        update = optax.adamw(**settings, b1=config.b1, b2=config.b2, mask=decay)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    return optimizer._replace(init=lambda tree: optimizer.init(without(tree, frozen)))
+
+
+def matrices(parameters: nnx.State) -> dict:
+    """The axes of inputs and outputs of every matrix inside a layer, None for other parameters.
+
+    A nested dict like `nnx.to_pure_dict(parameters)`; layers are stacked along the first axis.
+
+    Raises:
+      ValueError: there is none.
+    """
+
+    def axes(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+        if names[0] != "layers" or "norm" in names:
+            return None
+        inputs = 3 if names[1] in ("heads", "kv_heads") else 2
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(1, inputs)), tuple(range(inputs, len(names)))
+        )
+
+    found = {
+        path: axes(p.get_metadata("out_sharding")) for path, p in nnx.to_flat_state(parameters)
+    }
+    require(any(found.values()), "optimizer.kind='muon' is for transformers: it finds no layers")
+    return nnx.to_pure_dict(nnx.from_flat_state(found))
 
 
 def descend(
@@ -113,10 +156,18 @@ def updates_made(state: Any) -> Array:
 def updated(
     state: Any, optimizer: optax.GradientTransformation, gradients: Any, ema_decay: float
 ) -> dict[str, Any]:
-    """The fields `parameters`, `ema` and `optimizer` of a state after one update."""
-    parameters, moments = descend(optimizer, gradients, state.optimizer, state.parameters)
-    ema = average(state.ema, parameters, updates_made(state), ema_decay)
-    return {"parameters": parameters, "ema": ema, "optimizer": moments}
+    """The fields `parameters`, `ema` and `optimizer` of a state after one update.
+
+    Parameters without a gradient, and their average, stay as they are.
+    """
+    old, mean = like(state.parameters, gradients), like(state.ema, gradients)
+    new, moments = descend(optimizer, gradients, state.optimizer, old)
+    mean = average(mean, new, updates_made(state), ema_decay)
+    return {
+        "parameters": merged(state.parameters, new),
+        "ema": merged(state.ema, mean),
+        "optimizer": moments,
+    }
 
 
 def advance(

@@ -1,0 +1,336 @@
+"""`export --format stablehlo`: what leaves runs without this package, and gives the same bits."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from autoencoder_cases import SMALL
+from autoencoder_cases import parameters as autoencoder_parameters
+from PIL import Image
+
+from transfusion_jax.autoencoder.codec import load_codec, save_codec
+from transfusion_jax.commands.main import main
+from transfusion_jax.config import ImageConfig
+from transfusion_jax.config.stored import dumps
+from transfusion_jax.data.tokenizer import Tokenizer
+from transfusion_jax.export import runner
+from transfusion_jax.generation.engine import load_engine
+from transfusion_jax.training.checkpoint import Checkpoints
+
+pytest.importorskip("flatbuffers", reason="flatbuffers is not installed")
+
+DRAW = "three"
+ALONE = """
+import runpy, sys
+for name in ("transfusion_jax", "flax", "optax", "orbax", "sentencepiece", "safetensors", "PIL"):
+    sys.modules[name] = None  # importing it fails
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# Calls every phase on the arrays of a file; {call} says how.
+PHASES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+given = dict(np.load(sys.argv[1]))
+{setup}
+k, v = given["k"], given["v"]
+out = {{}}
+prompt = [given[x] for x in ("tokens", "length", "images", "start", "t")]
+out["read"], k, v = {prefill}(*prompt, k, v)
+out["written"], k, v = {decode}(given["token"], given["length"], k, v)
+out["drawn"], k, v = {denoise}(given["noisy"], given["t"], given["length"] + 1, k, v)
+np.savez(sys.argv[2], k=k, v=v, **out)
+"""
+EXPORTED = PHASES.format(
+    setup="""
+for name in ("transfusion_jax", "flax"):
+    sys.modules[name] = None
+import runpy
+model = runpy.run_path(sys.argv[3] + "/run.py")["Model"](__import__("pathlib").Path(sys.argv[3]))
+import functools
+prefill, decode, denoise = (
+    functools.partial(f, model.weights) for f in (model.prefill, model.decode, model.denoise)
+)
+""",
+    prefill="prefill",
+    decode="decode",
+    denoise="denoise",
+)
+OURS = PHASES.format(
+    setup="""
+from pathlib import Path
+from flax import nnx
+from transfusion_jax.batch import Batch
+from transfusion_jax.generation.engine import load_engine
+from transfusion_jax.model.interface import Context
+from transfusion_jax.model.transformer import KVCache
+engine, _ = load_engine(Path(sys.argv[3]), print)
+
+def phase(function):
+    run = jax.jit(lambda p, *arrays: function(nnx.merge(engine.graph, p), *arrays))
+    return lambda *arrays: run(engine.parameters, *arrays)
+
+def read(net, tokens, length, images, start, t, k, v):
+    index = jnp.arange(tokens.shape[1])[None]
+    segment = (index < length[:, None]).astype(jnp.int32)
+    batch = Batch(tokens, segment, index * segment, tokens, segment.astype(jnp.float32), images,
+                  start, jnp.ones_like(start))
+    hidden, cache = net.read(batch, jnp.full_like(start, t), KVCache(k, v))
+    last = jnp.stack([hidden[b, length[b] - 1] for b in range(len(length))])
+    return net.logits(last[:, None])[:, 0], cache.k, cache.v
+
+def write(net, token, length, k, v):
+    hidden, cache = net.extend(token[:, None], Context(KVCache(k, v), length, None))
+    return net.logits(hidden)[:, 0], cache.k, cache.v
+
+def draw(net, noisy, t, length, k, v):
+    predicted, cache = net.denoise(noisy, t, Context(KVCache(k, v), length, None))
+    return predicted, cache.k, cache.v
+""",
+    prefill="phase(read)",
+    decode="phase(write)",
+    denoise="phase(draw)",
+)
+
+
+def write_run(path: Path, experiment, tokenizer, parameters: dict) -> Path:
+    """A run directory whose only checkpoint has these weights."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(dumps(experiment))
+    (path / "tokenizer.model").write_bytes(tokenizer.model)
+    state = tiny.fresh_state(tiny.planned(experiment), parameters)
+    checkpoints = Checkpoints(path / "checkpoints", 1, print)
+    checkpoints.save(replace(state, step=state.step + 3), {"train_seconds": 0.0, "data": []})
+    assert checkpoints.wait()
+    checkpoints.close()
+    return path
+
+
+def talkative(experiment, tokenizer) -> dict:
+    """Weights that write for a while, and draw after a certain word."""
+    parameters = tiny.random_parameters(tiny.planned(experiment), 5)
+    after = tokenizer.encode(DRAW)[-1]
+    embedding = (0.1 * parameters["embedding_VD"]).at[after].multiply(20.0)
+    output = parameters["output_DV"].at[:, tokenizer.eos].multiply(0.3)
+    if experiment.model.images != "none":
+        output = output.at[:, tokenizer.boi].set(0.2 * embedding[after])
+    return {**parameters, "embedding_VD": embedding, "output_DV": output}
+
+
+def exported(path: Path, experiment, tokenizer, *flags: str, autoencoder=None) -> tuple[Path, Path]:
+    """A run and what it leaves as."""
+    run = write_run(path / "run", experiment, tokenizer, talkative(experiment, tokenizer))
+    if autoencoder:
+        save_codec(run / "autoencoder", autoencoder, autoencoder_parameters(autoencoder), 0.5, -0.2)
+    out = path / "out"
+    assert main(["export", str(run), "--format", "stablehlo", "--out", str(out), *flags]) == 0
+    return run, out
+
+
+@pytest.fixture(scope="module")
+def left(experiment, tokenizer, tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("stablehlo"), experiment, tokenizer)
+
+
+def python(*arguments) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA", "PYTHONWARN"))}
+    run = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def answers(out: Path) -> list:
+    """Of the lines of `outputs.jsonl`, the texts and pixels."""
+    lines = [json.loads(line) for line in (out / "outputs.jsonl").read_text().splitlines()]
+    return [
+        [s["text"] if "text" in s else np.asarray(Image.open(out / s["image"])) for s in x["spans"]]
+        for x in lines
+    ]
+
+
+def test_every_phase_gives_the_bits_of_the_model(left, experiment, tmp_path):
+    """Three rows of other lengths, one with an image, another capacity than that of the runner."""
+    run, out = left
+    rng = np.random.default_rng(0)
+    model, image, L = experiment.model, experiment.image, 2 * experiment.model.attention_block
+    length = np.asarray([L - 5, 9, L - 1], np.int32)
+    tokens = rng.integers(5, 300, (3, L))
+    start = np.asarray([[7, L], [L, L], [3, 30]], np.int32)
+    shape = (model.layers, 3, L + 37, model.num_kv_heads, model.head_dim)
+    given = dict(
+        tokens=tokens.astype(np.int32),
+        length=length,
+        start=start,
+        images=rng.standard_normal((3, 2, *image.shape)).astype(np.float32),
+        noisy=rng.standard_normal((3, *image.shape)).astype(np.float32),
+        t=np.int32(7),
+        token=np.asarray([3, 50, 70], np.int32),
+        k=np.zeros(shape, np.float32),
+        v=np.zeros(shape, np.float32),
+    )
+    np.savez(tmp_path / "given.npz", **given)
+    for name, script, source in (("exported", EXPORTED, out), ("ours", OURS, run)):
+        (tmp_path / f"{name}.py").write_text(script)
+        python(tmp_path / f"{name}.py", tmp_path / "given.npz", tmp_path / f"{name}.npz", source)
+    theirs, ours = np.load(tmp_path / "exported.npz"), np.load(tmp_path / "ours.npz")
+    for name in ("read", "written", "drawn", "k", "v"):
+        assert np.isfinite(ours[name]).all() and np.abs(ours[name]).max() > 0.1
+        np.testing.assert_array_equal(theirs[name], ours[name])
+
+
+def test_the_runner_answers_as_generate_does_without_this_package(left, tmp_path):
+    run, out = left
+    (tmp_path / "alone.py").write_text(ALONE)
+    words = ["--prompt", f"one plus two is {DRAW}", "--num", "2", "--seed", "3"]
+    words += ["--max-tokens", "40", "--temperature", "0.9"]
+    python(tmp_path / "alone.py", out / "run.py", *words, "--out", tmp_path / "theirs")
+    assert main(["generate", str(run), *words, "--out", str(tmp_path / "ours")]) == 0
+    theirs, ours = answers(tmp_path / "theirs"), answers(tmp_path / "ours")
+    assert [len(spans) for spans in theirs] == [len(spans) for spans in ours]
+    kinds = {type(span) for spans in ours for span in spans}
+    assert kinds == {str, np.ndarray}
+    for a, b in zip(sum(theirs, []), sum(ours, []), strict=True):
+        if isinstance(b, str):
+            assert a == b
+        else:  # the tests' XLA does not optimise, which rounds differently
+            assert np.abs(a.astype(int) - b).max() <= 1 and b.std() > 20
+
+
+def test_it_is_for_three_platforms(left):
+    for name in ("prefill", "decode", "denoise"):
+        data = (left[1] / f"{name}.jax_export").read_bytes()
+        assert jax.export.deserialize(data).platforms == ("cpu", "cuda", "tpu")
+
+
+def compared(run: Path, out: Path, tokenizer, shown=(), **asked) -> list[type]:
+    """The kinds of spans that a run and its export both answer with, once they are equal."""
+    engine = load_engine(run, print)[0].using(**asked)
+    model = runner.Model(out)
+    prompt = f"one plus two is {DRAW}"
+    pictures = [engine.picture(image) for image in shown]
+    (ours,) = engine.generate([(*pictures, prompt)], 3)
+    ids = [tokenizer.boi] * len(shown) + tokenizer.encode(prompt)
+    theirs = list(model.generate(ids, [engine.image(p) for p in pictures], seed=3, **asked))
+    for a, b in zip(theirs, ours, strict=True):
+        if isinstance(b, str):
+            assert a == b
+        else:
+            np.testing.assert_allclose(model.picture_of(a), b, atol=1e-4)
+            assert b.std() > 0.1
+    return [type(span) for span in ours]
+
+
+CASES = {
+    "unet, v, guidance 1": (
+        dict(patch_encoder="unet", unet_widths=(16, 32), unet_blocks=1),
+        dict(prediction="v"),
+        dict(guidance=1.0),
+    ),
+    "flow, ddim": (dict(), dict(prediction="flow", schedule="flow"), dict(kind="ddim")),
+    "x, stable": (dict(qk_norm=True, norm_placement="post"), dict(prediction="x"), dict()),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "x, stable")) for name in CASES],
+)
+def test_switches_leave_too(name, experiment, tokenizer, tmp_path):
+    model, diffusion, sampler = CASES[name]
+    changed = replace(
+        experiment,
+        model=replace(experiment.model, **model),
+        diffusion=replace(experiment.diffusion, **diffusion),
+        sampler=replace(experiment.sampler, **sampler),
+    )
+    run, out = exported(tmp_path, changed, tokenizer)
+    assert np.ndarray in compared(run, out, tokenizer)
+
+
+def test_images_in_a_prompt_are_read(left, experiment, tokenizer):
+    image = np.random.default_rng(4).uniform(-1, 1, experiment.image.shape).astype(np.float32)
+    assert str in compared(*left, tokenizer, [image])
+
+
+def test_a_model_of_text_alone_leaves_without_a_phase_for_images(experiment, tokenizer, tmp_path):
+    model = replace(experiment.model, family="llama", image_attention="causal")
+    run, out = exported(tmp_path, replace(experiment, model=model), tokenizer)
+    assert compared(run, out, tokenizer) == [str]
+    assert not (out / "denoise.jax_export").exists()
+
+
+def test_latents_become_pictures(experiment, tokenizer, tmp_path):
+    latents = replace(experiment, image=ImageConfig(8, 8, SMALL.latent_channels, 2))
+    run, out = exported(tmp_path, latents, tokenizer, autoencoder=SMALL)
+    assert np.ndarray in compared(run, out, tokenizer)
+    codec = load_codec(run / "autoencoder")
+    image = np.random.default_rng(0).standard_normal(latents.image.shape).astype(np.float32)
+    picture = runner.Model(out).picture_of(image)
+    np.testing.assert_allclose(picture, codec.picture(image), atol=1e-5)
+
+
+def test_weights_in_bfloat16_are_those_that_generate_computes_with(experiment, tokenizer, tmp_path):
+    low = replace(experiment, model=replace(experiment.model, compute_dtype="bfloat16"))
+    run, out = exported(tmp_path, low, tokenizer, "--dtype", "bfloat16")
+    weights = runner.read_weights(out, "model")
+    kinds = {name: str(x.dtype) for name, x in weights.items()}
+    assert {kinds[name] for name in kinds if "norm" in name} == {"float32"}
+    assert {kinds[name] for name in kinds if "norm" not in name} == {"bfloat16"}
+    parameters = load_engine(run, print)[0].parameters
+    for name, value in weights.items():
+        ours = parameters
+        for part in name.split("."):
+            ours = ours[part]
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(ours))
+
+
+def test_images_that_are_codes_are_refused(experiment, tokenizer, tmp_path, capsys):
+    model = replace(experiment.model, family="chameleon", image_attention="causal")
+    codes = replace(experiment, model=model, image=ImageConfig(4, 4, 1, 1, codes=8))
+    run = write_run(tmp_path / "run", codes, tokenizer, talkative(codes, tokenizer))
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--format", "stablehlo", "--out", str(out)]) == 2
+    assert "not for a chameleon" in capsys.readouterr().err
+    assert not out.exists()
+
+
+TEXTS = ["", " ", "three plus four", "  two  spaces ", "ünïcode ✓ 😀 日本", "a\nb\tc", "12345 6.7",
+         "▁ under", "\x00\x7f", "The quick brown fox."]  # fmt: skip
+
+
+def test_the_runners_tokenizer_is_sentencepiece(tokenizer, tmp_path):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(tokenizer.model)
+    own = runner.Tokenizer(file)
+    rng = np.random.default_rng(0)
+    random = ["".join(rng.choice(list("one twhreus  é😀9"), 20)) for _ in range(50)]
+    for text in TEXTS + random:
+        ids = own.encode(text)
+        assert ids == tokenizer.encode(text)
+        assert own.decode([tokenizer.bos, *ids, tokenizer.eoi]) == tokenizer.decode(ids)
+    for _ in range(50):
+        ids = rng.integers(3, tokenizer.size - 2, 12).tolist()
+        assert own.decode(ids) == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_that_changes_text_is_not_imitated(tmp_path):
+    import sentencepiece
+
+    words = tmp_path / "words.txt"
+    words.write_text("one two three four five six seven\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(words), model_prefix=str(tmp_path / "unigram"), vocab_size=20, minloglevel=2
+    )
+    other = Tokenizer((tmp_path / "unigram.model").read_bytes())
+    with pytest.raises(SystemExit, match="give --ids"):
+        runner.Tokenizer(tmp_path / "unigram.model").encode("one")
+    assert other.encode("one")

@@ -1,0 +1,350 @@
+"""Runs a model exported as StableHLO: writes text and draws images with jax and NumPy alone.
+
+    python run.py --prompt "a handwritten seven" --out out
+
+The directory of this file holds all it needs: `prefill`, `decode` and `denoise` as `jax.export`
+artefacts, their weights in safetensors, `tokenizer.model`, and `run.json`, which says how they go
+together. Nothing here comes from the package that trained the model.
+
+    prefill(weights, tokens, length, images, image_start, timestep, k, v) -> logits, k, v
+    decode(weights, token, length, k, v)                                  -> logits, k, v
+    denoise(weights, image, timestep, length, k, v)                       -> prediction, k, v
+    picture(weights, image)                                               -> picture
+
+`k` and `v` are the cache, [layers, rows, capacity, heads, head width], of which a row has `length`
+entries. `denoise` writes an image's entries after them; each step overwrites those of the one
+before. `picture` is there where images are latents. A model of text alone has neither of the two,
+and its `prefill` takes no images.
+"""
+
+import argparse
+import codecs
+import functools
+import json
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "I32": np.int32}
+NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # kinds of entries of a tokenizer
+BPE = 2  # kind of a tokenizer
+
+
+class Tokenizer:
+    """A sentencepiece model of byte pairs with byte fallback, as Llama's, without sentencepiece."""
+
+    def __init__(self, file: Path):
+        self.pieces, self.scores, self.kinds = [], [], []
+        spec = {"type": 1, "normalizer": b"", "dummy_prefix": 1, "collapse": 1}
+        for number, value in _fields(file.read_bytes()):
+            inner = dict(_fields(value)) if isinstance(value, bytes) else {}
+            if number == 1:
+                self.pieces.append(inner[1].decode())
+                self.scores.append(struct.unpack("<f", inner.get(2, bytes(4)))[0])
+                self.kinds.append(inner.get(3, NORMAL))
+            elif number == 2:
+                spec["type"] = inner.get(3, 1)
+            elif number == 3:
+                spec["normalizer"] = inner.get(2, b"")
+                spec["dummy_prefix"], spec["collapse"] = inner.get(3, 1), inner.get(4, 1)
+        self.spec = spec
+        self.ids = {p: i for i, p in enumerate(self.pieces) if self.kinds[i] in (NORMAL, USER)}
+        self.bytes = {p: i for i, p in enumerate(self.pieces) if self.kinds[i] == BYTE}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without marks of its begin and end."""
+        spec = self.spec
+        if spec["type"] != BPE or spec["normalizer"] or spec["collapse"]:
+            sys.exit("error: run.py knows byte-pair tokenizers that keep text as it is: give --ids")
+        text = "▁" * bool(text and spec["dummy_prefix"]) + text.replace(" ", "▁")
+        whole = [p for p, i in self.ids.items() if self.kinds[i] == USER]
+        choices = [*map(re.escape, sorted(whole, key=len, reverse=True)), "."]
+        symbols = re.findall("|".join(choices), text, re.DOTALL)
+        fixed = [symbol in whole for symbol in symbols]
+        while True:
+            pairs = [
+                (-self.scores[self.ids[a + b]], i)
+                for i, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))
+                if a + b in self.ids and not (fixed[i] or fixed[i + 1])
+            ]
+            if not pairs:
+                return [i for symbol in symbols for i in self._of(symbol)]
+            at = min(pairs)[1]
+            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+            fixed[at : at + 2] = [False]
+
+    def _of(self, symbol: str) -> list[int]:
+        if symbol not in self.ids and self.bytes:
+            return [self.bytes[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+        return [self.ids[symbol] if symbol in self.ids else self.kinds.index(UNKNOWN)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; marks are left out."""
+        text, first = b"", True
+        for i in ids:
+            if i >= len(self.pieces) or self.kinds[i] == CONTROL:
+                continue
+            piece = self.pieces[i]
+            if self.kinds[i] == BYTE:
+                text += bytes([int(piece[3:5], 16)])
+            elif self.kinds[i] == UNKNOWN:
+                text += " ⁇ ".encode()
+            else:
+                prefix = first and self.spec["dummy_prefix"]
+                text += (piece.removeprefix("▁") if prefix else piece).replace("▁", " ").encode()
+            first = False
+        return text.decode(errors="each_byte")
+
+
+# One mark for each byte that is no text, as sentencepiece has it; Python would join some.
+codecs.register_error("each_byte", lambda error: ("\ufffd", error.start + 1))
+
+
+def _fields(data: bytes):
+    """(number, value) of the fields of a protocol buffer."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (data[at] & 127) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 128:
+                return value
+
+    while at < len(data):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+            continue
+        size = {1: 8, 5: 4}[key & 7] if key & 7 != 2 else varint()
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def read_weights(directory: Path, prefix: str) -> dict:
+    """All tensors of the safetensors files of that name, mapped, then put on the device."""
+    weights = {}
+    for file in sorted(directory.glob(f"{prefix}*.safetensors")):
+        with file.open("rb") as opened:
+            size = struct.unpack("<Q", opened.read(8))[0]
+            header = json.loads(opened.read(size))
+        header.pop("__metadata__", None)
+        data = np.memmap(file, np.uint8, "r", 8 + size)
+        for name, about in header.items():
+            begin, end = about["data_offsets"]
+            array = data[begin:end].view(DTYPES[about["dtype"]]).reshape(about["shape"])
+            weights[name] = jnp.asarray(array)
+    return weights
+
+
+class Model:
+    """What the directory holds, ready to be called."""
+
+    def __init__(self, directory: Path):
+        self.about = json.loads((directory / "run.json").read_text())
+        self.tokenizer = Tokenizer(directory / "tokenizer.model")
+        self.weights = read_weights(directory, "model")
+        self.autoencoder = read_weights(directory, "autoencoder")
+        for name in self.about["programs"]:
+            exported = export.deserialize((directory / f"{name}.jax_export").read_bytes())
+            taken_over = (3, 4) if name == "decode" else ()  # the cache, of which it gives the next
+            setattr(self, name, jax.jit(exported.call, donate_argnums=taken_over))
+
+    def cache(self, length: int):
+        """An empty cache for a row of so many positions."""
+        length = max(length, self.about["least_capacity"])
+        shape = (self.about["layers"], 1, length, *self.about["cache"])
+        return tuple(jnp.zeros(shape, self.about["dtype"]) for _ in "kv")
+
+    def read(self, tokens: list[int], images: list[np.ndarray], cache):
+        """A document, at each BOI of which one of the images [h, w, c] follows: the logits at its
+        end, its length, and the cache that holds it."""
+        about, ids, starts = self.about, [], []
+        for token in tokens:
+            ids.append(token)
+            if token == about["boi"] and len(starts) < len(images):
+                starts.append(len(ids))
+                ids += [0] * about["patches"] + [about["eoi"]]
+        length = len(ids)
+        ids += [0] * (-length % about["block"])
+        rows = [np.asarray([ids], np.int32), np.asarray([length], np.int32)]
+        if "denoise" in about["programs"]:
+            shown = np.zeros((1, max(len(images), 1), *about["image"]), np.float32)
+            shown[0, : len(images)] = images if images else 0
+            starts += [len(ids)] * (not images)
+            rows += [shown, np.asarray([starts], np.int32), np.int32(about["context_timestep"])]
+        logits, *cache = self.prefill(self.weights, *rows, *cache)
+        return logits, length, cache
+
+    def generate(self, prompt, images=(), seed=0, row=0, draw=False, **asked):
+        """Continues a document of text ids and images; yields texts and images [h, w, c].
+
+        Args:
+          prompt: ids, with BOI where an image of `images` is.
+          row: of several answers to one prompt, which.
+          asked: `guidance`, `steps`, `temperature` or `max_tokens`, instead of those of run.json.
+        """
+        about = {**self.about, **asked}
+        boi, eos, span = about["boi"], about["eos"], about["patches"] + 2
+        tokens = [about["bos"], *prompt]
+        key = jax.random.fold_in(jax.random.key(np.uint32(seed)), row)
+        length = len(tokens) + len(images) * (span - 1)
+        length += -length % about["block"]
+        cache = self.cache(length + about["max_tokens"] + span)
+        logits, length, cache = self.read(tokens, list(images), cache)
+        limit, written = length + about["max_tokens"], []
+        barred_1V = np.isin(np.arange(logits.shape[-1]), about["never"])[None]
+        while True:
+            room = limit - length
+            barred_1V[0, boi] = room < span or boi in about["never"]
+            allowed = jnp.where(barred_1V, -jnp.inf, logits)
+            token = boi if draw else int(_choose(allowed, key, length, about["temperature"]))
+            draw = False
+            if token in (boi, eos) or room <= 0:
+                if text := self.tokenizer.decode(written):
+                    yield text
+                written = []
+                if token != boi or room <= 0:
+                    return
+            else:
+                written.append(token)
+            logits, cache = self._add(token, length, cache)
+            length += 1
+            if token == boi:
+                image, cache = self.draw(length, cache, jax.random.fold_in(key, length), about)
+                yield image
+                length += about["patches"]
+                logits, cache = self._add(about["eoi"], length, cache)
+                length += 1
+
+    def draw(self, length: int, cache, key, about: dict):
+        """An image [h, w, c] after the first `length` entries of a cache, the last of which is
+        BOI; and the cache that holds it, as what follows is to see it."""
+        empty = None
+        if about["guidance"] != 1:
+            _, _, empty = self.read([about["bos"], about["boi"]], [], self.cache(about["block"]))
+
+        def noise(i):
+            return jax.random.normal(jax.random.fold_in(key, i), tuple(about["image"]))[None]
+
+        def predict(x, t, length, cache):
+            sizes = jnp.int32(t), jnp.full((1,), length, jnp.int32)
+            return self.denoise(self.weights, x, *sizes, *cache)
+
+        steps = about["steps"]
+        last = len(about["alpha"]) - 2
+        path = np.round(np.linspace(last, -1, steps + 1)).astype(np.int32)
+        x = noise(steps)
+        settings = about["prediction"], about["clip"], about["eta"]
+        for i in range(steps):
+            predicted = predict(x, path[i], length, cache)[0]
+            if empty is not None:
+                without = predict(x, path[i], 2, empty)[0]
+                predicted = without + about["guidance"] * (predicted - without)
+            times = (path[i] + 1, path[i + 1] + 1)
+            table = [jnp.float32(about[x][t]) for t in times for x in ("alpha", "sigma")]
+            x = _step(x, predicted, noise(i), *table, settings)
+        _, *cache = predict(x, about["context_timestep"], length, cache)
+        return np.asarray(x[0]), cache
+
+    def picture_of(self, image_hwc: np.ndarray) -> np.ndarray:
+        """The picture [H, W, C] in [-1, 1] of an image of the model's."""
+        if "picture" not in self.about["programs"]:
+            return image_hwc
+        return np.asarray(self.picture(self.autoencoder, image_hwc[None]))[0]
+
+    def _add(self, token: int, length: int, cache):
+        row = np.asarray([token], np.int32), np.asarray([length], np.int32)
+        logits, *cache = self.decode(self.weights, *row, *cache)
+        return logits, cache
+
+
+def _choose(logits, key, length: int, temperature: float):
+    """The likeliest token at temperature 0, else one drawn with a key of its place."""
+    if temperature == 0:
+        return jnp.argmax(logits[0])
+    return jax.random.categorical(jax.random.fold_in(key, length), logits[0] / temperature)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _step(x, predicted, z, alpha_t, sigma_t, alpha_s, sigma_s, settings):
+    """One step of DDIM (eta 0) or of ancestral sampling (eta 1): Song et al. 2021, equation 12."""
+    prediction, clip, eta = settings
+    if prediction == "epsilon":
+        known = alpha_t > 0
+        clean = (x - sigma_t * predicted) / jnp.where(known, alpha_t, 1.0)
+        clean, noise = jnp.where(known, clean, 0.0), predicted
+    elif prediction == "x":
+        clean, noise = predicted, (x - alpha_t * predicted) / sigma_t
+    elif prediction == "v":
+        n = alpha_t**2 + sigma_t**2
+        clean = (alpha_t * x - sigma_t * predicted) / n
+        noise = (sigma_t * x + alpha_t * predicted) / n
+    else:  # flow
+        n = alpha_t + sigma_t
+        clean, noise = (x - sigma_t * predicted) / n, (x + alpha_t * predicted) / n
+    if clip:
+        clean = jnp.clip(clean, -clip, clip)
+        noise = (x - alpha_t * clean) / sigma_t
+    ratio = alpha_t * sigma_s / (alpha_s * sigma_t)
+    c = eta * sigma_s * jnp.sqrt(jnp.maximum(1.0 - ratio**2, 0.0))
+    return alpha_s * clean + jnp.sqrt(jnp.maximum(sigma_s**2 - c**2, 0.0)) * noise + c * z
+
+
+def write_png(file: Path, picture_HWC: np.ndarray) -> None:
+    """A picture in [-1, 1] with one or three channels as a PNG."""
+    pixels = np.round((np.clip(picture_HWC, -1, 1) + 1) * 127.5).astype(np.uint8)
+    height, width, channels = pixels.shape
+
+    head = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + line.tobytes() for line in pixels))
+    content = b"\x89PNG\r\n\x1a\n"
+    for data in (b"IHDR" + head, b"IDAT" + lines, b"IEND"):
+        content += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    file.write_bytes(content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes text and draws images.")
+    parser.add_argument("--prompt", default="", help="the text to continue")
+    parser.add_argument("--ids", type=int, nargs="*", help="its token ids, instead of the text")
+    parser.add_argument("--image", help="a .npy file, [h, w, c], of an image before the prompt")
+    parser.add_argument("--draw", action="store_true", help="begin with an image")
+    parser.add_argument("--num", type=int, default=1, help="how many continuations")
+    parser.add_argument("--seed", type=int, default=0)
+    for name in ("guidance", "temperature", "steps", "max-tokens"):
+        kind = float if name in ("guidance", "temperature") else int
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, required=True, help="the directory to write to")
+    asked = vars(parser.parse_args())
+    text, ids, image, out = (asked.pop(name) for name in ("prompt", "ids", "image", "out"))
+    model, number = Model(Path(__file__).parent), 0
+    images = [np.load(image)] if image else []
+    prompt = [model.about["boi"]] * len(images)
+    prompt += model.tokenizer.encode(text) if ids is None else ids
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "outputs.jsonl").open("w") as file:
+        for row in range(asked.pop("num")):
+            spans = []
+            for span in model.generate(prompt, images, row=row, **asked):
+                drawn = not isinstance(span, str)
+                spans.append({"image": f"{number}.png"} if drawn else {"text": span})
+                if drawn:
+                    write_png(out / f"{number}.png", model.picture_of(span))
+                    number += 1
+            line = json.dumps({"prompt": text, "spans": spans}, ensure_ascii=False)
+            file.write(line + "\n")
+            print(line)
+
+
+if __name__ == "__main__":
+    main()
