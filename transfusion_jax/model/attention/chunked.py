@@ -39,11 +39,12 @@ def chunked_attention(
     q_BLNH: Array, k_BSKH: Array, v_BSKH: Array, intervals: Intervals, *, block: int
 ) -> Array:
     """Same contract as `attention`; `block` is the number of queries, and of keys, in one block."""
-    L, N, H = q_BLNH.shape[1:]
+    rows, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
     G, block_q, block_k = N // K, min(block, L), min(block, S)
-    B = rows_together(len(q_BLNH), L, N, block)
-    A, C, pad_q, pad_k = len(q_BLNH) // B, -(-L // block_q), -L % block_q, -S % block_k
+    # Where the number of rows is a symbol (`jax.export`), all are taken together.
+    B = rows_together(rows, L, N, block) if isinstance(rows, int) else rows
+    A, C, pad_q, pad_k = rows // B, -(-L // block_q), -L % block_q, -S % block_k
 
     q = jnp.pad(q_BLNH, ((0, 0), (0, pad_q), (0, 0), (0, 0)))
     q = (
