@@ -81,9 +81,9 @@ def _visible_blocks(k_start: Array, k_end: Array, block_k: int) -> tuple[Array, 
     return first, last
 
 
-def _over_blocks(step, init, k_start: Array, k_end: Array, block_k: int, keys: int):
+def _over_blocks(step, init, k_start: Array, k_end: Array, block_k: int, k: Array):
     """`init` after `step(j, ...)` for every block of keys that this block of queries may see."""
-    if keys == block_k:
+    if k.shape[2] == block_k:
         return step(0, init)
     return lax.fori_loop(*_visible_blocks(k_start, k_end, block_k), step, init)
 
@@ -137,7 +137,7 @@ def _forward(q, k, v, k_start, k_end, block_k):
 
             rows = q.shape[:-1]
             init = jnp.full(rows, MASKED / 2), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32)
-            peak, total, acc = _over_blocks(step, init, k_start, k_end, block_k, v.shape[2])
+            peak, total, acc = _over_blocks(step, init, k_start, k_end, block_k, v)
             total = jnp.where(total > 0, total, 1.0)
             return (acc / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
@@ -177,7 +177,7 @@ def _rows_backward(block_k, args):
             return dq + _dot("bkrs,bksh->bkrh", ds, k_j), dk, dv
 
         init = (jnp.zeros(q.shape, jnp.float32), *carry)
-        dq, dk, dv = _over_blocks(step, init, k_start, k_end, block_k, k.shape[2])
+        dq, dk, dv = _over_blocks(step, init, k_start, k_end, block_k, k)
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(k_turned.shape, jnp.float32), jnp.zeros(v_turned.shape, jnp.float32)
