@@ -32,13 +32,12 @@ class Model:
 
     def __init__(self, directory: Path):
         config = json.loads((directory / "config.json").read_text())
-        kind = [config.get("image_config", {}).get(x) for x in ("patch_encoder", "experts")]
-        if kind != ["linear", "shared"]:
-            raise SystemExit(
-                f"{directory} is a {config['architectures'][0]} of {kind}: this reads a "
-                "Transfusion with linear patches and shared weights only"
-            )
-        self.config, self.text, self.image = config, config["text_config"], config["image_config"]
+        image, rope = config.get("image_config", {}), config["text_config"]["rope_parameters"]
+        kind = [image.get("patch_encoder"), image.get("experts"), rope["rope_type"]]
+        if kind != ["linear", "shared", "default"]:
+            text = f"{directory}: patches, weights and RoPE are {kind}, not linear, shared, default"
+            raise SystemExit(text)
+        self.config, self.text, self.image = config, config["text_config"], image
         self.diffusion = config["diffusion_config"]
         self.generation = json.loads((directory / "generation_config.json").read_text())
         self.bos, self.eos, self.boi, self.eoi = (
@@ -138,8 +137,8 @@ class Model:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
-        gate = F.silu(self.linear(f"{name}.gate_proj", x))
-        return self.linear(f"{name}.down_proj", gate * self.linear(f"{name}.up_proj", x))
+        gate, up = self.linear(f"{name}.gate_proj", x), self.linear(f"{name}.up_proj", x)
+        return self.linear(f"{name}.down_proj", F.silu(gate) * up)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"])

@@ -21,7 +21,7 @@ from transfusion_jax.commands.main import main
 from transfusion_jax.config import DiffusionConfig, SamplerConfig
 from transfusion_jax.generation.engine import Engine
 from transfusion_jax.model.patches.unet import Conv
-from transfusion_jax.model.published import image_config, to_published
+from transfusion_jax.model.published import image_config, text_config, to_published
 
 torch = pytest.importorskip("torch")
 
@@ -178,11 +178,15 @@ def test_the_example_runs_as_its_docstring_says(tmp_path, capsys, monkeypatch):
     assert len(FILE.read_text().splitlines()) <= 250
 
 
-@pytest.mark.parametrize("name", ["unet", "chameleon", "llama", "mixture"])
+@pytest.mark.parametrize("name", ["unet", "chameleon", "llama", "mixture", "scaled"])
 def test_what_it_cannot_read_is_one_line(name, tmp_path):
-    part = image_config(test_families.experiment(name))
-    config = {"architectures": ["Model"], **({"image_config": part} if part else {})}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="with linear patches and shared weights only$") as refused:
+    experiment = test_families.experiment("linear" if name == "scaled" else name)
+    part = image_config(experiment)
+    config = {"text_config": text_config(experiment.model, 48), "image_config": part}
+    if name == "scaled":
+        config["text_config"]["rope_parameters"]["rope_type"] = "llama3"
+    stored = {name: part for name, part in config.items() if part is not None}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(SystemExit, match="not linear, shared, default$") as refused:
         reference().Model(tmp_path)
     assert "\n" not in str(refused.value)

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from transfusion_jax.config import Experiment, ModelConfig, RopeScaling
+from transfusion_jax.config.model import UNET_WIDTHS
 from transfusion_jax.model.build import abstract_model
 
 TRUNK = {
@@ -217,7 +218,8 @@ def image_config(experiment: Experiment) -> dict[str, Any] | None:
         "experts": model.experts,
     }
     if model.patch_encoder == "unet":
-        encoder |= {"unet_widths": list(model.unet_widths), "unet_blocks": model.unet_blocks}
+        widths = model.unet_widths or UNET_WIDTHS[image.patch]
+        encoder |= {"unet_widths": list(widths), "unet_blocks": model.unet_blocks}
     return {**grid, **encoder}
 
 

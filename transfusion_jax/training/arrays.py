@@ -54,12 +54,16 @@ class StoredArrays:
         """Reads all of them, one after another, and compares their checksum with the stored one.
 
         Raises:
-          DamagedArray: it differs.
+          DamagedArray: it differs, or something cannot be decoded.
         """
         total = sum(
             int(np.sum(self.read(name).view(np.uint32), dtype=np.uint64)) for name in self.shapes
         )
-        stored = int(np.asarray(stored_progress(self.path.parent)["checksum"][self.path.name]))
+        try:
+            sums = stored_progress(self.path.parent)["checksum"]
+            stored = int(np.asarray(sums[self.path.name]))
+        except (KeyError, OSError, ValueError) as error:
+            raise DamagedArray(f"{self.path.parent / 'progress'}: {as_line(error)}") from None
         if total % 2**32 != stored:
             raise DamagedArray(f"the checksum of {self.path} is wrong")
 
