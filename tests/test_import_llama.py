@@ -238,7 +238,7 @@ def test_the_vocabulary_has_room_for_image_marks_and_the_tokenizer_comes_along(t
     assert "--model.kv-heads 4 --model.mlp-width 48 --model.vocab-size 512" in said
 
 
-def test_a_run_exported_as_a_llama_comes_back(tmp_path):
+def test_a_run_exported_as_a_llama_comes_back(tmp_path, capsys):
     """Every row of a token is as it was, those of BOI and EOI too."""
     run = trained_run.experiment()
     parameters = trained_run.write_run(tmp_path / "run", run)
@@ -248,6 +248,9 @@ def test_a_run_exported_as_a_llama_comes_back(tmp_path):
         imported(tmp_path), family="transfusion", image_attention="bidirectional"
     )
     assert experiment.model.vocab_size == 512
+    assert (
+        f"tokens {SIZE - 2} and {SIZE - 1} of 512; rows below {SIZE} are" in capsys.readouterr().out
+    )
     np.testing.assert_array_equal(found["embedding_VD"][:SIZE], parameters["embedding_VD"][:SIZE])
     np.testing.assert_array_equal(found["output_DV"][:, :SIZE], parameters["output_DV"][:, :SIZE])
     jax.tree.map(np.testing.assert_array_equal, found["transformer"], parameters["transformer"])

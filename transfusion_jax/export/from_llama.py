@@ -77,7 +77,9 @@ def read(source: Path, out: Path, report: Report) -> None:
     if tokenizer:
         write_atomic(out / "tokenizer.model", tokenizer.model)
     write_json(out / "config.json", _config(grown, described.length, entries, tokenizer))
-    report(f"BOI and EOI are tokens {entries} and {entries + 1} of {rows}")
+    known = described.model.vocab_size
+    kept = f"; rows below {known} are as they were" if entries < known else ""
+    report(f"BOI and EOI are tokens {entries} and {entries + 1} of {rows}{kept}")
     report(f"a model that fits: {_flags(grown)}")
 
 
