@@ -326,10 +326,13 @@ def test_a_tokenizer_with_more_entries_than_rows_is_refused(tmp_path, capsys):
 
 
 def test_a_tokenizer_that_is_not_sentencepieces_is_left_out_and_said(tmp_path, capsys):
-    theirs().save_pretrained(tmp_path / "theirs")
+    model = theirs()
+    model.resize_token_embeddings(384)  # a multiple of 128, so that rounding makes no room
+    model.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # as Llama 3's
     out = imported(tmp_path)
     assert "no sentencepiece tokenizer.model" in capsys.readouterr().out
     assert not (out / "tokenizer.model").exists()
     described = json.loads((out / "config.json").read_text())
-    assert (described["boi_token_id"], described["eoi_token_id"]) == (V, V + 1)
+    assert (described["boi_token_id"], described["eoi_token_id"]) == (384, 385)
+    assert described["text_config"]["vocab_size"] == 512
