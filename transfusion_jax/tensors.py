@@ -24,6 +24,8 @@ DTYPES: Mapping[str, np.dtype] = {
 """Safetensors' names of the dtypes that weights have."""
 INDEX = ".safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading a header that is not one may raise."""
 DIMENSIONS = 32  # of an array, in any version of NumPy
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
 
@@ -107,7 +109,7 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
         described: dict[str, Any] = json.loads(header)
         described.pop("__metadata__", None)
         places = {name: _place(entry) for name, entry in described.items()}
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{file} is damaged: its header cannot be read ({error})") from None
     held = size - 8 - length
     needed = max((end for *_, end in places.values()), default=0)
