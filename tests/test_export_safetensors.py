@@ -257,8 +257,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_leaves(run_dir, tmp_pa
     exported(copy, tmp_path / "out")
     said = capsys.readouterr().out
     assert "checkpoints/6 is damaged" in said and "average weights of step 3 of" in said
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 6 in"):
         open_trained(copy, 6, "average", print)
+    for text in ("[]", '{"tree_metadata": null}', '{"tree_metadata": {"a": 5}}'):
+        (copy / "checkpoints" / "6" / "ema" / "_METADATA").write_text(text)
+        assert open_trained(copy, None, "average", print).step == 3
 
 
 def test_the_checksum_of_what_leaves_is_compared(run_dir, monkeypatch, capsys):
@@ -295,6 +298,9 @@ def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
     (full / "photo.png").touch()
     assert "is not empty: it holds photo.png" in export(run_dir, out=full)
     assert "is a file" in export(run_dir, out=full / "photo.png")
+    broken = shutil.copytree(run_dir, tmp_path / "broken")
+    (broken / "summary.json").write_text("[1]")
+    assert "summary.json is damaged: not a JSON object" in export(broken)
     other = shutil.copytree(run_dir, tmp_path / "other")
     changed = replace(tiny_experiment(), train=TrainConfig())
     changed = replace(changed, model=replace(changed.model, mlp_width=64))
@@ -302,3 +308,14 @@ def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
     said = export(other)
     assert "transformer.blocks.mlp.down_FD (2, 48, 32) instead of (2, 64, 32)" in said
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
+
+
+def test_a_link_is_followed_and_the_working_directory_stays(run_dir, tmp_path, capsys, monkeypatch):
+    """It cannot be renamed to a link, and a shell would be left in a directory that is gone."""
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    exported(run_dir, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    said = refused(capsys, "export", run_dir, "--format", "safetensors", "--out", ".")
+    assert "is the working directory" in said and not list((tmp_path / "here").iterdir())

@@ -288,6 +288,17 @@ BAD = {
     "attention_bias=True is not supported": lambda path: write_small(
         path, {"attention_bias": True}
     ),
+    "num_attention_heads=0 is not a whole": lambda path: write_small(
+        path, {"num_attention_heads": 0}
+    ),
+    "hidden_size=8.0 is not a whole": lambda path: write_small(path, {"hidden_size": 8.0}),
+    "100000000 layers, and 1 tensors": lambda path: write_small(
+        path, {"num_hidden_layers": 10**8}
+    ),
+    "no attribute 'get'": lambda path: write_small(path, {"rope_scaling": "linear"}),
+    "cannot convert float infinity": lambda path: write_small(
+        path, {"max_position_embeddings": float("inf")}
+    ),
     "head_dim=8 times num_attention_heads=2": lambda path: write_small(path, {"head_dim": 8}),
     "lm_head.weight missing instead of (10, 8); model.embed_tokens.weight missing": write_small,
     "is a pickle": lambda path: (path.mkdir(), (path / "pytorch_model.bin").write_bytes(b"x")),

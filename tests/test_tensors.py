@@ -90,6 +90,9 @@ A = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         headed({"a": {**A, "data_offsets": [-16, 0]}}),
         headed({"a": {**A, "data_offsets": [16, 32]}}),
         headed({"a": {**A, "data_offsets": ["x", 16]}}),
+        headed(b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 16]}}'),
+        headed(b"[" * 100_000),
+        headed({"a": {**A, "shape": [4] + [1] * 70}}),
         (1 << 60).to_bytes(8, "little") + bytes(100),
     ],
 )

@@ -157,6 +157,19 @@ def test_muon_makes_the_updates_of_matrices_in_layers_orthogonal():
         assert 0.1 < sizes < 0.3  # as AdamW's
 
 
+def test_muon_lets_decay_what_adamw_lets_decay():
+    """Without gradients all that is left is the decay, of rate times `weight_decay`."""
+    parameters, gradient = layers()
+    before = nnx.to_pure_dict(parameters)
+    config = replace(CONFIG, kind="muon", warmup_steps=0, weight_decay=0.5)
+    optimizer = make_optimizer(config, STEPS, parameters)
+    nothing = {name: np.zeros_like(g) for name, g in gradient.items()}
+    after, _ = descend(optimizer, nothing, optimizer.init(before), before)
+    for name, value in after.items():
+        wanted = 1.0 if name == "scale" else 1 - config.learning_rate * 0.5
+        np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=name)
+
+
 def test_muon_is_refused_where_there_are_no_layers():
     with pytest.raises(ValueError, match="muon.*finds no layers"):
         make_optimizer(replace(CONFIG, kind="muon"), STEPS, two_parameters())

@@ -56,10 +56,15 @@ def write_atomic(path: Path, content: bytes) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary directory to fill, which is renamed to `path` on success, else removed.
 
+    Where `path` is a link, this is what it leads to.
+
     Raises:
-      ValueError: `path` is a file, or a directory that is not empty.
+      ValueError: `path` is a file, a directory that is not empty, or the working directory.
     """
     check_empty(path)
+    path = path.resolve()
+    if path == Path.cwd():
+        raise ValueError(f"{path} is the working directory, which cannot be replaced")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
     try:

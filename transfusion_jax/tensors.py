@@ -24,6 +24,9 @@ DTYPES: Mapping[str, np.dtype] = {
 """Safetensors' names of the dtypes that weights have."""
 INDEX = ".safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading a header that is not one may raise."""
+DIMENSIONS = 32  # of an array, in any version of NumPy
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
 
 
@@ -67,7 +70,7 @@ def _files(source: Path) -> tuple[list[Path], set[str]]:
         try:
             placed = dict(json.loads(indices[0].read_text())["weight_map"])
             files = [source / Path(name).name for name in sorted(set(placed.values()))]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{indices[0]} is not an index of safetensors: {error}") from None
         for file in files:
             require(file.is_file(), f"{indices[0]} names {file.name}, which is not there")
@@ -106,7 +109,7 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
         described: dict[str, Any] = json.loads(header)
         described.pop("__metadata__", None)
         places = {name: _place(entry) for name, entry in described.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{file} is damaged: its header cannot be read ({error})") from None
     held = size - 8 - length
     needed = max((end for *_, end in places.values()), default=0)
@@ -125,5 +128,6 @@ def _place(entry: Mapping[str, Any]) -> tuple[np.dtype, tuple[int, ...], int, in
     require(name in DTYPES, f"dtype {name} is not one of {', '.join(DTYPES)}")
     size = math.prod(shape) * DTYPES[name].itemsize
     require(min(shape, default=0) >= 0 and 0 <= start, "a negative size")
+    require(len(shape) <= DIMENSIONS, f"a tensor of {len(shape)} dimensions")
     require(end - start == size, f"{end - start} bytes for {name} {list(shape)}")
     return DTYPES[name], shape, start, end

@@ -7,6 +7,7 @@ from typing import Any
 
 from transfusion_jax import __version__
 from transfusion_jax.config import Experiment
+from transfusion_jax.errors import require
 from transfusion_jax.export.shards import Described
 from transfusion_jax.export.trained import Trained
 
@@ -119,7 +120,19 @@ def _metrics(trained: Trained) -> str:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    """The JSON object in a file, None if there is no file.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        require(isinstance(found, dict), "not a JSON object")
+        return found
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

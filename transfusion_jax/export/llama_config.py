@@ -41,10 +41,13 @@ def source_config(directory: Path, tensors: Mapping[str, np.ndarray]) -> Source:
     try:
         raw = json.loads(file.read_text())
         require(isinstance(raw, dict), "not a JSON object")
-        return _meta(raw, tensors) if meta else _huggingface(raw)
+        found = _meta(raw, tensors) if meta else _huggingface(raw)
+        layers = found.model.layers
+        require(layers <= len(tensors), f"{layers} layers, and {len(tensors)} tensors")
+        return found
     except KeyError as error:
         raise ValueError(f"{file} describes no Llama: it has no {error}") from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{file} describes no Llama that can be imported: {error}") from None
 
 
@@ -52,7 +55,7 @@ def _huggingface(raw: Mapping[str, Any]) -> Source:
     """Of transformers 4, with `rope_theta` and `rope_scaling`, or 5, with `rope_parameters`."""
     kind = raw.get("model_type")
     require(kind == "llama", f"model_type={kind!r} is not 'llama'")
-    width, heads = raw["hidden_size"], raw["num_attention_heads"]
+    width, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
     head_dim = raw.get("head_dim") or width // heads
     require(
         head_dim * heads == width,
@@ -66,18 +69,24 @@ def _huggingface(raw: Mapping[str, Any]) -> Source:
     model = ModelConfig(
         family="llama",
         image_attention="causal",
-        layers=raw["num_hidden_layers"],
+        layers=_size(raw, "num_hidden_layers"),
         width=width,
         heads=heads,
         kv_heads=raw.get("num_key_value_heads") or heads,
-        mlp_width=raw["intermediate_size"],
-        vocab_size=raw["vocab_size"],
+        mlp_width=_size(raw, "intermediate_size"),
+        vocab_size=_size(raw, "vocab_size"),
         rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
         rope_scaling=_scaling(raw.get("rope_scaling") or rope),
         norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
     )
     length = int(raw.get("max_position_embeddings", LENGTH))
     return Source(model, length, bool(raw.get("tie_word_embeddings")), meta=False)
+
+
+def _size(raw: Mapping[str, Any], name: str) -> int:
+    size = raw[name]
+    require(type(size) is int and size > 0, f"{name}={size!r} is not a whole number above 0")
+    return size
 
 
 def _scaling(raw: Mapping[str, Any]) -> RopeScaling:
@@ -111,12 +120,12 @@ def _meta(raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Source:
         )
         high = float(raw.get("rope_high_freq_factor", 4.0))
         scaling = RopeScaling("llama3", float(raw["rope_scaling_factor"]), high=high)
-    heads = raw["n_heads"]
+    heads = _size(raw, "n_heads")
     model = ModelConfig(
         family="llama",
         image_attention="causal",
-        layers=raw["n_layers"],
-        width=raw["dim"],
+        layers=_size(raw, "n_layers"),
+        width=_size(raw, "dim"),
         heads=heads,
         kv_heads=raw.get("n_kv_heads") or heads,
         mlp_width=len(tensors["layers.0.feed_forward.w1.weight"]),

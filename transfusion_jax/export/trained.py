@@ -87,4 +87,5 @@ def open_trained(run_dir: Path, step: int | None, weights: Weights, report: Repo
             continue
         report(f"{weights} weights of step {asked} of {run_dir}")
         return Trained(run_dir, experiment, tokenizer, asked, weights, shapes, axes, arrays)
-    raise CheckpointError(f"no checkpoint in {directory} can be read")
+    which = "" if step is None else f" of step {step}"
+    raise CheckpointError(f"no checkpoint{which} in {directory} can be read")

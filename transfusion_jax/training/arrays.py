@@ -83,7 +83,7 @@ def stored_arrays(checkpoint: Path, tree: str) -> StoredArrays:
             for entry in described.values()
         )
         return StoredArrays(path, {name: tuple(_open(path, name).shape) for name in names})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedArray(f"{path}: {as_line(error)}") from None
 
 

@@ -81,25 +81,28 @@ def make_optimizer(
     then on. It is begun with all parameters, and updates those that are not in `frozen`.
     """
     rate = learning_rate(config, steps)
-    settings = {
-        "learning_rate": lambda updates: rate(updates + start),
-        "eps": config.epsilon,
-        "weight_decay": config.weight_decay,
-    }
+
+    def at(updates: Array) -> Array:
+        return rate(updates + start)
+
     decay = without(decayed(parameters), frozen)
     if config.kind == "muon":
-        update = optax.contrib.muon(
-            **settings,
-            weight_decay_mask=decay,
+        direction = optax.contrib.muon(
+            learning_rate=1.0,
+            eps=config.epsilon,
             beta=config.momentum,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=without(matrices(parameters), frozen),
             consistent_rms=ADAMW_RMS,
         )
+        # Not by `muon`, which lets everything decay that it leaves to AdamW.
+        decay = optax.add_decayed_weights(-config.weight_decay, decay)
+        update = optax.chain(direction, decay, optax.scale_by_schedule(at))
     else:
-        update = optax.adamw(**settings, b1=config.b1, b2=config.b2, mask=decay)
+        update = optax.adamw(
+            at, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decay
+        )
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     return optimizer._replace(init=lambda tree: optimizer.init(without(tree, frozen)))
 
