@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from transfusion_jax.config import MeshConfig, ModelConfig
-from transfusion_jax.model import transformer
+from transfusion_jax.model import block, transformer
 from transfusion_jax.model.attention.attention import attention
 from transfusion_jax.model.attention.block_pairs import (
     FIRST,
@@ -224,7 +224,7 @@ def test_in_the_transformer_under_a_mesh(monkeypatch):
         def loss(parameters):
             return jnp.sum(nnx.merge(graph, parameters)(x_BLD, position_BL, intervals) ** 3)
 
-        monkeypatch.setattr(transformer, "attention", patched)
+        monkeypatch.setattr(block, "attention", patched)
         return jax.jit(jax.value_and_grad(loss))(parameters)
 
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):

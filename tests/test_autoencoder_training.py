@@ -143,6 +143,7 @@ def single(experiment):
     return planned, compiled_step(planned), planned.initialise()
 
 
+@pytest.mark.slow
 def test_one_device_trains_like_eight_and_skips_what_is_not_finite(tiny, trained):
     _, step, state = single(tiny)
     data = batches(tiny, range(tiny.train.batch))

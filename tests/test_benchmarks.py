@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = {
     "attention_blocks": "--rows 1 --length 512 --blocks 128 --heads 1 --kv-heads 1",
     "attention_parity": "",
+    "export": "--size 0.16B",
     "gpu": "--try --only 0.16B/ours-minimal",
     "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
     "processes": "--width 64 --layers 1 --length 300 --rows 2 --steps 1 --rounds 1",
@@ -21,7 +22,7 @@ ARGUMENTS = {
     "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
     "week": "--faults 2 --steps 40",
 }
-SLOW = {"week"}
+SLOW = {"export", "gpu", "processes", "week"}
 NEEDS = {
     "attention_blocks": "libtpu",
     "attention_parity": "tokamax",

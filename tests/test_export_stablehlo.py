@@ -241,10 +241,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "x, stable")) for name in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_switches_leave_too(name, experiment, tokenizer, tmp_path):
     model, diffusion, sampler = CASES[name]
     changed = replace(
@@ -269,6 +267,7 @@ def test_a_model_of_text_alone_leaves_without_a_phase_for_images(experiment, tok
     assert not (out / "denoise.jax_export").exists()
 
 
+@pytest.mark.slow
 def test_latents_become_pictures(experiment, tokenizer, tmp_path):
     latents = replace(experiment, image=ImageConfig(8, 8, SMALL.latent_channels, 2))
     run, out = exported(tmp_path, latents, tokenizer, autoencoder=SMALL)

@@ -242,12 +242,9 @@ def _alone(batch, noise: Noise, document: int):
     return alone, Noise(noise.t_BM[:, order], noise.noise_BMhwc[:, order])
 
 
-SWITCHES = ("causal", "stable transfusion", "stable mixture", "stable llama")
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in SWITCHES else name for name in FAMILIES],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "linear")) for name in FAMILIES],
 )
 def test_trains_the_same_on_every_mesh(name):
     """Losses of eight devices, microbatched, are those of one; and they fall."""

@@ -94,6 +94,7 @@ def test_what_is_built_is_a_model(experiment):
     assert isinstance(build_lib.build(experiment, 0), Model)
 
 
+@pytest.mark.slow
 def test_another_family_trains_and_generates(painter, experiment, tokenizer):
     mesh_config = MeshConfig(data=1, fsdp=4, tensor=2)
     parted = replace(experiment, mesh=mesh_config, train=replace(experiment.train, accumulation=2))

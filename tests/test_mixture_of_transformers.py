@@ -127,7 +127,9 @@ def test_products_and_their_gradients_are_those_of_the_position_s_kernel(dtype):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize("changes", [{}, STABLE], ids=["llama", "stable"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, marks=pytest.mark.slow), STABLE], ids=["llama", "stable"]
+)
 def test_with_two_equal_sets_of_weights_it_is_the_dense_model(changes):
     """Losses are equal, and the gradients of the dense model are the sums of those of the two."""
     asked, dense = experiment(**changes), experiment("shared", **changes)
@@ -180,7 +182,9 @@ def step_flops(experts: str, remat: str) -> float:
     return read_program(compiled.as_text(), unknown_trips=1).flops
 
 
-@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
+@pytest.mark.parametrize(
+    "remat", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "minimal")), "full"]
+)
 def test_a_step_has_the_flops_of_the_dense_model(remat):
     """But for one block in 33 that may be empty; a step's shapes do not depend on its rows."""
     ratio = step_flops("modality", remat) / step_flops("shared", remat)
@@ -199,7 +203,9 @@ def test_a_model_has_the_flops_of_the_dense_model_and_twice_the_weights():
 
 
 @pytest.mark.parametrize(
-    "mesh_config", [MeshConfig(1, 2, 2, 2), MeshConfig(2, 1, 4, 1)], ids=["2x2x2", "2x4"]
+    "mesh_config",
+    [pytest.param(MeshConfig(1, 2, 2, 2), marks=pytest.mark.slow), MeshConfig(2, 1, 4, 1)],
+    ids=["2x2x2", "2x4"],
 )
 def test_rows_cut_over_devices_give_the_same_gradients(mesh_config):
     """Also where a cut goes through an image."""
