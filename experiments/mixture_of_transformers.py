@@ -5,7 +5,8 @@
 
 Digits, sums and comparisons; each with two seeds. A position of the mixture multiplies as many
 weights as one of the dense model, so a step has the same FLOPs; in all it has nearly twice as many.
-Hardware: two CPU cores, a quarter of an hour for a dense point, a third more for a mixture.
+Hardware: two CPU cores, ten minutes for a dense point, a third more for a mixture, by their steps;
+not run yet.
 """
 
 from collections.abc import Iterator

@@ -12,7 +12,7 @@
 An image is 16 patches of 2x2 pixels to the one, 16 codes of 64 to the other, so rows, and FLOPs,
 are the same. The other half of the rows are comparisons in words. Of the changes for stability
 Chameleon has norms and z-loss; the learning rate is that of all.
-Hardware: two CPU cores. docs/results.md shows the outcome beside the paper's.
+Hardware: two CPU cores; not run yet.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,7 @@
 
     transfusion-jax sweep experiments/table7_mini.py
 
-Hardware: two CPU cores, about a quarter of an hour. docs/results.md shows the outcome beside the
-paper's.
+Hardware: two CPU cores, about a quarter of an hour by its steps; not run yet.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
     transfusion-jax sweep experiments/table8_mini.py
 
-Hardware: two CPU cores, about ten minutes. docs/results.md shows the outcome beside the paper's.
+Hardware: two CPU cores, about ten minutes by its steps; not run yet.
 """
 
 from collections.abc import Iterator
