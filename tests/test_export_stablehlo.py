@@ -205,6 +205,19 @@ def test_the_runner_answers_as_generate_does_without_this_package(left, tmp_path
             assert np.abs(a.astype(int) - b).max() <= 1 and b.std() > 20
 
 
+def test_the_runner_refuses_in_a_line_what_it_cannot_read(left, tmp_path, capsys, monkeypatch):
+    """An id beyond the vocabulary would be answered: lookups are clamped."""
+    np.save(tmp_path / "wide.npy", np.zeros((3, 5, 1), np.float32))
+    (tmp_path / "no.npy").write_bytes(bytes(10))
+    monkeypatch.setattr(runner, "__file__", str(left[1] / "run.py"))
+    images = [("--image", str(tmp_path / f"{name}.npy")) for name in ("wide", "no", "missing")]
+    for words in (("--ids", "99999"), ("--ids", "-1"), *images):
+        monkeypatch.setattr("sys.argv", ["run.py", *words, "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="2"):
+            runner.main()
+        assert f"error: {words[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_it_is_for_three_platforms(left):
     for name in ("prefill", "decode", "denoise"):
         data = (left[1] / f"{name}.jax_export").read_bytes()

@@ -81,9 +81,9 @@ class Tokenizer:
             fixed[at : at + 2] = [False]
 
     def _of(self, symbol: str) -> list[int]:
-        if symbol not in self.ids and self.bytes:
-            return [self.bytes[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-        return [self.ids[symbol] if symbol in self.ids else self.kinds.index(UNKNOWN)]
+        if symbol in self.ids or not self.bytes:
+            return [self.ids.get(symbol, self.kinds.index(UNKNOWN))]
+        return [self.bytes[f"<0x{byte:02X}>"] for byte in symbol.encode()]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; marks are left out."""
@@ -198,8 +198,7 @@ class Model:
         tokens = [about["bos"], *prompt]
         key = jax.random.fold_in(jax.random.key(np.uint32(seed)), row)
         length = len(tokens) + len(images) * (span - 1)
-        length += -length % about["block"]
-        cache = self.cache(length + about["max_tokens"] + span)
+        cache = self.cache(length + -length % about["block"] + about["max_tokens"] + span)
         logits, length, cache = self.read(tokens, list(images), cache)
         limit, written = length + about["max_tokens"], []
         barred_1V = np.isin(np.arange(logits.shape[-1]), about["never"])[None]
@@ -237,11 +236,9 @@ class Model:
             return jax.random.normal(jax.random.fold_in(key, i), tuple(about["image"]))[None]
 
         def predict(x, t, length, cache):
-            sizes = jnp.int32(t), jnp.full((1,), length, jnp.int32)
-            return self.denoise(self.weights, x, *sizes, *cache)
+            return self.denoise(self.weights, x, jnp.int32(t), jnp.full(1, length, "int32"), *cache)
 
-        steps = about["steps"]
-        last = len(about["alpha"]) - 2
+        steps, last = about["steps"], len(about["alpha"]) - 2
         path = np.round(np.linspace(last, -1, steps + 1)).astype(np.int32)
         x = noise(steps)
         settings = about["prediction"], about["clip"], about["eta"]
@@ -304,7 +301,6 @@ def write_png(file: Path, picture_HWC: np.ndarray) -> None:
     """A picture in [-1, 1] with one or three channels as a PNG."""
     pixels = np.round((np.clip(picture_HWC, -1, 1) + 1) * 127.5).astype(np.uint8)
     height, width, channels = pixels.shape
-
     head = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
     lines = zlib.compress(b"".join(b"\0" + line.tobytes() for line in pixels))
     content = b"\x89PNG\r\n\x1a\n"
@@ -328,9 +324,14 @@ def main() -> None:
     asked = vars(parser.parse_args())
     text, ids, image, out = (asked.pop(name) for name in ("prompt", "ids", "image", "out"))
     model, number = Model(Path(__file__).parent), 0
-    images = [np.load(image)] if image else []
-    prompt = [model.about["boi"]] * len(images)
-    prompt += model.tokenizer.encode(text) if ids is None else ids
+    try:
+        images = [np.broadcast_to(np.load(image), model.about["image"])] if image else []
+    except (OSError, ValueError) as error:
+        parser.error(f"--image {image}: {error}")
+    ids = model.tokenizer.encode(text) if ids is None else ids
+    if not set(ids) <= set(range(model.about["eoi"] + 1)):
+        parser.error(f"--ids are from 0 to {model.about['eoi']}")
+    prompt = [model.about["boi"]] * len(images) + ids
     out.mkdir(parents=True, exist_ok=True)
     with (out / "outputs.jsonl").open("w") as file:
         for row in range(asked.pop("num")):
@@ -341,9 +342,8 @@ def main() -> None:
                 if drawn:
                     write_png(out / f"{number}.png", model.picture_of(span))
                     number += 1
-            line = json.dumps({"prompt": text, "spans": spans}, ensure_ascii=False)
-            file.write(line + "\n")
-            print(line)
+            for place in (file, sys.stdout):
+                print(json.dumps({"prompt": text, "spans": spans}, ensure_ascii=False), file=place)
 
 
 if __name__ == "__main__":

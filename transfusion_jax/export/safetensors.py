@@ -92,7 +92,8 @@ def config(trained: Trained, dtype: str) -> dict[str, Any]:
         "model_type": "transfusion_jax",
         **{name: part for name, part in parts.items() if part is not None},
         **special_tokens(trained),
-        # Rows of the embedding beyond these are padding, never read or written.
+        # Rows of the embedding from here to `vocab_size` are padding, never read or written; those
+        # after it are the codes of a chameleon.
         "tokenizer_size": tokenizer.size,
         "tie_word_embeddings": False,
         "dtype": dtype,

@@ -51,7 +51,8 @@ def model_flops(
     6 per weight and vector it multiplies, 4 if the weight is frozen and so has no gradient: blocks
     multiply every position, the vocabulary projection positions with a text target, patch layers
     patches. 12 H per head, layer and pair of positions that may see each other. Not counted:
-    recomputation, computed pairs that are masked, and logits that enter no loss.
+    recomputation, computed pairs that are masked, and logits that enter no loss. Too many are
+    counted where nothing before a frozen weight is trained: it has no backward pass at all.
 
     Args:
       multiplications: of the model, as `Model.multiplications` gives them.
