@@ -23,6 +23,7 @@ from transfusion_jax.export.llama_config import source_config
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.pretraining.initial import initialise_from
 from transfusion_jax.pretraining.state import blueprint
+from transfusion_jax.tensors import open_tensors
 
 V, LENGTH = 300, 40
 SIZE = trained_run.tokenizer().size
@@ -71,7 +72,7 @@ def started(directory: Path, mesh: MeshConfig | None = None, **changes):
     trunk = directory.parent / "trunk"
     trunk.mkdir(exist_ok=True)
     (trunk / "config.json").write_text(json.dumps(described["text_config"]))
-    model = source_config(trunk, {}).model
+    model = source_config(trunk, open_tensors(directory)).model
     base = replace(tiny.small(), model=replace(model, compute_dtype="float32", **changes))
     experiment = replace(base, train=replace(base.train, initial=str(directory)))
     devices = jax.devices()[:1] if mesh is None else jax.devices()[:2]
