@@ -1,4 +1,4 @@
-"""Table 3 on digits: Transfusion against Chameleon, and Llama on the text, at three sizes.
+r"""Table 3 on digits: Transfusion against Chameleon, and Llama on the text, at three sizes.
 
     transfusion-jax train experiments/digits.py --run-dir runs/digits
     python experiments/write_digits.py data/raw/digits
@@ -9,8 +9,8 @@
         --channels 1 --tokenizer runs/digits/tokenizer.model --autoencoder runs/vq_digits
     transfusion-jax sweep experiments/table3_mini.py
 
-An image is 16 patches of 2x2 pixels to the one, 16 codes of 64 to the other, so rows, and FLOPs,
-are the same. The other half of the rows are comparisons in words. Of the changes for stability
+An image is 16 patches of 2x2 pixels to the one, 16 codes of 64 to the other, so rows are the
+same, and FLOPs but for the logits of codes. The other half of the rows are comparisons in words. Of the changes for stability
 Chameleon has norms and z-loss; the learning rate is that of all.
 Hardware: two CPU cores; not run yet.
 """
