@@ -10,8 +10,8 @@ r"""Table 3 on digits: Transfusion against Chameleon, and Llama on the text, at 
     transfusion-jax sweep experiments/table3_mini.py
 
 An image is 16 patches of 2x2 pixels to the one, 16 codes of 64 to the other, so rows are the
-same, and FLOPs but for the logits of codes. The other half of the rows are comparisons in words. Of the changes for stability
-Chameleon has norms and z-loss; the learning rate is that of all.
+same, and FLOPs but for the logits of codes. The other half of the rows are comparisons in words.
+Of the changes for stability Chameleon has norms and z-loss; the learning rate is that of all.
 Hardware: two CPU cores; not run yet.
 """
 
