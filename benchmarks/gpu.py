@@ -45,14 +45,14 @@ class Part:
 # What matters most comes first.
 PARTS = (
     Part("", "parity", "attention_parity.py"),
-    Part("0.16B", "ours", "train_step.py", ("--remat", "none")),
-    Part("0.16B", "torch", "torch_peer.py"),
-    Part("0.76B", "ours", "train_step.py", ("--remat", "none")),
-    Part("0.76B", "torch", "torch_peer.py"),
-    Part("0.16B", "ours-tokamax", "train_step.py", ("--remat", "none", "--tokamax-backward")),
     Part("0.16B", "ours-minimal", "train_step.py", ("--remat", "minimal")),
+    Part("0.16B", "torch", "torch_peer.py"),
     Part("0.76B", "ours-minimal", "train_step.py", ("--remat", "minimal")),
-    Part("0.16B", "ours-logits", "train_step.py", ("--remat", "none", "--vocab-chunk", "4096")),
+    Part("0.76B", "torch", "torch_peer.py"),
+    Part("0.16B", "ours-none", "train_step.py", ("--remat", "none")),
+    Part("0.76B", "ours-none", "train_step.py", ("--remat", "none")),
+    Part("0.16B", "ours-tokamax", "train_step.py", ("--remat", "minimal", "--tokamax-backward")),
+    Part("0.16B", "ours-logits", "train_step.py", ("--remat", "minimal", "--vocab-chunk", "4096")),
 )
 LIMIT = 120
 """Seconds of a part."""

@@ -61,10 +61,11 @@ def chameleon(base: Experiment) -> Experiment:
 
 
 def llama(base: Experiment) -> Experiment:
-    """On text alone."""
+    """On the text alone, for as many steps."""
     return replace(
         base,
         model=replace(base.model, family="llama", image_attention="causal"),
+        data=replace(base.data, sources=(SourceConfig("comparisons"),)),
         evaluation=("comparisons", "likelihood"),
     )
 

@@ -190,6 +190,22 @@ def test_auto_depends_on_the_platform(platform, block, chosen):
     assert (model.attention, model.attention_block) == chosen
 
 
+@pytest.mark.parametrize(
+    "platform, remat, loop",
+    [
+        ("gpu", "minimal", "unroll"),
+        ("gpu", "none", "unroll"),
+        ("gpu", "full", "scan"),
+        ("cpu", "none", "scan"),
+        ("tpu", "minimal", "scan"),
+    ],
+)
+def test_layers_are_written_out_on_a_gpu_that_keeps_much(platform, remat, loop):
+    assert for_platform(ModelConfig(remat=remat), platform).layer_loop == loop
+    chosen = ModelConfig(remat=remat, layer_loop="scan")
+    assert for_platform(chosen, platform).layer_loop == "scan"
+
+
 def test_what_a_platform_cannot_run_is_refused_from_the_config_alone():
     message = "model.attention='pallas' runs on tpu; on cpu: chunked, dense"
     with pytest.raises(ValueError, match=message):

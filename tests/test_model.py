@@ -23,7 +23,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 @functools.cache
-def model(attention: str = "chunked", remat: str = "none"):
+def model(attention: str = "chunked", remat: str = "none", layer_loop: str = "scan"):
     config = ModelConfig(
         layers=2,
         width=32,
@@ -35,6 +35,7 @@ def model(attention: str = "chunked", remat: str = "none"):
         attention=attention,
         attention_block=16,
         remat=remat,
+        layer_loop=layer_loop,
     )
     built = build(Experiment("test", image=ImageConfig(4, 4, 1, 2), model=config), 0)
     # Fresh output layers predict zero; random ones, so that every path carries a signal.
@@ -116,9 +117,10 @@ def test_packed_equals_unpacked():
         ("chunked", "full"),
         ("chunked", "minimal"),
         ("chunked", "attention"),
+        ("chunked", "minimal", "unroll"),
     ],
 )
-def test_attention_and_remat_do_not_change_the_model(variant):
+def test_attention_remat_and_loop_do_not_change_the_model(variant):
     batch = rows(*packings.PACKINGS)
     t = timesteps(batch)
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -26,6 +27,8 @@ from transfusion_jax.config import (
     unet,
 )
 from transfusion_jax.config.fields import flattened
+from transfusion_jax.data.pipeline import Data
+from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning.plan import make_plan
@@ -199,6 +202,22 @@ def cut(experiment: Experiment, axes: dict[str, int]) -> None:
     """Raises ValueError where the mesh does not divide a parameter."""
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
     parameter_shardings(abstract(experiment.model, experiment.image), mesh)
+
+
+@pytest.mark.parametrize(
+    "experiment", [p for p in points("table3_mini") if not p.id.startswith("table3_mini:chameleon")]
+)
+def test_a_small_point_can_learn_from_the_data_that_it_names(experiment):
+    """The prepared digits are those of the source `digits`."""
+    named = tuple(
+        replace(source, name=source.name.replace("data/digits", "digits"))
+        for source in experiment.data.sources
+    )
+    data = Data(
+        replace(experiment, data=replace(experiment.data, sources=named)),
+        train_tokenizer(["a handwritten seven"] * 20, experiment.tokenizer.vocab_size),
+    )
+    assert {source.name for source in data.sources} <= {"digits", "comparisons"}
 
 
 def test_the_large_run_is_that_of_section_4_4():

@@ -153,9 +153,13 @@ class ModelConfig:
     vector as well (our choice; the paper is silent). With the vector, small models learn to read
     images sooner (docs/design.md, log)."""
     remat: Literal["none", "minimal", "attention", "full", "offload"] = "full"
-    """What the backward pass recomputes: nothing; all but the products with parameters; all but
-    attention (`chunked` and `pallas` only); or every layer from its input, which `offload` keeps
-    in the memory of an accelerator's host."""
+    """What the backward pass recomputes: nothing; all but attention and the products with
+    parameters; all but attention (`chunked` and `pallas` only); or every layer from its input,
+    which `offload` keeps in the memory of an accelerator's host."""
+    layer_loop: Literal["auto", "scan", "unroll"] = "auto"
+    """Whether the compiled step loops over the layers or writes them out. A loop compiles once for
+    all layers, and copies what each keeps for the backward pass into one array. `auto` is `unroll`
+    on a GPU where `remat` keeps much (`none`, `minimal`), else `scan`."""
     attention: Literal["auto", "chunked", "dense", "pallas", "tokamax"] = "auto"
     """`pallas` runs on TPU, `tokamax` on GPU (`pip install 'transfusion-jax[gpu]'`), the others
     anywhere; `dense` builds the full matrix of scores. `auto` is `pallas` on TPU, `tokamax` on

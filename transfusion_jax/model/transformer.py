@@ -23,7 +23,7 @@ LAYER_INPUT = "layer_input"
 POLICIES = {
     "minimal": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+        jax.checkpoint_policies.save_only_these_names(PRODUCT, KEPT),
     ),
     "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -72,9 +72,13 @@ class Transformer(nnx.Module):
                 x_BLD, _ = blocks[0](x_BLD, cos_sin, intervals)
             return constrain(x_BLD, "batch", "residual", None), None
 
+        unroll = self.config.layer_loop == "unroll"
         if self.config.remat != "none":
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.config.remat])
-        x_BLD, _ = jax.lax.scan(layer, x_BLD, stacked)
+            # A loop keeps what is recomputed apart from what was computed before. So little is
+            # recomputed under "minimal" that the compiler may merge the two.
+            apart = unroll and self.config.remat != "minimal"
+            layer = jax.checkpoint(layer, prevent_cse=apart, policy=POLICIES[self.config.remat])
+        x_BLD, _ = jax.lax.scan(layer, x_BLD, stacked, unroll=unroll)
         return self._normed(x_BLD, image_BL)
 
     def extend(

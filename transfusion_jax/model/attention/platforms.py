@@ -26,7 +26,7 @@ DEFAULT_BLOCK = {"chunked": 128, "pallas": 512}
 
 
 def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
-    """The model with "auto" replaced by the implementation for a platform.
+    """The model with each "auto" replaced by what it stands for on a platform.
 
     Raises:
       ValueError: its implementation, or its remat policy, does not run there.
@@ -40,6 +40,9 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
     else:
         implementation, block = automatic(platform, model.attention_block)
         model = replace(model, attention=implementation, attention_block=block)
+    if model.layer_loop == "auto":
+        unrolls = platform in ("gpu", "cuda") and model.remat in ("none", "minimal")
+        model = replace(model, layer_loop="unroll" if unrolls else "scan")
     if model.remat == "attention" and model.attention not in DEFAULT_BLOCK:
         kinds = " and ".join(DEFAULT_BLOCK)
         raise ValueError(f"model.remat='attention' needs {kinds} attention, not {model.attention}")
