@@ -58,10 +58,9 @@ LIMIT = 120
 """Seconds of a part."""
 
 
-def run(part: Part, tiny: bool, directory: Path) -> dict | None:
-    """What a part found; None if it failed."""
+def run(part: Part, shape: tuple[str, ...], directory: Path, limit: float) -> dict | None:
+    """What a part found in `limit` seconds; None if it failed."""
     found = directory / f"{part.name.replace('/', '-')}.json"
-    shape = (TINY if tiny else SHAPES[part.size]) if part.size else ()
     arguments = (*shape, *part.arguments)
     command = [sys.executable, "-u", str(HERE / part.program), *arguments, "--json", str(found)]
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94", **os.environ}
@@ -71,15 +70,15 @@ def run(part: Part, tiny: bool, directory: Path) -> dict | None:
     print(f"\n== {part.name}: {part.program} {' '.join(arguments)}", flush=True)
     begin = time.monotonic()
     try:
-        code = subprocess.run(command, env=environment, timeout=LIMIT).returncode
+        code = subprocess.run(command, env=environment, timeout=limit).returncode
     except subprocess.TimeoutExpired:
-        code = f"none in {LIMIT} s"
+        code = f"none in {limit} s"
     print(f"== {part.name}: {time.monotonic() - begin:.0f} s, exit code {code}", flush=True)
     return json.loads(found.read_text()) if code == 0 and found.exists() else None
 
 
 def table(found: dict[str, dict | None]) -> str:
-    """One line for each part, PyTorch's speed as 1."""
+    """One line for each part, the speed of the part `torch` of its size as 1."""
     lines = [f"{'':24} {'tokens/s':>9} {'of matrix rate':>14} {'GiB':>6} {'of PyTorch':>10}"]
     for name, figures in found.items():
         if figures is None:
@@ -117,7 +116,8 @@ def main() -> int:
             if time.monotonic() - begin > args.seconds:
                 print(f"== {part.name}: no time left")
                 continue
-            found[part.name] = run(part, args.tiny, directory)
+            shape = (TINY if args.tiny else SHAPES[part.size]) if part.size else ()
+            found[part.name] = run(part, shape, directory, LIMIT)
     print(f"\n{time.monotonic() - begin:.0f} s in all\n{table(found)}", flush=True)
     return 0 if found and all(found.values()) else 1
 

@@ -29,6 +29,7 @@ from train_step import experiment_of, parser, rows_of  # noqa: E402
 from transfusion_jax.batch import Batch  # noqa: E402
 from transfusion_jax.config import Experiment, ImageConfig, ModelConfig  # noqa: E402
 from transfusion_jax.diffusion.schedule import SCHEDULES  # noqa: E402
+from transfusion_jax.host import keep_freed_memory  # noqa: E402
 
 WAVES = 256
 
@@ -286,7 +287,10 @@ def main() -> None:
     peer.description = __doc__.splitlines()[0]
     peer.add_argument("--remat", default="none", choices=("none", "full"))
     peer.add_argument("--compile", default=True, action=argparse.BooleanOptionalAction)
+    peer.add_argument("--keep-memory", action="store_true", help="malloc keeps freed memory")
     args = peer.parse_args()
+    if args.keep_memory:
+        keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     experiment = experiment_of(args)
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from transfusion_jax.config import DataConfig, Experiment, ModelConfig, TrainCon
 from transfusion_jax.config.presets import TABLE_2
 from transfusion_jax.data.pipeline import Data, read
 from transfusion_jax.data.tokenizer import train_tokenizer
-from transfusion_jax.host import keep_freed_memory
+from transfusion_jax.host import keep_freed_memory, use_every_core
 from transfusion_jax.model.attention import attention
 from transfusion_jax.model.interface import Model
 from transfusion_jax.model.work import batch_work, model_flops
@@ -187,6 +187,7 @@ def peak_memory() -> dict[str, float]:
 def main() -> None:
     keep_freed_memory()
     args = arguments()
+    use_every_core(args.batch)
     if args.tokamax_backward:
         attention.tokamax_attention = functools.partial(
             attention.tokamax_attention, own_backward=False

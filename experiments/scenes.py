@@ -40,7 +40,7 @@ def config() -> Experiment:
         optimizer=replace(base.optimizer, kind="muon"),
         train=replace(
             base.train,
-            steps=3500,
+            steps=3000,
             image_loss_weight=25.0,
             vocab_chunk=192,
             ema_decay=0.998,

@@ -14,19 +14,23 @@ ARGUMENTS = {
     "attention_parity": "",
     "export": "--size 0.16B",
     "gpu": "--try --only 0.16B/ours-minimal",
+    "peers": "--try --only 256/ours 256/torch-eager",
     "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
     "processes": "--width 64 --layers 1 --length 300 --rows 2 --steps 1 --rounds 1",
     "read_rows": "--rows 16 --pairs 64",
     "scale": "--documents 40000 --starts 1",
     "torch_peer": "--width 64 --layers 1 --length 300 --batch 1 --steps 1 --no-compile",
+    "transfusion_pytorch_peer": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
     "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
     "week": "--faults 2 --steps 40",
 }
-SLOW = {"export", "gpu", "processes", "week"}
+SLOW = {"export", "gpu", "peers", "processes", "week"}
 NEEDS = {
     "attention_blocks": "libtpu",
     "attention_parity": "tokamax",
+    "peers": "torch",
     "torch_peer": "torch",
+    "transfusion_pytorch_peer": "transfusion_pytorch",
 }
 
 

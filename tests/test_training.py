@@ -117,6 +117,24 @@ def test_muon_trains_on_a_mesh_like_on_one_device(experiment, tokenizer):
     assert here < 1.25 * sum(x.nbytes for x in moments) / 8
 
 
+@pytest.mark.slow
+def test_devices_share_the_products_of_muon(experiment, tokenizer):
+    """Eight devices, eight layers."""
+    deep = replace(experiment, model=replace(experiment.model, layers=8))
+    muon = replace(deep, optimizer=replace(deep.optimizer, kind="muon"))
+    eight = MeshConfig(data=8)
+    flops = {
+        (name, mesh): read_program(program_text(config, mesh), unknown_trips=2).flops
+        for name, config in (("adamw", deep), ("muon", muon))
+        for mesh in (ONE, eight)
+    }
+    alone = flops["muon", ONE] - flops["adamw", ONE]
+    shared = flops["muon", eight] - flops["adamw", eight]
+    assert shared == pytest.approx(alone / 8, rel=0.02)
+    losses, _ = run(muon, tokenizer, eight, 4)
+    np.testing.assert_allclose(losses, run(muon, tokenizer, ONE, 4)[0], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "parts, mesh_config",
     [

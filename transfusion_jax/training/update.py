@@ -17,7 +17,7 @@ from jax import Array
 
 from transfusion_jax.config import OptimizerConfig
 from transfusion_jax.errors import require
-from transfusion_jax.parallel.rules import constrain
+from transfusion_jax.parallel.rules import constrain, divided
 from transfusion_jax.training.frozen import like, merged, without
 from transfusion_jax.training.state import AnyState
 
@@ -87,14 +87,18 @@ def make_optimizer(
 
     decay = without(decayed(parameters), frozen)
     if config.kind == "muon":
-        direction = optax.contrib.muon(
+        axes = without(matrices(parameters), frozen)
+        muon = optax.contrib.muon(
             learning_rate=1.0,
             eps=config.epsilon,
             beta=config.momentum,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            muon_weight_dimension_numbers=without(matrices(parameters), frozen),
+            muon_weight_dimension_numbers=axes,
             consistent_rms=ADAMW_RMS,
+        )
+        direction = muon._replace(
+            update=lambda gradients, *others: muon.update(_in_layers(axes, gradients), *others)
         )
         # Not by `muon`, which lets everything decay that it leaves to AdamW.
         decay = optax.add_decayed_weights(-config.weight_decay, decay)
@@ -129,6 +133,25 @@ def matrices(parameters: nnx.State) -> dict:
     }
     require(any(found.values()), "optimizer.kind='muon' is for transformers: it finds no layers")
     return nnx.to_pure_dict(nnx.from_flat_state(found))
+
+
+def _in_layers(axes: dict, gradients: dict) -> dict:
+    """The gradients of `matrices`, those of a few whole layers on each device, where the devices
+    divide the layers.
+
+    Muon's products take whole matrices, so that each device does them for its layers (Liu et al.
+    2025, arXiv 2502.16982, section 2.3), instead of every device for all.
+    """
+
+    def cut(axes: optax.contrib.MuonDimensionNumbers | None, gradient: Array) -> Array:
+        whole = ("whole_layers", *[None] * (gradient.ndim - 1))
+        mesh = jax.sharding.get_abstract_mesh()
+        if axes is None or mesh.empty or divided(whole, gradient.shape)[0] is None:
+            return gradient
+        return constrain(gradient, *whole)
+
+    leaf = (optax.contrib.MuonDimensionNumbers, type(None))
+    return jax.tree.map(cut, axes, gradients, is_leaf=lambda x: isinstance(x, leaf))
 
 
 def descend(
