@@ -12,10 +12,10 @@ import pytest
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
 from transfusion_jax.config import Experiment, TrainConfig
 from transfusion_jax.config.fields import flattened
-from transfusion_jax.config.stored import differences
+from transfusion_jax.config.stored import differences, dumps
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.errors import ComeAgain
-from transfusion_jax.pretraining.run import open_run, stored
+from transfusion_jax.pretraining.run import open_run, stored, tokenizer_of
 from transfusion_jax.training import directory as directory_lib
 from transfusion_jax.training.directory import check_directory, open_directory
 from transfusion_jax.training.lock import Lock
@@ -53,6 +53,16 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
         check_directory(LINE, tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         check_directory(LINE, tmp_path / "photo.png")
+
+
+def test_a_run_that_lost_its_tokenizer_gets_no_other(tmp_path):
+    """One trained anew on the same text could number its words otherwise."""
+    experiment = Experiment("run", train=TrainConfig(steps=200))
+    (tmp_path / "config.json").write_text(dumps(experiment))
+    with pytest.raises(ValueError, match="has lost its tokenizer.model"):
+        stored(tmp_path, print)
+    with pytest.raises(ValueError, match="has lost its tokenizer.model"):
+        tokenizer_of(experiment, tmp_path)
 
 
 def test_fields_that_may_change_are_stored_anew_and_others_are_refused(tmp_path):

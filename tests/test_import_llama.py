@@ -273,6 +273,22 @@ def write_small(directory: Path, config: dict | None = None, **tensors):
     )
 
 
+WHOLE = {
+    name: np.ones(shape, np.float32)
+    for name, shape in {
+        "model.embed_tokens.weight": (10, 8),
+        "model.layers.0.input_layernorm.weight": (8,),
+        **{f"model.layers.0.self_attn.{x}_proj.weight": (8, 8) for x in "qkvo"},
+        "model.layers.0.post_attention_layernorm.weight": (8,),
+        "model.layers.0.mlp.gate_proj.weight": (12, 8),
+        "model.layers.0.mlp.up_proj.weight": (12, 8),
+        "model.layers.0.mlp.down_proj.weight": (8, 12),
+        "model.norm.weight": (8,),
+        "lm_head.weight": (10, 8),
+    }.items()
+}
+"""The tensors of `write_small`'s config."""
+
 BAD = {
     "no such file or directory": lambda path: None,
     "no safetensors in": lambda path: path.mkdir(),
@@ -302,6 +318,9 @@ BAD = {
     ),
     "head_dim=8 times num_attention_heads=2": lambda path: write_small(path, {"head_dim": 8}),
     "lm_head.weight missing instead of (10, 8); model.embed_tokens.weight missing": write_small,
+    "mlp.up_proj.weight has numbers that are not finite": lambda path: write_small(
+        path, **{**WHOLE, "model.layers.0.mlp.up_proj.weight": np.full((12, 8), np.nan, np.float32)}
+    ),
     "is a pickle": lambda path: (path.mkdir(), (path / "pytorch_model.bin").write_bytes(b"x")),
     "2 pickles, consolidated.00.pth and so on": lambda path: (
         path.mkdir(),

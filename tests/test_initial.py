@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import test_families
 from exported import a_tokenizer, flat, planned, run_directory, weights
 from test_export_safetensors import refused, tiny_experiment
@@ -89,6 +90,18 @@ def test_an_import_is_a_checked_copy_that_needs_nothing_of_the_export(exported, 
     for name, tensor in before.items():
         np.testing.assert_array_equal(tensor, after[name])
     start(tmp_path / "in", tiny_experiment())
+
+
+def test_weights_that_are_not_finite_are_no_import(exported, tmp_path, capsys):
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    (file,) = moved.glob("*.safetensors")
+    tensors = safetensors.numpy.load_file(file)
+    tensors["model.norm.weight"][3] = np.inf
+    safetensors.numpy.save_file(tensors, file)
+    assert main(["import", "safetensors", str(moved), "--out", str(tmp_path / "in")]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: model.norm.weight has numbers that are not finite\n"
+    assert not (tmp_path / "in").exists()
 
 
 def test_rounded_weights_and_raw_ones_start_a_run_too(tmp_path):

@@ -60,6 +60,16 @@ def check_shapes(
     require(not wrong, f"{problem}: {'; '.join(wrong[:3])}{more}")
 
 
+def finite(name: str, tensor: np.ndarray) -> np.ndarray:
+    """The tensor, all of whose numbers are finite.
+
+    Raises:
+      ValueError: one is not.
+    """
+    require(bool(np.all(np.isfinite(tensor))), f"{name} has numbers that are not finite")
+    return tensor
+
+
 def _files(source: Path) -> tuple[list[Path], set[str]]:
     """The files, and the tensors that an index says are in them."""
     require(source.exists(), f"no such file or directory: {source}")

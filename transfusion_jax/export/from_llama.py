@@ -21,7 +21,7 @@ from transfusion_jax.export.llama_config import Source, source_config
 from transfusion_jax.export.shards import Described, write_shards
 from transfusion_jax.files import write_atomic, write_json
 from transfusion_jax.model.published import tensors, text_config
-from transfusion_jax.tensors import check_shapes, open_tensors
+from transfusion_jax.tensors import check_shapes, finite, open_tensors
 from transfusion_jax.training.checkpoint import Report
 
 MULTIPLE = 128
@@ -52,7 +52,8 @@ def read(source: Path, out: Path, report: Report) -> None:
     """Fills the directory `out`.
 
     Raises:
-      ValueError: `source` holds no Llama that our transformer can be, or its files are damaged.
+      ValueError: `source` holds no Llama that our transformer can be, its files are damaged, or a
+        number is not finite.
     """
     _check_pickles(source)
     found = {name: x for name, x in open_tensors(source).items() if not name.endswith(FOLLOWS)}
@@ -73,7 +74,7 @@ def read(source: Path, out: Path, report: Report) -> None:
         for tensor in tensors(_experiment(grown))
     }
     weights = Weights(found, described, rows)
-    write_shards(out, planned, ((name, weights[name]) for name in planned))
+    write_shards(out, planned, ((name, finite(name, weights[name])) for name in planned))
     if tokenizer:
         write_atomic(out / "tokenizer.model", tokenizer.model)
     write_json(out / "config.json", _config(grown, described.length, entries, tokenizer))

@@ -8,7 +8,7 @@ from transfusion_jax.errors import require
 from transfusion_jax.export.shards import Described, write_shards
 from transfusion_jax.files import write_atomic
 from transfusion_jax.model.published import tensors
-from transfusion_jax.tensors import check_shapes, open_tensors
+from transfusion_jax.tensors import check_shapes, finite, open_tensors
 from transfusion_jax.training.checkpoint import Report
 
 EXPERIMENT = "experiment.json"
@@ -19,8 +19,8 @@ def read(source: Path, out: Path, report: Report) -> None:
     """Fills the directory `out` with weights that `train.initial` starts a run from.
 
     Raises:
-      ValueError: `source` is no such export, a file is missing or damaged, or tensors are not those
-        of its settings.
+      ValueError: `source` is no such export, a file is missing or damaged, tensors are not those of
+        its settings, or a number is not finite.
     """
     found = open_tensors(source)
     for name in (EXPERIMENT, *BESIDE):
@@ -36,6 +36,6 @@ def read(source: Path, out: Path, report: Report) -> None:
         f"the tensors in {source} do not fit its {EXPERIMENT}",
     )
     planned = {name: Described(shape, found[name].dtype) for name, shape in expected.items()}
-    write_shards(out, planned, ((name, found[name]) for name in planned))
+    write_shards(out, planned, ((name, finite(name, found[name])) for name in planned))
     for name in (EXPERIMENT, *BESIDE):
         write_atomic(out / name, (source / name).read_bytes())

@@ -17,7 +17,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "sequence": "sequence",
     "residual": ("sequence", "tensor"),
     "layers": None,
-    "whole_layers": ("data", "fsdp", "sequence"),
     "embed": ("fsdp", "sequence"),
     "norm": None,
     "heads": "tensor",

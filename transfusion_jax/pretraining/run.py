@@ -188,7 +188,7 @@ def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:
     reported.
 
     Raises:
-      ValueError: `directory` is no run directory.
+      ValueError: `directory` is no run directory, or its tokenizer is lost.
     """
     path = directory / "config.json"
     if not path.exists():
@@ -216,10 +216,15 @@ def latent_space(data: Data) -> LatentSpace | None:
 
 
 def tokenizer_of(experiment: Experiment, directory: Path) -> Tokenizer:
-    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or that of the
-    sources."""
+    """The run's own tokenizer; for a new run, the one at `tokenizer.path` or that of the sources.
+
+    Raises:
+      ValueError: the run's own is lost, or there is none to take.
+    """
     path = directory / "tokenizer.model"
     if not path.exists():
+        if (directory / "config.json").exists():
+            raise ValueError(f"{directory} has lost its tokenizer.model: no other fits its weights")
         if not experiment.tokenizer.path:
             return _sources_tokenizer(experiment)
         path = local_path(experiment.tokenizer.path)

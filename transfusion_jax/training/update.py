@@ -136,15 +136,15 @@ def matrices(parameters: nnx.State) -> dict:
 
 
 def _in_layers(axes: dict, gradients: dict) -> dict:
-    """The gradients of `matrices`, those of a few whole layers on each device, where the devices
-    divide the layers.
+    """The gradients of `matrices`, those of whole layers on each device, dealt out as the rows of a
+    batch are, where that divides the layers.
 
-    Muon's products take whole matrices, so that each device does them for its layers (Liu et al.
-    2025, arXiv 2502.16982, section 2.3), instead of every device for all.
+    Muon's products take whole matrices. So a device does them for its layers alone, as in Liu et
+    al. 2025 (arXiv 2502.16982, section 2.3), instead of every device for all of them.
     """
 
     def cut(axes: optax.contrib.MuonDimensionNumbers | None, gradient: Array) -> Array:
-        whole = ("whole_layers", *[None] * (gradient.ndim - 1))
+        whole = ("batch", *[None] * (gradient.ndim - 1))
         mesh = jax.sharding.get_abstract_mesh()
         if axes is None or mesh.empty or divided(whole, gradient.shape)[0] is None:
             return gradient
