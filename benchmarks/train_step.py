@@ -63,6 +63,7 @@ def arguments() -> argparse.Namespace:
     )
     ours.add_argument("--block", type=int, default=128)
     ours.add_argument("--remat", default="full", choices=("none", "minimal", "attention", "full"))
+    ours.add_argument("--layer-loop", default="auto", choices=("auto", "scan", "unroll"))
     ours.add_argument("--vocab-chunk", type=int, default=512)
     ours.add_argument(
         "--tokamax-backward", action="store_true", help="its backward pass, which skips no block"
@@ -124,6 +125,7 @@ def experiment_of(args: argparse.Namespace) -> Experiment:
             attention=getattr(args, "attention", "auto"),
             attention_block=getattr(args, "block", 128),
             remat=getattr(args, "remat", "none"),
+            layer_loop=getattr(args, "layer_loop", "auto"),
         ),
         data=DataConfig(row_length=args.length, batch_rows=args.batch),
         train=TrainConfig(vocab_chunk=getattr(args, "vocab_chunk", 512)),
