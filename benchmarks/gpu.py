@@ -49,6 +49,7 @@ PARTS = (
     Part("0.16B", "torch", "torch_peer.py"),
     Part("0.76B", "ours-minimal", "train_step.py", ("--remat", "minimal")),
     Part("0.76B", "torch", "torch_peer.py"),
+    Part("0.16B", "ours-scan", "train_step.py", ("--remat", "minimal", "--layer-loop", "scan")),
     Part("0.16B", "ours-none", "train_step.py", ("--remat", "none")),
     Part("0.76B", "ours-none", "train_step.py", ("--remat", "none")),
     Part("0.16B", "ours-tokamax", "train_step.py", ("--remat", "minimal", "--tokamax-backward")),
@@ -79,18 +80,20 @@ def run(part: Part, shape: tuple[str, ...], directory: Path, limit: float) -> di
 
 def table(found: dict[str, dict | None]) -> str:
     """One line for each part, the speed of the part `torch` of its size as 1."""
-    lines = [f"{'':24} {'tokens/s':>9} {'of matrix rate':>14} {'GiB':>6} {'of PyTorch':>10}"]
+    names = f"{'GiB':>6} {'M weights':>9} {'of PyTorch':>10}"
+    lines = [f"{'':28} {'tokens/s':>9} {'of matrix rate':>14} {names}"]
     for name, figures in found.items():
         if figures is None:
-            lines.append(f"{name:24} failed")
+            lines.append(f"{name:28} failed")
         elif name == "parity":
-            lines.append(f"{name:24} {'all right' if figures['right'] else 'NOT right'}")
+            lines.append(f"{name:28} {'all right' if figures['right'] else 'NOT right'}")
         else:
             peer = found.get(f"{name.split('/')[0]}/torch")
             share = figures.get("utilisation")
             lines.append(
-                f"{name:24} {figures['tokens_per_second']:9,.0f} "
+                f"{name:28} {figures['tokens_per_second']:9,.0f} "
                 f"{'' if share is None else f'{share:.1%}':>14} {figures['memory_gib']:6.1f} "
+                f"{figures['parameters'] / 1e6:9.1f} "
                 + (
                     f"{figures['tokens_per_second'] / peer['tokens_per_second']:10.2f}"
                     if peer

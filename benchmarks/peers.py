@@ -4,7 +4,8 @@
     python benchmarks/peers.py
 
 Two shapes, each part a process of its own, one after another on an otherwise idle machine: our
-step, with a device for every core as `train` makes them; PyTorch on the same rows (`torch_peer.py`)
+step, with a device for every core as `train` makes them, rematerialised (`full`, the default) and
+hardly (`minimal`); PyTorch, which rematerialises nothing, on the same rows (`torch_peer.py`)
 compiled, as it is, and with memory kept as ours keeps it; and the package as installed and with
 memory kept (`transfusion_pytorch_peer.py`), where it is installed. A last table has the ratios to
 compiled PyTorch. Exit code 1: a part failed.
@@ -12,6 +13,7 @@ compiled PyTorch. Exit code 1: a part failed.
 
 import argparse
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 
@@ -45,6 +47,7 @@ def main() -> int:
     installed = importlib.util.find_spec("transfusion_pytorch") is not None
     if not installed:
         print("transfusion-pytorch is not installed: left out")
+    os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
     directory = Path(tempfile.mkdtemp(prefix="peers-"))
     parts = [Part(size, *kind) for size in SHAPES for kind in KINDS]
     found = {

@@ -311,9 +311,9 @@ def main() -> None:
     print(f"first two steps   {first:.1f} s")
     print(f"loss              {loss:.4f}", flush=True)
     if args.json:
-        record = {"tokens_per_second": rate, "memory_gib": gib, "compile_seconds": first}
+        record = {"tokens_per_second": rate, "memory_gib": gib, "parameters": count}
         with open(args.json, "a") as file:
-            print(json.dumps(record | {"loss": loss}), file=file)
+            print(json.dumps(record | {"compile_seconds": first, "loss": loss}), file=file)
 
 
 if __name__ == "__main__":

@@ -203,14 +203,14 @@ def main() -> None:
     shape = shape_of(args)
     lines = {
         "model": f"{got.parameters / 1e6:.1f} M parameters, {shape['layers']} layers of "
-        f"{shape['width']}, {args.dtype}",
+        f"{shape['width']}, {args.dtype}, on {jax.device_count()} {jax.default_backend()} devices",
         "rows": f"{args.batch} of {args.length} positions, attention {got.attention}, "
         f"remat {args.remat}, logits of {args.vocab_chunk} at a time",
         "tokens/s": f"{args.batch * args.length / typical:,.0f} ({typical:.3f} s a step)",
         "matrix product": f"{rate / 1e9:,.0f} GFLOP/s",
         "model FLOPs": f"{achieved / 1e9:,.0f} GFLOP/s: utilisation {achieved / rate:.1%}",
         "waiting for data": f"{got.waited / got.seconds.sum():.2%}",
-        "temporaries": f"{got.temporaries / 2**30:.2f} GiB of one step, by the compiler",
+        "temporaries": f"{got.temporaries / 2**30:.2f} GiB a device, by the compiler",
         "peak memory": ", ".join(f"{x:.2f} GiB of the {name}" for name, x in peak.items()),
         "compile": f"{got.compile_seconds:.1f} s",
         "loss": f"{got.loss:.4f}",
@@ -223,6 +223,7 @@ def main() -> None:
             "matrix_rate": rate,
             "utilisation": achieved / rate,
             "memory_gib": peak.get("device", peak["host"]),
+            "parameters": got.parameters,
             "compile_seconds": got.compile_seconds,
             "loss": got.loss,
         }

@@ -10,8 +10,9 @@ r"""Table 3 on digits: Transfusion against Chameleon, and Llama on the text, at 
     transfusion-jax sweep experiments/table3_mini.py
 
 An image is 16 patches of 2x2 pixels to the one, 16 codes of 64 to the other, so rows are the
-same, and FLOPs but for the logits of codes. The other half of the rows are comparisons in words.
-Of the changes for stability Chameleon has norms and z-loss; the learning rate is that of all.
+same, and FLOPs but for the logits of codes. The other half of the rows are comparisons in words;
+Llama has them in every row, so twice as many. Of the changes for stability Chameleon has norms and
+z-loss; the learning rate is that of all.
 Hardware: two CPU cores; not run yet.
 """
 
@@ -61,7 +62,7 @@ def chameleon(base: Experiment) -> Experiment:
 
 
 def llama(base: Experiment) -> Experiment:
-    """On the text alone, for as many steps."""
+    """On the text alone, for as many steps: twice the text of the others."""
     return replace(
         base,
         model=replace(base.model, family="llama", image_attention="causal"),

@@ -206,6 +206,11 @@ def test_layers_are_written_out_on_a_gpu_that_keeps_much(platform, remat, loop):
     assert for_platform(chosen, platform).layer_loop == "scan"
 
 
+def test_layers_are_not_written_out_where_memory_is_saved():
+    with pytest.raises(ValueError, match="'unroll' would lose the memory.*remat='full'"):
+        ModelConfig(remat="full", layer_loop="unroll")
+
+
 def test_what_a_platform_cannot_run_is_refused_from_the_config_alone():
     message = "model.attention='pallas' runs on tpu; on cpu: chunked, dense"
     with pytest.raises(ValueError, match=message):

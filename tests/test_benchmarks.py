@@ -53,14 +53,14 @@ def test_a_benchmark_runs(name, tmp_path):
 
 def test_the_table_of_a_gpu_has_ratios_and_failures():
     gpu = run_path(str(BENCHMARKS / "gpu.py"))
-    ours = {"tokens_per_second": 300.0, "utilisation": 0.5, "memory_gib": 20.0}
-    torch = {"tokens_per_second": 200.0, "memory_gib": 10.0}
+    ours = {"tokens_per_second": 300.0, "utilisation": 0.5, "memory_gib": 20.0, "parameters": 7e6}
+    torch = {"tokens_per_second": 200.0, "memory_gib": 10.0, "parameters": 8e6}
     found = {"parity": {"right": False}, "S/ours": ours, "S/torch": torch, "T/ours": None}
     lines = [line.split() for line in gpu["table"](found).splitlines()[1:]]
     assert lines == [
         ["parity", "NOT", "right"],
-        ["S/ours", "300", "50.0%", "20.0", "1.50"],
-        ["S/torch", "200", "10.0", "1.00"],
+        ["S/ours", "300", "50.0%", "20.0", "7.0", "1.50"],
+        ["S/torch", "200", "10.0", "8.0", "1.00"],
         ["T/ours", "failed"],
     ]
 

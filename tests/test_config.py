@@ -88,6 +88,13 @@ def test_loss_weights_must_not_be_negative():
         TrainConfig(image_loss_weight=-1.0)
 
 
+def test_what_changes_no_number_may_change_at_a_resume():
+    old = Experiment("old")
+    model = replace(old.model, remat="minimal", layer_loop="unroll")
+    assert not stored_config.differences(old, replace(old, model=model))
+    assert stored_config.differences(old, replace(old, model=replace(old.model, layers=3)))
+
+
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("transfusion_*.py")), ids=lambda p: p.stem)
 def test_experiments_of_the_paper_survive_json(file):
     experiment = load_experiment(str(file))

@@ -119,3 +119,29 @@ def test_a_step_learns_and_averages(peer):
     assert last < 0.8 * first
     far, near = trainer.average[0] - trainer.weights[0], trainer.weights[0]
     assert 0 < torch.linalg.vector_norm(far) < torch.linalg.vector_norm(near)
+
+
+def test_the_package_gets_the_text_and_images_of_a_row_in_order(peer):
+    package = importlib.import_module("transfusion_pytorch_peer")
+    experiment = shapes(4)
+    batch = Data(experiment, train_tokenizer(["synthetic text"], 300)).batches()[0]
+    for b, row in enumerate(package.samples(batch, experiment.image)):
+        used = int((batch.segment_BL[b] > 0).sum())
+        images = [x for x in row if x.is_floating_point()]
+        assert sum(map(len, row)) == used
+        assert len(images) == batch.image_weight_BM[b].sum()
+        text = np.concatenate([x for x in row if not x.is_floating_point()])
+        assert sorted(text) == sorted(batch.tokens_BL[b, :used][text_places(batch, b, used)])
+        at = 0
+        for piece in row:
+            assert not piece.is_floating_point() or at in batch.image_start_BM[b]
+            at += len(piece)
+
+
+def text_places(batch, b, used):
+    """Which positions of a row are no patches."""
+    patches = np.zeros(used, bool)
+    size = batch.latents_BMhwc.shape[2:]
+    for start in batch.image_start_BM[b]:
+        patches[start : start + size[0] * size[1] // 4] = True
+    return ~patches

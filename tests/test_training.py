@@ -176,15 +176,25 @@ def test_positions_that_are_cut_share_the_work(experiment):
 
 
 def test_a_step_computes_again_what_is_not_kept(experiment):
-    """And no less where layers are not in a loop, which keeps the two apart by itself."""
+    """Under `minimal` no product: neither those with parameters nor those of attention."""
 
-    def flops(**changes):
-        config = replace(experiment, model=replace(experiment.model, **changes))
+    def flops(remat):
+        config = replace(experiment, model=replace(experiment.model, remat=remat))
         return read_program(program_text(config, ONE), unknown_trips=2).flops
 
-    full, attention = flops(remat="full"), flops(remat="attention")
-    assert flops(remat="minimal") < attention < full
-    assert flops(remat="full", layer_loop="unroll") == pytest.approx(full, rel=0.01)
+    full, attention, minimal, none = map(flops, ("full", "attention", "minimal", "none"))
+    assert none == pytest.approx(minimal, rel=1e-3)
+    assert minimal < attention < full
+
+
+def test_layers_that_are_written_out_are_in_no_loop(experiment):
+    def loops(layer_loop):
+        # Dense attention has no loops of its own.
+        changes = dict(attention="dense", remat="minimal", layer_loop=layer_loop)
+        model = replace(experiment.model, **changes)
+        return program_text(replace(experiment, model=model), ONE).count(" while(")
+
+    assert loops("unroll") == loops("scan") - 2  # forward and backward
 
 
 @pytest.mark.parametrize(

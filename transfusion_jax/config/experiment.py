@@ -27,6 +27,7 @@ class Experiment:
         "mesh.",
         "processes.",
         "model.remat",
+        "model.layer_loop",
         "model.attention",
         "data.prefetch",
         "data.max_epochs",

@@ -157,9 +157,10 @@ class ModelConfig:
     parameters; all but attention (`chunked` and `pallas` only); or every layer from its input,
     which `offload` keeps in the memory of an accelerator's host."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    """Whether the compiled step loops over the layers or writes them out. A loop compiles once for
-    all layers, and copies what each keeps for the backward pass into one array. `auto` is `unroll`
-    on a GPU where `remat` keeps much (`none`, `minimal`), else `scan`."""
+    """Whether the compiled step loops over the layers or writes them out, which needs a `remat`
+    that keeps much: `none` or `minimal`. A loop compiles once for all layers, and copies what each
+    keeps for the backward pass into one array. `auto` is `unroll` on a GPU where it can be, else
+    `scan`."""
     attention: Literal["auto", "chunked", "dense", "pallas", "tokamax"] = "auto"
     """`pallas` runs on TPU, `tokamax` on GPU (`pip install 'transfusion-jax[gpu]'`), the others
     anywhere; `dense` builds the full matrix of scores. `auto` is `pallas` on TPU, `tokamax` on
@@ -191,6 +192,11 @@ class ModelConfig:
         require(
             self.norm_epsilon >= 0,
             f"model.norm_epsilon={self.norm_epsilon} must not be negative",
+        )
+        require(
+            self.layer_loop != "unroll" or self.remat in ("none", "minimal"),
+            f"model.layer_loop='unroll' would lose the memory that model.remat={self.remat!r} "
+            "saves; it takes none or minimal",
         )
         require(self.mlp_width >= 0, f"model.mlp_width={self.mlp_width} must not be negative")
         require(

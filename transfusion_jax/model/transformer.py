@@ -74,10 +74,9 @@ class Transformer(nnx.Module):
 
         unroll = self.config.layer_loop == "unroll"
         if self.config.remat != "none":
-            # A loop keeps what is recomputed apart from what was computed before. So little is
-            # recomputed under "minimal" that the compiler may merge the two.
-            apart = unroll and self.config.remat != "minimal"
-            layer = jax.checkpoint(layer, prevent_cse=apart, policy=POLICIES[self.config.remat])
+            # In a loop, what is recomputed cannot be merged with what was computed before.
+            # Written out it can, and the little that `minimal` recomputes may be.
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.config.remat])
         x_BLD, _ = jax.lax.scan(layer, x_BLD, stacked, unroll=unroll)
         return self._normed(x_BLD, image_BL)
 

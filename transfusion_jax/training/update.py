@@ -137,16 +137,19 @@ def matrices(parameters: nnx.State) -> dict:
 
 def _in_layers(axes: dict, gradients: dict) -> dict:
     """The gradients of `matrices`, those of whole layers on each device, dealt out as the rows of a
-    batch are, where that divides the layers.
+    batch are, where that divides the layers and nothing else cuts their matrices.
 
     Muon's products take whole matrices. So a device does them for its layers alone, as in Liu et
-    al. 2025 (arXiv 2502.16982, section 2.3), instead of every device for all of them.
+    al. 2025 (arXiv 2502.16982, section 2.3), instead of every device for all of them. Devices along
+    `tensor` share each product already, and along `sequence` they would all do the same.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] > 1 or mesh.shape["data"] * mesh.shape["fsdp"] == 1:
+        return gradients
 
     def cut(axes: optax.contrib.MuonDimensionNumbers | None, gradient: Array) -> Array:
         whole = ("batch", *[None] * (gradient.ndim - 1))
-        mesh = jax.sharding.get_abstract_mesh()
-        if axes is None or mesh.empty or divided(whole, gradient.shape)[0] is None:
+        if axes is None or divided(whole, gradient.shape)[0] is None:
             return gradient
         return constrain(gradient, *whole)
 
