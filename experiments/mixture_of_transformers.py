@@ -6,7 +6,7 @@
 Digits, sums and comparisons; each with two seeds. A position of the mixture multiplies as many
 weights as one of the dense model, so a step has the same FLOPs; in all it has nearly twice as many.
 Hardware: two CPU cores, ten minutes for a dense point, a third more for a mixture, by their steps;
-not run yet.
+run on an H100 in 80 seconds of training each, six points at a time: docs/results.md.
 """
 
 from collections.abc import Iterator
