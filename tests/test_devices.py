@@ -105,8 +105,9 @@ def test_weights_in_the_compute_dtype_give_the_same_bits(tmp_path, experiment, t
         np.testing.assert_array_equal(a, b)
 
 
-def test_nothing_is_loaded_when_there_is_nothing_to_evaluate(tmp_path, experiment):
+def test_nothing_is_loaded_when_there_is_nothing_to_evaluate(tmp_path, experiment, tokenizer):
     (tmp_path / "config.json").write_text(stored.dumps(replace(experiment, evaluation=())))
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
     summary = summarise(tmp_path, 1.5, Account(), print)  # there is no checkpoint to load
     parameters = tiny.planned(replace(experiment, mesh=MeshConfig(data=1))).parameters
     assert (summary["parameters"], summary["steps"]) == (parameters, 40)
