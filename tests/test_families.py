@@ -267,7 +267,9 @@ def test_trains_the_same_on_every_mesh(name):
     assert (found[1][:, 2] > 0).all() == (name in WITH_IMAGES)
 
 
-@pytest.mark.parametrize("name", ["unet", "chameleon", "llama"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("unet", marks=pytest.mark.slow), "chameleon", "llama"]
+)
 def test_resumed_equals_uninterrupted(name, tmp_path):
     asked = experiment(name)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])

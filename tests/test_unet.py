@@ -111,6 +111,7 @@ def test_encoder_and_decoder_are_those_of_torch(blocks):
         np.testing.assert_allclose(predicted[b, m], drawn, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
     images = jax.random.normal(jax.random.key(0), (1, 2, *IMAGE.shape))
     t = jnp.asarray([[3, 800]], jnp.int32)
