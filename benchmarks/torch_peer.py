@@ -10,7 +10,6 @@ clips gradients, averages weights. Its losses and gradients equal ours on the sa
 """
 
 import argparse
-import json
 import math
 import os
 import resource
@@ -24,7 +23,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
-from train_step import experiment_of, parser, rows_of  # noqa: E402
+from train_step import experiment_of, keep, parser, rows_of  # noqa: E402
 
 from transfusion_jax.batch import Batch  # noqa: E402
 from transfusion_jax.config import Experiment, ImageConfig, ModelConfig  # noqa: E402
@@ -310,10 +309,8 @@ def main() -> None:
     print(f"peak memory       {gib:.2f} GiB of the {'device' if device == 'cuda' else 'host'}")
     print(f"first two steps   {first:.1f} s")
     print(f"loss              {loss:.4f}", flush=True)
-    if args.json:
-        record = {"tokens_per_second": rate, "memory_gib": gib, "parameters": count}
-        with open(args.json, "a") as file:
-            print(json.dumps(record | {"compile_seconds": first, "loss": loss}), file=file)
+    record = {"tokens_per_second": rate, "memory_gib": gib, "parameters": count}
+    keep(record | {"compile_seconds": first, "loss": loss}, args.json)
 
 
 if __name__ == "__main__":

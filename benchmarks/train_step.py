@@ -6,7 +6,8 @@
 Rows come from the `synthetic` source (web-like lengths, images of 256 patches that are half of the
 positions) through the same pipeline as in training. Model FLOPs are those of plans
 (`model/work.py`): every matrix product three times, for forward and backward; logits at text
-targets only; attention by its intervals; no recomputation.
+targets only; attention by its intervals; no recomputation. On a CPU there is a device for every core, as in
+`train`.
 """
 
 import argparse
@@ -186,6 +187,13 @@ def peak_memory() -> dict[str, float]:
     return {"host": host} if device is None else {"host": host, "device": device / 2**30}
 
 
+def keep(figures: dict[str, float], path: str | None) -> None:
+    """Adds a line with the figures to a file, if one is named."""
+    if path:
+        with open(path, "a") as file:
+            print(json.dumps(figures), file=file)
+
+
 def main() -> None:
     keep_freed_memory()
     args = arguments()
@@ -217,8 +225,8 @@ def main() -> None:
     }
     for name, value in lines.items():
         print(f"{name:17} {value}", flush=True)
-    if args.json:
-        record = {
+    keep(
+        {
             "tokens_per_second": args.batch * args.length / typical,
             "matrix_rate": rate,
             "utilisation": achieved / rate,
@@ -226,9 +234,9 @@ def main() -> None:
             "parameters": got.parameters,
             "compile_seconds": got.compile_seconds,
             "loss": got.loss,
-        }
-        with open(args.json, "a") as file:
-            print(json.dumps(record), file=file)
+        },
+        args.json,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the package a layer has, beside ours, scales and shifts of every position: 2.7 t
 at the same width and depth, which the table shows.
 """
 
-import json
 import os
 import resource
 import time
@@ -20,7 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # of our package, only the rows are used
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch_peer import patchify  # noqa: E402
-from train_step import experiment_of, parser, rows_of, shape_of  # noqa: E402
+from train_step import experiment_of, keep, parser, rows_of, shape_of  # noqa: E402
 
 from transfusion_jax.batch import Batch  # noqa: E402
 from transfusion_jax.config import ImageConfig  # noqa: E402
@@ -84,10 +83,7 @@ def main() -> None:
     print(f"transfusion-pytorch  {count / 1e6:.1f} M parameters")
     print(f"tokens/s             {rate:,.0f} ({typical:.3f} s a step)")
     print(f"peak memory          {gib:.2f} GiB", flush=True)
-    if args.json:
-        record = {"tokens_per_second": rate, "memory_gib": gib, "parameters": count}
-        with open(args.json, "a") as file:
-            print(json.dumps(record), file=file)
+    keep({"tokens_per_second": rate, "memory_gib": gib, "parameters": count}, args.json)
 
 
 if __name__ == "__main__":

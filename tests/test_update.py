@@ -11,10 +11,12 @@ from flax import nnx
 
 from transfusion_jax.autoencoder.config import tiny
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
-from transfusion_jax.config import OptimizerConfig
+from transfusion_jax.config import MeshConfig, OptimizerConfig
 from transfusion_jax.model.build import abstract_model
+from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.training.state import State, initial_fields
 from transfusion_jax.training.update import (
+    _in_layers,
     accumulated,
     advance,
     average,
@@ -22,6 +24,7 @@ from transfusion_jax.training.update import (
     descend,
     learning_rate,
     make_optimizer,
+    matrices,
     step_key,
     updated,
 )
@@ -168,6 +171,24 @@ def test_muon_lets_decay_what_adamw_lets_decay():
     for name, value in after.items():
         wanted = 1.0 if name == "scale" else 1 - config.learning_rate * 0.5
         np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mesh_config", "deals"),
+    [
+        (MeshConfig(data=2, fsdp=1, sequence=4), True),
+        (MeshConfig(data=1, fsdp=2, sequence=4), True),
+        (MeshConfig(data=2, fsdp=2, sequence=2), False),  # four do not divide two layers
+        (MeshConfig(data=2, fsdp=1, tensor=4), False),  # they share each product already
+        (MeshConfig(data=1, fsdp=1, sequence=8), False),  # every one would do all
+    ],
+    ids=str,
+)
+def test_devices_have_whole_layers_of_muon_where_that_saves_work(mesh_config, deals):
+    parameters, gradient = layers()
+    with jax.set_mesh(make_mesh(mesh_config)):
+        traced = str(jax.make_jaxpr(lambda g: _in_layers(matrices(parameters), g))(gradient))
+    assert traced.count("sharding_constraint") == (3 if deals else 0)
 
 
 def test_muon_is_refused_where_there_are_no_layers():

@@ -6,7 +6,7 @@ All of them keep the global batch and the model, so they train the same thing.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from transfusion_jax.config import Experiment, MeshConfig
+from transfusion_jax.config import Experiment, MeshConfig, ModelConfig
 from transfusion_jax.planning.describe import ranked
 from transfusion_jax.planning.plan import Plan
 from transfusion_jax.planning.topology import Topology, find_topology, larger
@@ -32,8 +32,9 @@ def remedies(planner: Planner, failed: Plan) -> Iterator[tuple[str, Plan]]:
 def _policies(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
     experiment = failed.experiment
     for remat in POLICIES[POLICIES.index(experiment.model.remat) + 1 :]:
-        changed = replace(experiment, model=replace(experiment.model, remat=remat))
-        yield f"--model.remat {remat}", changed, failed.topology
+        changed = replace(experiment, model=_remat(experiment.model, remat))
+        loop = " --model.layer-loop auto" if experiment.model.layer_loop == "unroll" else ""
+        yield f"--model.remat {remat}{loop}", changed, failed.topology
 
 
 def _microbatches(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
@@ -99,10 +100,15 @@ def _meshes(best: Plan) -> Iterator[Experiment]:
                     )
 
 
+def _remat(model: ModelConfig, remat: str) -> ModelConfig:
+    """The model under another policy; not every policy takes layers that are written out."""
+    return replace(model, remat=remat, layer_loop="auto")
+
+
 def _remats(best: Plan) -> Iterator[Experiment]:
     for remat in POLICIES:
         experiment = replace(best.experiment, mesh=MeshConfig(**best.mesh))
-        yield replace(experiment, model=replace(experiment.model, remat=remat))
+        yield replace(experiment, model=_remat(experiment.model, remat))
 
 
 def _accumulations(best: Plan) -> Iterator[Experiment]:
