@@ -6,8 +6,8 @@
 Rows come from the `synthetic` source (web-like lengths, images of 256 patches that are half of the
 positions) through the same pipeline as in training. Model FLOPs are those of plans
 (`model/work.py`): every matrix product three times, for forward and backward; logits at text
-targets only; attention by its intervals; no recomputation. On a CPU there is a device for every core, as in
-`train`.
+targets only; attention by its intervals; no recomputation. On a CPU there is a device for every
+core, as in `train`.
 """
 
 import argparse
