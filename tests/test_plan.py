@@ -1,6 +1,7 @@
 """Plans for TPUs: compiled where libtpu is at hand. `python tests/test_plan.py` writes the golden
 files anew."""
 
+import functools
 import importlib.util
 import json
 import runpy
@@ -34,11 +35,13 @@ from transfusion_jax.model.work import model_flops
 from transfusion_jax.parallel.chips import CHIPS
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
+from transfusion_jax.planning import cache
 from transfusion_jax.planning import topology as topology_lib
+from transfusion_jax.planning.describe import ranked
 from transfusion_jax.planning.plan import Memory, Plan, _bytes_asked_for, make_plan
 from transfusion_jax.planning.program import read_program
 from transfusion_jax.planning.rows import Rows, row_work, rows_of, sample_rows
-from transfusion_jax.planning.search import microbatch_counts, remedies, search
+from transfusion_jax.planning.search import POLICIES, microbatch_counts, remedies, search
 from transfusion_jax.planning.topology import find_topology, larger
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
@@ -347,37 +350,113 @@ def test_what_does_not_fit_is_said_with_what_would(capsys, small, tmp_path):
     assert all(remedy["fits"] and remedy["change"] in said for remedy in plan["remedies"])
 
 
-def test_search_keeps_the_batch_and_ranks_by_time():
-    """With a planner that knows that tensor=2, remat attention and two parts are best."""
+class FakePlan:
+    """A plan for a chip with 8 rows, each of which takes memory by the policy."""
 
-    class Fake:
-        def __init__(self, experiment):
-            # As in a plan, what "auto" stands for is known.
-            self.experiment = replace(
-                experiment, model=replace(experiment.model, attention="pallas")
-            )
-            self.mesh, self.topology = experiment.mesh.axes, topology_of(16)
-            self.fits, self.memory = experiment.mesh.tensor != 8, Memory(0, 0, 0, 0)
-            time = abs(experiment.mesh.tensor - 2) + (experiment.model.remat != "attention")
-            self.step_seconds = 1 + time + abs(experiment.train.accumulation - 2)
+    ROW = {"none": 12, "minimal": 6, "attention": 4, "full": 3, "offload": 1}
+    SECONDS = {"none": 3.0, "minimal": 3.1, "attention": 3.8, "full": 4.0, "offload": 4.0}
 
-    model = ModelConfig(heads=16, width=256)
+    def __init__(self, experiment, topology, memory=24, interconnect=0.0):
+        # As in a plan, what "auto" stands for is known.
+        self.experiment = replace(experiment, model=replace(experiment.model, attention="pallas"))
+        self.mesh, self.topology = experiment.mesh.axes, topology
+        parts = experiment.train.accumulation
+        temporaries = 8 * self.ROW[experiment.model.remat] // parts
+        self.memory = Memory(4, temporaries, 4 + temporaries, memory)
+        self.fits = self.memory.peak <= memory
+        computing = self.SECONDS[experiment.model.remat]
+        sending = interconnect * parts / experiment.mesh.tensor
+        self.costs = SimpleNamespace(seconds={"compute": computing, "interconnect": sending})
+        self.step_seconds = max(computing, sending)
+        self.bound = "compute" if computing >= sending else "interconnect"
+
+
+def searched(**plan):
+    """(tensor, remat, microbatches) of the plans that a search compiles, and of the best."""
     experiment = Experiment(
-        "x", data=DataConfig(batch_rows=64), model=model, mesh=MeshConfig(1, 16)
+        "x",
+        data=DataConfig(batch_rows=128),
+        model=ModelConfig(heads=16, width=256, remat="full"),
+        mesh=MeshConfig(1, 16),
     )
-    found = list(search(lambda e, t: Fake(e), Fake(experiment)))
-    best = min((plan for plan in found if plan.fits), key=lambda plan: plan.step_seconds).experiment
-    assert (best.mesh.tensor, best.model.remat, best.train.accumulation) == (2, "attention", 2)
+    planner = functools.partial(FakePlan, **plan)
+    found = list(search(planner, planner(experiment, topology_of(16))))
     tried = [
-        (
-            p.mesh["tensor"],
-            p.mesh["data"],
-            p.experiment.model.remat,
-            p.experiment.train.accumulation,
-        )
-        for p in found
+        (p.mesh["tensor"], p.experiment.model.remat, p.experiment.train.accumulation) for p in found
     ]
-    assert len({(1, 1, "full", 1), *tried}) == len(tried) + 1
+    assert len({(p.mesh["data"], *key) for p, key in zip(found, tried, strict=True)}) == len(found)
+    assert all(p.experiment.data.batch_rows == 128 for p in found)
+    return tried, tried[found.index(ranked(found)[0])] if found else None
+
+
+def test_search_compiles_from_least_recomputation_what_may_fit_until_computing_limits():
+    # Eight rows of 12 do not fit, nor can those of two or of four microbatches; one row does.
+    assert searched(memory=18) == ([(1, "none", 1), (1, "none", 8)], (1, "none", 8))
+    assert searched(memory=200) == ([(1, "none", 1)], (1, "none", 1))
+
+
+def test_search_goes_on_where_nothing_of_a_policy_fits():
+    tried, best = searched(memory=10.5)
+    assert tried == [(1, "none", 1), (1, "minimal", 1), (1, "minimal", 8)]
+    assert best == (1, "minimal", 8)
+
+
+def test_search_tries_meshes_where_sending_limits():
+    tried, best = searched(memory=200, interconnect=5.0)
+    assert tried[: len(POLICIES) - 1] == [
+        (1, remat, 1) for remat in POLICIES if remat != "full"
+    ] and best == (2, "none", 1)
+    assert {tensor for tensor, *_ in tried} == {1, 2}  # with 2, computing limits
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_plan_is_made_once_for_its_experiment_topology_rows_and_code(tmp_path, monkeypatch, fits):
+    made, said = [], []
+
+    def make(experiment, topology, rows):
+        made.append(experiment)
+        memory = Memory(1, 2, 3 if fits else 300, 100, host=5)
+        costs = cache.Costs(1e18, {"all-gather": 2.5}, {"compute": 0.1}) if fits else None
+        mesh = {"data": 1, "fsdp": 16, "sequence": 1, "tensor": 1}
+        # As in a plan, what "auto" stands for is known.
+        model = replace(experiment.model, attention="pallas")
+        experiment = replace(experiment, model=model)
+        whole = {"norm": 4}
+        return Plan(experiment, topology, mesh, 7, 6, memory, 1e17, costs, 12.5, whole, rows.origin)
+
+    monkeypatch.setattr(cache, "make_plan", make)
+    experiment, topology = Experiment("x", data=DataConfig(batch_rows=64)), topology_of(16)
+    one = jnp.zeros((2, 8), jnp.int32)
+    rows = Rows(Intervals(one, one + 1), 1.0, 2.0, "2 rows")
+
+    def plan(experiment=experiment, topology=topology, rows=rows):
+        return cache.kept_plan(experiment, topology, rows, tmp_path / "plans", said.append)
+
+    first = plan()
+    assert plan() == first and len(made) == 1 and "as planned before" in said[-1]
+    others = (
+        {"experiment": replace(experiment, train=replace(experiment.train, accumulation=2))},
+        {"topology": replace(topology, slices=2)},
+        {"rows": replace(rows, intervals=Intervals(one, one + 2))},
+    )
+    for number, other in enumerate(others, 2):
+        plan(**other)
+        assert len(made) == number
+    monkeypatch.setattr(cache, "_code", lambda: "changed")
+    plan()
+    assert len(made) == 5
+    for file in (tmp_path / "plans").iterdir():
+        file.write_text("{}")
+    assert plan() == first and len(made) == 6 and "is made again" in said[-1]
+
+
+def test_a_plan_that_cannot_be_kept_is_made(tmp_path, monkeypatch):
+    (tmp_path / "plans").write_text("a file")
+    monkeypatch.setattr(cache, "make_plan", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(cache, "_key", lambda *_: "key")
+    said = []
+    made = cache.kept_plan(None, None, None, tmp_path / "plans", said.append)
+    assert isinstance(made, SimpleNamespace) and "the plan is not kept" in said[0]
 
 
 def topology_of(count: int):

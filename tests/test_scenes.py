@@ -6,8 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from transfusion_jax.config import DataConfig, DiffusionConfig, Experiment, ImageConfig
+from transfusion_jax.config import (
+    DataConfig,
+    DiffusionConfig,
+    Experiment,
+    ImageConfig,
+    SourceConfig,
+)
 from transfusion_jax.data.documents import Image, Text, sequence
+from transfusion_jax.data.sources.registry import load_sources
 from transfusion_jax.data.sources.scenes.judge import holds, judge, parse, residual
 from transfusion_jax.data.sources.scenes.scene import COLOURS, KINDS, SIZES, Object, Scene, render
 from transfusion_jax.data.sources.scenes.source import (
@@ -15,6 +22,7 @@ from transfusion_jax.data.sources.scenes.source import (
     NOVEL_PAIRS,
     Pair,
     Scenes,
+    _belongs,
     example,
     examples,
     pictures,
@@ -337,6 +345,18 @@ def test_documents_hold_the_pictures_and_words_of_their_example(words, side):
             assert text == found.instruction and judge(images[1].latent_hwc) == found.target
             assert [i.noise_limit for i in images] == [500, 1000]
     assert min(kinds[Pair], kinds[Edit]) > 3
+
+
+def test_scene_edits_are_edits_alone(words):
+    data = DataConfig(sources=(SourceConfig("scene_edits"),), caption_dropout=0.0)
+    experiment = replace(of(32), data=data)
+    for split in ("train", "held_out"):
+        (source,) = load_sources(experiment, split)
+        for document in source.documents(range(40), words, np.random.default_rng(0)):
+            images = [span for span in document.spans if isinstance(span, Image)]
+            before, after = (judge(image.latent_hwc) for image in images)
+            assert before != after and all(_belongs(s, split) for s in (before, after))
+        assert source.lengths(words)[:40].min() > 2 * experiment.image.span
 
 
 def test_edits_lose_their_instruction_or_all_that_comes_before(words):

@@ -82,12 +82,16 @@ def process_start() -> float:
     return time.time() - running
 
 
+def cache_directory(name: str) -> Path:
+    """`transfusion_jax/NAME` under `$XDG_CACHE_HOME`, or else `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "transfusion_jax", name)
+
+
 def cache_compiled(report: Callable[[str], None]) -> Path | None:
     """Makes JAX keep what it compiles from now on in a directory of the user.
 
-    That is `transfusion_jax/xla` under `$XDG_CACHE_HOME`, or else `~/.cache`. JAX's own variables
-    come first: `JAX_COMPILATION_CACHE_DIR` names another directory, and
-    `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
+    That is `cache_directory("xla")`. JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR`
+    names another directory, and `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
 
     Not for CPUs: JAX files a program under a key without the features of the processor that it was
     compiled for, so machines with one home directory would run each other's instructions.
@@ -101,8 +105,7 @@ def cache_compiled(report: Callable[[str], None]) -> Path | None:
         return None
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(home) / "transfusion_jax" / "xla"
+    directory = cache_directory("xla")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

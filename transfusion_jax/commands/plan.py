@@ -11,6 +11,7 @@ from transfusion_jax.commands.experiments import add_experiment, asked_experimen
 from transfusion_jax.commands.terminal import say
 from transfusion_jax.config import Experiment
 from transfusion_jax.files import write_json
+from transfusion_jax.host import cache_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="try meshes, remat policies and numbers of microbatches, and rank them",
+        help="try remat policies, numbers of microbatches and meshes, and rank them",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     import jax
 
+    from transfusion_jax.planning.cache import kept_plan
     from transfusion_jax.planning.describe import page
-    from transfusion_jax.planning.plan import make_plan
     from transfusion_jax.planning.rows import sample_rows
     from transfusion_jax.planning.topology import find_topology
 
@@ -53,8 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
             )
         check_file("--json", arguments.json)
         topology = find_topology(name, arguments.slices)
-        planner = functools.partial(make_plan, rows=sample_rows(experiment))
-        say(f"compiling the training step of {experiment.name} for {name}, about a minute")
+        planner = functools.partial(
+            kept_plan,
+            rows=sample_rows(experiment),
+            directory=cache_directory("plans"),
+            report=say,
+        )
+        say(f"compiling the training step of {experiment.name} for {name}, minutes if it is new")
         planned = planner(experiment, topology)
     say(page(planned))
     answer = planned.json()

@@ -58,7 +58,7 @@ def _costs(plan: Plan) -> dict[str, str]:
 
 
 def table(plans: list[Plan]) -> str:
-    """The plans, best first: those that fit by time, then the others by memory."""
+    """The plans, best first."""
     lines = [
         f"{'mesh':44}{'remat':11}{'micro':>5}{'a chip':>12}{'s a step':>10}{'of peak':>9}  bound by"
     ]
@@ -67,18 +67,21 @@ def table(plans: list[Plan]) -> str:
         row = f"{_mesh(plan):43} {experiment.model.remat:11}{experiment.train.accumulation:5}"
         row += f"{size(plan.memory.peak):>12}"
         if plan.fits:
-            bound = max(plan.costs.seconds, key=plan.costs.seconds.get)
-            lines.append(row + f"{plan.step_seconds:10.4g}{plan.mfu:9.1%}  {bound}")
+            lines.append(row + f"{plan.step_seconds:10.4g}{plan.mfu:9.1%}  {plan.bound}")
         else:
             lines.append(row + "  does not fit")
     return "\n".join(lines)
 
 
 def ranked(plans: list[Plan]) -> list[Plan]:
-    return sorted(
-        plans,
-        key=lambda plan: (not plan.fits, plan.step_seconds if plan.fits else plan.memory.peak),
-    )
+    """Those that fit by time, of equals the one with less to do; then the others by memory."""
+
+    def rank(plan: Plan) -> tuple:
+        if not plan.fits:
+            return (True, plan.memory.peak)
+        return (False, plan.step_seconds, sum(plan.costs.seconds.values()))
+
+    return sorted(plans, key=rank)
 
 
 def _mesh(plan: Plan) -> str:

@@ -89,6 +89,11 @@ class Plan:
         return None if self.costs is None else max(self.costs.seconds.values())
 
     @property
+    def bound(self) -> str | None:
+        """Which of the times is the longest."""
+        return self.costs and max(self.costs.seconds, key=self.costs.seconds.get)
+
+    @property
     def mfu(self) -> float | None:
         """Model FLOPs over what all chips could do in that time."""
         if self.costs is None:

@@ -3,6 +3,7 @@
 All of them keep the global batch and the model, so they train the same thing.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -61,34 +62,79 @@ def microbatch_counts(experiment: Experiment, mesh: dict[str, int]) -> list[int]
 
 
 def search(planner: Planner, first: Plan) -> Iterator[Plan]:
-    """Varies the mesh, then the remat policy, then the number of microbatches, each from the
-    best."""
-    best = first
-    tried = {_what_varies(first.experiment, first.mesh)}
-    for step in (_meshes, _remats, _accumulations):
-        for changed in step(best):
-            if (key := _what_varies(changed, changed.mesh.axes)) in tried:
-                continue
-            tried.add(key)
-            try:
-                plan = planner(changed, first.topology)
-            except ValueError:  # for example, the mesh does not divide the heads
-                continue
-            yield plan
-            best = ranked([best, plan])[0]
+    """Varies what is recomputed and in how many microbatches, then the mesh; yields each plan.
+
+    What cannot win is not compiled. Where computing limits a plan that fits, more recomputation
+    and other meshes are no faster, as neither takes FLOPs away; more microbatches than fit only
+    send more; and the memory that a plan lacked tells how many microbatches are too few.
+    """
+    found = {_what_varies(first.experiment, first.mesh): first}
+    for experiment in itertools.chain(_recomputations(first, found), _meshes(found)):
+        key = _what_varies(experiment, experiment.mesh.axes)
+        if key in found:
+            continue
+        try:
+            found[key] = planner(experiment, first.topology)
+        except ValueError:  # for example, the mesh does not divide the heads
+            continue
+        yield found[key]
 
 
 def _what_varies(experiment: Experiment, axes: dict[str, int]) -> tuple:
     return tuple(axes.items()), experiment.model.remat, experiment.train.accumulation
 
 
-def _meshes(best: Plan) -> Iterator[Experiment]:
-    experiment = best.experiment
-    topology = best.topology
+def _recomputations(first: Plan, found: dict[tuple, Plan]) -> Iterator[Experiment]:
+    """Policies from least recomputation, each in the fewest microbatches that fit."""
+    experiment = replace(first.experiment, mesh=MeshConfig(**first.mesh))
+    for remat in POLICIES:
+        lacking = None
+        for number in microbatch_counts(experiment, first.mesh):
+            if lacking and _too_few(number, lacking):
+                continue
+            candidate = replace(
+                experiment,
+                model=_remat(experiment.model, remat),
+                train=replace(experiment.train, accumulation=number),
+            )
+            yield candidate
+            plan = found.get(_what_varies(candidate, first.mesh))
+            if plan and plan.fits:
+                if plan.bound == "compute":
+                    return
+                break
+            lacking = plan
+
+
+def _too_few(number: int, lacking: Plan) -> bool:
+    """Whether so many microbatches cannot fit, by what a plan in fewer of them takes.
+
+    Temporaries shrink with the microbatch, gradients among them do not; a fifth is left for how
+    the compiler arranges them.
+    """
+    memory = lacking.memory
+    share = lacking.experiment.train.accumulation / number
+    return memory.arguments + 0.8 * share * memory.temporaries > memory.memory
+
+
+def _meshes(found: dict[tuple, Plan]) -> Iterator[Experiment]:
+    """Other meshes for the best plan so far, until computing limits it."""
+
+    def best() -> Plan:
+        return ranked(list(found.values()))[0]
+
+    for experiment in _other_meshes(best()):
+        if best().fits and best().bound == "compute":
+            return
+        yield experiment
+
+
+def _other_meshes(plan: Plan) -> Iterator[Experiment]:
+    experiment, topology = plan.experiment, plan.topology
     devices = len(topology.devices)
     rows = experiment.data.batch_rows // experiment.train.accumulation
     for tensor in (1, 2, 4, 8):
-        for sequence in sorted({1, best.mesh["sequence"]}):
+        for sequence in sorted({1, plan.mesh["sequence"]}):
             inner = tensor * sequence
             if devices % inner or experiment.model.num_kv_heads % tensor:
                 continue
@@ -103,15 +149,3 @@ def _meshes(best: Plan) -> Iterator[Experiment]:
 def _remat(model: ModelConfig, remat: str) -> ModelConfig:
     """The model under another policy; not every policy takes layers that are written out."""
     return replace(model, remat=remat, layer_loop="auto")
-
-
-def _remats(best: Plan) -> Iterator[Experiment]:
-    for remat in POLICIES:
-        experiment = replace(best.experiment, mesh=MeshConfig(**best.mesh))
-        yield replace(experiment, model=_remat(experiment.model, remat))
-
-
-def _accumulations(best: Plan) -> Iterator[Experiment]:
-    for number in microbatch_counts(best.experiment, best.mesh):
-        experiment = replace(best.experiment, mesh=MeshConfig(**best.mesh))
-        yield replace(experiment, train=replace(experiment.train, accumulation=number))

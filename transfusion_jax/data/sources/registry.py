@@ -1,6 +1,7 @@
 """Sources by the names that experiments use."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transfusion_jax.config import Experiment
@@ -15,6 +16,7 @@ from transfusion_jax.files import local_path
 SOURCES: dict[str, Callable[[Experiment, str], Source]] = {
     "comparisons": comparisons.source,
     "digits": Digits,
+    "scene_edits": partial(Scenes, edit_share=1.0),
     "scenes": Scenes,
     "sums": sums.source,
     "synthetic": Synthetic,

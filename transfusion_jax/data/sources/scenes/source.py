@@ -41,7 +41,7 @@ from transfusion_jax.data.tokenizer import Tokenizer
 
 COUNTS = {"train": 50_000, "held_out": 1_000, "compositional": 1_000}
 EDIT_SHARE = 0.15
-"""Share of the documents that are edits; the others are pairs."""
+"""Share of the documents of `scenes` that are edits; the others are pairs."""
 CAPTIONS = 4
 """Wordings that a pair has, drawn from all that are true of it."""
 HELD_OUT = 10
@@ -67,7 +67,7 @@ class Pair:
     captions: tuple[str, ...]
 
 
-def example(split: str, index: int) -> Pair | Edit:
+def example(split: str, index: int, edit_share: float = EDIT_SHARE) -> Pair | Edit:
     """Document `index` of a split; both scenes of an edit belong to the split.
 
     Raises:
@@ -75,7 +75,7 @@ def example(split: str, index: int) -> Pair | Edit:
     """
     _check(split)
     rng = Random(f"{split} {index}")
-    is_edit = rng.random() < EDIT_SHARE
+    is_edit = rng.random() < edit_share
     while True:
         scene = _draw(rng)
         if not _belongs(scene, split):
@@ -133,6 +133,8 @@ def _belongs(scene: Scene, split: str) -> bool:
 class Scenes:
     """Pairs of picture and caption, and edits: a picture, an instruction, the picture after it.
 
+    The source `scene_edits` has `edit_share` 1: edits alone.
+
     Raises:
       ValueError: the experiment's images are not RGB of 32 x 32 or 64 x 64, or there is no such
         split.
@@ -141,13 +143,14 @@ class Scenes:
     assets = Assets()
     splittable = False
 
-    def __init__(self, experiment: Experiment, split: str):
+    def __init__(self, experiment: Experiment, split: str, edit_share: float = EDIT_SHARE):
         if experiment.image.shape not in [(side, side, 3) for side in SIDES]:
             raise ValueError(
                 f"scenes are pictures of 32x32x3 or 64x64x3, image says {experiment.image.shape}"
             )
         _check(split)
         self.experiment, self.split, self.count = experiment, split, COUNTS[split]
+        self.edit_share = edit_share
 
     def texts(self) -> Iterator[str]:
         return itertools.chain.from_iterable(map(_texts, self._examples()))
@@ -167,7 +170,7 @@ class Scenes:
 
     def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
         """A `pair_document`, or the picture, instruction and picture of an edit, interleaved."""
-        found = example(self.split, index)
+        found = example(self.split, index, self.edit_share)
         side = self.experiment.image.height
         settings = tokenizer, self.experiment.data, self.experiment.diffusion, rng
         ids = [tokenizer.encode(text) for text in _texts(found)]
@@ -177,7 +180,7 @@ class Scenes:
         return interleaved_document([before, Text(ids[0]), render(found.target, side)], *settings)
 
     def _examples(self) -> Iterator[Pair | Edit]:
-        return (example(self.split, index) for index in range(self.count))
+        return (example(self.split, index, self.edit_share) for index in range(self.count))
 
 
 def _texts(found: Pair | Edit) -> Sequence[str]:

@@ -1,0 +1,28 @@
+"""Edits of scenes ("make the red circle blue"), fine-tuned from scenes.py.
+
+transfusion-jax train experiments/scenes.py
+transfusion-jax export runs/scenes --format safetensors --out exported/scenes
+transfusion-jax train experiments/scenes_edit.py
+"""
+
+from dataclasses import replace
+
+from scenes import config as scenes
+
+from transfusion_jax.config import Experiment, SourceConfig, TokenizerConfig
+
+SCENES = "exported/scenes"
+"""What the run of scenes.py is exported to."""
+
+
+def config() -> Experiment:
+    base = scenes()
+    return replace(
+        base,
+        name="scenes_edit",
+        data=replace(
+            base.data, sources=(SourceConfig("scene_edits", 3.0), SourceConfig("scenes", 1.0))
+        ),
+        tokenizer=TokenizerConfig(path=f"{SCENES}/tokenizer.model"),
+        train=replace(base.train, steps=750, initial=SCENES, checkpoint_every=250),
+    )
