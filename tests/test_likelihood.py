@@ -111,7 +111,9 @@ def test_buckets_cover_every_timestep_once(steps):
 
 def test_every_timestep_is_measured_in_its_bucket(experiment, measure_likelihood):
     experiment = replace(experiment, diffusion=DiffusionConfig(steps=25, noise_limit=10))
-    found = measure_likelihood(experiment)["image_loss_by_timestep"]
+    measured = measure_likelihood(experiment)
+    found = measured["image_loss_by_timestep"]
+    assert measured["image_loss"] == pytest.approx(np.mean(list(found.values())))
     assert list(found) == [
         "0-1", "2-4", "5-6", "7-9", "10-11", "12-14", "15-16", "17-19", "20-21", "22-24",
     ]  # fmt: skip

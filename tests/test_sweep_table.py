@@ -172,6 +172,29 @@ def test_the_picture_has_a_panel_for_each_metric(points, tmp_path):
     assert red.any() and not (pixels(two) == (0xB3, 0x20, 0x2C)).all(-1).any()
 
 
+def test_what_all_points_have_in_common_has_no_panel(points, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(
+        "transfusion_jax.sweeps.figure.save", lambda figure, *_: drawn.append(figure)
+    )
+    rows = make_rows(points[:2], {})
+    same = [replace(row, summary={**row.summary, "real_spread": 0.33}) for row in rows]
+    assert draw(same, tmp_path / "x.png")
+    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_visible()]
+    assert titles == [name for name in same[0].metrics if name != "real_spread"] != []
+
+
+def test_seeds_are_named_by_what_their_names_have_in_common(points, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(
+        "transfusion_jax.sweeps.figure.save", lambda figure, *_: drawn.append(figure)
+    )
+    rows = make_rows(points[:2], {})
+    named = [replace(row, name=f"wide_{i}") for i, row in enumerate(rows)]
+    draw(named, tmp_path / "x.png")
+    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == ["wide"]
+
+
 def test_metrics_are_drawn_over_flops_where_these_vary(points, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(

@@ -32,7 +32,7 @@ def likelihood(engine: Engine, samples: Path, rows: int | None) -> dict:
 
     - latents: `image_loss_by_timestep`, mean squared error of what `diffusion.loss` names, for each
       image one timestep drawn from each tenth of the timesteps; keys are "first-last", such as
-      "0-99";
+      "0-99"; `image_loss`, their mean, where an image is held out;
     - codes: `code_loss`, mean cross-entropy of a code in nats; left out where no image is held out;
     - none: nothing.
     """
@@ -65,7 +65,8 @@ def _image_metrics(experiment: Experiment, losses: np.ndarray | float, weight: f
         f"{low}-{high - 1}": float(loss / weight)
         for (low, high), loss in zip(itertools.pairwise(edges), np.atleast_1d(losses), strict=False)
     }
-    return {"image_loss_by_timestep": means}
+    mean = {"image_loss": sum(means.values()) / len(means)} if means else {}
+    return {**mean, "image_loss_by_timestep": means}
 
 
 def bucket_edges(steps: int) -> list[int]:

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.figures import ACCENT, INK, MUTED, save
-from transfusion_jax.sweeps.table import Row, groups, metric_names, values_of
+from transfusion_jax.sweeps.table import Row, groups, metric_names, title, values_of
 
 ACROSS = 4
 """Panels beside each other."""
@@ -31,15 +31,16 @@ Group = tuple[str, Sequence[Row]]
 def draw(rows: Sequence[Row], path: Path) -> bool:
     """Draws what is measured and published; False if there is nothing yet.
 
-    Points that differ in their seed only are one mark, at their mean, on a line from the least to
-    the greatest.
+    A metric that all points have in common has no panel. Points that differ in their seed only are
+    one mark, at their mean, on a line from the least to the greatest.
     """
     found = list(groups(rows).items())
     over_flops = _flops_vary(found)
     names = [
         name
         for name in metric_names(rows)
-        if any(values_of(members, name) for _, members in found) or not over_flops
+        if (any(values_of(members, name) for _, members in found) or not over_flops)
+        and _differs(rows, name)
     ]
     if not names:
         return False
@@ -64,6 +65,11 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     _legend(figure, found, over_flops, any(set(row.published) & set(names) for row in rows))
     save(figure, path, 150)
     return True
+
+
+def _differs(rows: Sequence[Row], metric: str) -> bool:
+    measured = values_of(rows, metric)
+    return len(rows) == 1 or len(measured) < 2 or len(set(measured)) > 1
 
 
 def _flops(rows: Sequence[Row]) -> float | None:
@@ -99,7 +105,7 @@ def _over_points(axes: plt.Axes, found: Sequence[Group], metric: str) -> None:
                 ha="center",
                 color=INK,
             )
-    axes.set(yticks=range(len(found)), yticklabels=[_plain(name) for name, _ in found])
+    axes.set(yticks=range(len(found)), yticklabels=[_plain(title(rows)) for _, rows in found])
     axes.set_ylim(len(found) - 0.4, -0.8)
     axes.margins(x=0.15)
 
@@ -137,7 +143,9 @@ def _marker(place: int) -> dict:
 def _legend(figure: plt.Figure, found: Sequence[Group], over_flops: bool, published: bool) -> None:
     """What the marks are, where there are several kinds."""
     if over_flops:
-        marks = {name: _marker(place) for place, (name, rows) in enumerate(found) if _flops(rows)}
+        marks = {
+            title(rows): _marker(place) for place, (_, rows) in enumerate(found) if _flops(rows)
+        }
         if published:
             marks["published"] = PUBLISHED | {"marker": "o", "color": MUTED}
     elif published:

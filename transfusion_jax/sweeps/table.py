@@ -4,6 +4,7 @@ published."""
 import csv
 import io
 import math
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def title(rows: Sequence[Row]) -> str:
+    """What the names of points that differ in their seed only have in common."""
+    names = [row.name for row in rows]
+    return os.path.commonprefix(names).rstrip("_-. ") or names[0]
+
+
 def as_csv(rows: Sequence[Row]) -> str:
     """All digits, and a column for each field that varies."""
     fields = {name: [row.varying[name] for row in rows] for name in rows[0].varying}
@@ -135,7 +142,7 @@ def _metrics(rows: Sequence[Row]) -> Columns:
 
 def _over_seeds(found: Mapping[str, Sequence[Row]]) -> str:
     columns: Columns = {
-        "point": list(found),
+        "point": [title(rows) for rows in found.values()],
         "seeds": [len(rows) for rows in found.values()],
     }
     for name in dict.fromkeys(
