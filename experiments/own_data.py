@@ -3,9 +3,9 @@
     transfusion-jax prepare my/folder --out data/mine --height 32 --width 32
     transfusion-jax train experiments/own_data.py
 
-docs/data.md says more.
-Hardware: two CPU cores; not timed, but `emoji.py`, a model of this size, took 0.8 s a step.
-Expected: a model of 3.5 M parameters that draws the colours that captions name, and few forms.
+docs/data.md says more. The settings are those that made `scenes.py` draw (docs/log.md).
+Hardware: two CPU cores, TIME.
+Expected: RESULT
 """
 
 from transfusion_jax.config import (
@@ -23,9 +23,10 @@ from transfusion_jax.data.sources.dataset import open_dataset
 DATA = "data/mine"
 
 
-def config() -> Experiment:
-    dataset = open_dataset(DATA)
-    image = dataset.image_config(patch=4)
+def config(data: str = DATA) -> Experiment:
+    dataset = open_dataset(data)
+    # A picture of few, large patches: a small model sees more pictures, and draws better.
+    image = dataset.image_config(patch=max(dataset.image_shape[0] // 4, 1))
     return Experiment(
         name="own_data",
         image=image,
@@ -38,22 +39,28 @@ def config() -> Experiment:
             compute_dtype="float32",
             timestep="after",
             patch_position="learned",
+            rope_theta=100.0,
         ),
-        diffusion=DiffusionConfig(noise_limit=500),
+        # The picture itself is predicted, from more noise than usual: that is where captions count.
+        diffusion=DiffusionConfig(prediction="x", loss="x", snr_scale=0.1, noise_limit=200),
         data=DataConfig(
-            sources=(SourceConfig(DATA),),
-            row_length=dataset.row_length(image, images=4),
-            batch_rows=8,
-            max_epochs=100.0,
+            sources=(SourceConfig(data),),
+            row_length=dataset.row_length(image, images=6),
+            batch_rows=12,
+            max_epochs=200.0,
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100),
-        train=TrainConfig(steps=1000, ema_decay=0.995, checkpoint_every=250),
+        optimizer=OptimizerConfig(
+            kind="muon", learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=100
+        ),
+        train=TrainConfig(
+            steps=2000, image_loss_weight=25.0, ema_decay=0.998, checkpoint_every=250
+        ),
         sampler=SamplerConfig(
             kind="ddim",
             steps=50,
-            guidance=3.0,
+            guidance=2.0,
             clip=1.0,
-            context_timestep=50,
+            context_timestep=10,
             max_tokens=image.span + 64,
         ),
         evaluation=("likelihood", "pairs"),

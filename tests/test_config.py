@@ -116,15 +116,16 @@ def test_the_presets_are_the_controlled_setting_of_section_4_1():
     assert (experiment.sampler.steps, experiment.sampler.guidance) == (250, 3.0)
 
 
-@pytest.mark.parametrize("name", ["digits", "emoji", "own_data"])
-def test_experiments_with_a_noise_limit_say_so(name, monkeypatch):
+@pytest.mark.parametrize(("name", "limit"), [("digits", 500), ("emoji", 200), ("own_data", 200)])
+def test_experiments_with_a_noise_limit_say_so(name, limit, monkeypatch):
     pictures = SimpleNamespace(
+        image_shape=(32, 32, 3),
         image_config=lambda patch: ImageConfig(32, 32, 3, patch),
         row_length=lambda image, images: images * image.span,
         embedding_rows=384,
     )
     monkeypatch.setattr(dataset, "open_dataset", lambda path: pictures)
-    assert load_experiment(str(EXPERIMENTS / f"{name}.py")).diffusion.noise_limit == 500
+    assert load_experiment(str(EXPERIMENTS / f"{name}.py")).diffusion.noise_limit == limit
 
 
 def test_the_noise_limit_is_off_at_0_and_whatever_the_steps():

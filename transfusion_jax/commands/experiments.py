@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
 from transfusion_jax.config import Experiment
 
 
@@ -170,6 +168,8 @@ def override(config: Any, arguments: Sequence[str]) -> Any:
     Raises:
       ValueError: a field does not exist, or its value has another type or cannot work.
     """
+    import tyro  # takes as long to import as all of `--help`
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):

@@ -1,7 +1,6 @@
 """`prepare`: makes a data set from pictures, captions and text."""
 
 import argparse
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from transfusion_jax.commands.bad_input import local, user_input
@@ -43,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from concurrent.futures.process import BrokenProcessPool
+
     from transfusion_jax.data.sources.dataset import open_dataset
     from transfusion_jax.preparation.prepare import parse_part
     from transfusion_jax.preparation.prepare import prepare as prepare_data

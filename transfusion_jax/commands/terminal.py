@@ -2,11 +2,11 @@
 
 import sys
 
-from tqdm import tqdm
-
 
 def say(line: str) -> None:
     """Prints a line to standard output, above the progress bar if there is one."""
+    from tqdm import tqdm
+
     tqdm.write(line)
     sys.stdout.flush()
 

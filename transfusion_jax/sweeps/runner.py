@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from tqdm import tqdm
-
 from transfusion_jax.errors import AGAIN, ComeAgain
 from transfusion_jax.sweeps.points import SUMMARY, Point
 
@@ -81,6 +79,8 @@ def run_points(
 def progress(elapsed: float, seconds: Sequence[float], left: int) -> str:
     """Time so far, and what `left` points will take if they take as long as others did on
     average."""
+    from tqdm import tqdm
+
     so_far = f"{tqdm.format_interval(elapsed)} so far"
     if not seconds:
         return so_far
