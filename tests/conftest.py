@@ -1,9 +1,17 @@
 """Strict settings: eight CPU devices, no implicit promotion, array shapes checked at run time.
 
-Warnings are errors by `filterwarnings` in pyproject.toml.
+Warnings are errors by `filterwarnings` in pyproject.toml. What commands keep in the user's cache
+(compiled programs, plans) is kept for this session alone, and shared by its processes.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="transfusion_jax_cache_")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Tests compile for longer than they run; without optimisation they compile twice as fast.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"

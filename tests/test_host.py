@@ -16,12 +16,17 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from transfusion_jax import host
 from transfusion_jax.host import cache_compiled
 
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
 if "accelerator" in sys.argv:
     jax.default_backend = lambda: "gpu"  # what compiles here is a CPU nevertheless
+if "processes" in sys.argv:
+    jax.process_count = lambda: 2
+if "processor" in sys.argv:
+    host._kind_of_processor = lambda: "another"
 directory = cache_compiled(print)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))
@@ -42,17 +47,24 @@ def start(home: Path, *arguments: str, **variables: str) -> str:
     return found.stdout.splitlines()[-1]
 
 
-def test_a_second_start_compiles_nothing_that_the_first_compiled(tmp_path):
-    where = tmp_path / "transfusion_jax" / "xla"
-    assert start(tmp_path, "accelerator") == f"{where} 0"
-    words = start(tmp_path, "accelerator").split()
-    assert words[0] == str(where) and int(words[1]) > 0
+@pytest.mark.parametrize("platform", ["accelerator", "cpu"])
+def test_a_second_start_compiles_nothing_that_the_first_compiled(tmp_path, platform):
+    where, found = start(tmp_path, platform).split()
+    assert Path(where).is_relative_to(tmp_path / "transfusion_jax" / "xla") and found == "0"
+    again, found = start(tmp_path, platform).split()
+    assert again == where and int(found) > 0
 
 
-def test_it_is_off_on_cpus_and_where_a_user_says_so(tmp_path):
-    assert cache_compiled(print) is None
+def test_programs_for_other_processors_are_not_run(tmp_path):
+    where, _ = start(tmp_path).split()
+    other, found = start(tmp_path, "processor").split()
+    assert other != where and found == "0"
+
+
+def test_it_is_off_for_processes_on_cpus_and_where_a_user_says_so(tmp_path):
     off = start(tmp_path, "accelerator", JAX_ENABLE_COMPILATION_CACHE="false")
-    assert off == "None 0" and not (tmp_path / "transfusion_jax").exists()
+    assert off == "None 0" == start(tmp_path, "processes")
+    assert not (tmp_path / "transfusion_jax").exists()
 
 
 def test_a_directory_that_cannot_be_made_is_said_and_nothing_is_kept(tmp_path, monkeypatch):

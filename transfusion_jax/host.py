@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -93,23 +95,40 @@ def cache_compiled(report: Callable[[str], None]) -> Path | None:
     That is `cache_directory("xla")`. JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR`
     names another directory, and `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
 
-    Not for CPUs: JAX files a program under a key without the features of the processor that it was
-    compiled for, so machines with one home directory would run each other's instructions.
+    On CPUs, each kind of processor has a directory of its own: JAX files a program under a key
+    without the features of the processor that it was compiled for, so machines with one home
+    directory would run each other's instructions. Several processes on CPUs keep nothing.
 
     Returns:
       The directory; None where nothing is kept.
     """
     import jax
 
-    if jax.default_backend() == "cpu" or not jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:
         return None
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
     directory = cache_directory("xla")
+    if jax.default_backend() == "cpu":
+        kind = _kind_of_processor()
+        if kind is None or jax.process_count() > 1:
+            return None
+        directory /= f"cpu-{kind}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         report(f"compiled programs are not kept: {directory}: {error.strerror}")
         return None
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return directory
+
+
+def _kind_of_processor() -> str | None:
+    """A hash of the model and the features of this machine's processor; None if it says none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return None
+    said = [line for line in lines if re.match(r"(model name|flags|Features|CPU part)\b", line)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12] if said else None

@@ -1,0 +1,57 @@
+"""Parameters gathered from their shards in several steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from transfusion_jax.config import MeshConfig
+from transfusion_jax.parallel import rules
+from transfusion_jax.parallel.mesh import make_mesh
+from transfusion_jax.parallel.rules import gather_steps, gathered, partition_spec
+
+
+@pytest.mark.parametrize("devices", [2, 16, 32, 48, 64, 256, 512, 37])
+def test_steps_of_a_gather_join_all_shards_in_order(devices):
+    """Each device holds itself at first; a step concatenates what its group holds."""
+    held = {device: [device] for device in range(devices)}
+    for groups in gather_steps(devices):
+        assert sorted(device for group in groups for device in group) == list(range(devices))
+        assert all(len(group) <= 16 for group in groups) or devices == 37
+        held = {
+            device: [shard for member in group for shard in held[member]]
+            for group in groups
+            for device in group
+        }
+    assert all(shards == list(range(devices)) for shards in held.values())
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(fsdp=8), MeshConfig(2, 4), MeshConfig(1, 4, 2), MeshConfig(1, 4, 1, 2)]
+)
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed"), ("norm", "mlp")])
+def test_a_gather_in_steps_is_the_gather_in_one(monkeypatch, mesh, axes):
+    value = jax.random.normal(jax.random.key(0), (16, 16))
+    factor = jax.random.normal(jax.random.key(1), (16, 16))
+
+    def gradient(value):
+        def total(value):
+            parameter = nnx.Param(value, out_sharding=axes, eager_sharding=False)
+            return jnp.sum(jnp.sin(gathered(parameter, jnp.float32)) * factor)
+
+        return total(value), jax.grad(total)(value)
+
+    devices = make_mesh(mesh, jax.devices())
+    placed = jax.device_put(value, NamedSharding(devices, partition_spec(axes)))
+    with jax.set_mesh(devices):
+        whole = jax.jit(lambda value: gradient(value))(placed)
+        monkeypatch.setattr(rules, "TOGETHER", 2)
+        stepped = jax.jit(lambda value: gradient(value))
+        text = stepped.lower(placed).as_text()
+        stepped = stepped(placed)
+    assert ("all_gather" in text) == ("embed" in axes)
+    np.testing.assert_allclose(stepped[0], whole[0], rtol=1e-6)
+    np.testing.assert_array_equal(stepped[1], whole[1])
+    np.testing.assert_allclose(whole[1], jnp.cos(value) * factor, rtol=1e-5)
