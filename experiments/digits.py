@@ -49,8 +49,10 @@ def config() -> Experiment:
             max_epochs=1000.0,
         ),
         tokenizer=TokenizerConfig(vocab_size=352),
-        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=100),
-        train=TrainConfig(steps=2000, vocab_chunk=152, ema_decay=0.995, checkpoint_every=250),
+        optimizer=OptimizerConfig(
+            kind="muon", learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=100
+        ),
+        train=TrainConfig(steps=1000, vocab_chunk=152, ema_decay=0.995, checkpoint_every=250),
         sampler=SamplerConfig(
             kind="ddpm", steps=50, guidance=3.0, clip=1.0, context_timestep=50, max_tokens=48
         ),

@@ -25,5 +25,6 @@ def sweep() -> Iterator[Experiment]:
                 base,
                 name=f"{name}_{seed}",
                 model=replace(base.model, experts=experts),
-                train=replace(base.train, seed=seed),
+                optimizer=replace(base.optimizer, kind="adamw"),
+                train=replace(base.train, steps=2000, seed=seed),
             )

@@ -29,13 +29,14 @@ SIZES = {"small": (2, 64), "medium": (3, 96), "large": (4, 128)}
 
 
 def base(size: str) -> Experiment:
-    """Transfusion on the digits as prepared pixels, and on comparisons, for 800 steps."""
+    """Transfusion on the digits as prepared pixels, and on comparisons, for 800 steps of AdamW."""
     whole = digits()
     layers, width = SIZES[size]
     return replace(
         whole,
         model=replace(whole.model, layers=layers, width=width, mlp_width=3 * width),
         data=replace(whole.data, sources=_sources(PICTURES)),
+        optimizer=replace(whole.optimizer, kind="adamw"),
         train=replace(whole.train, steps=800),
         evaluation=("digits", "comparisons", "likelihood"),
     )

@@ -14,11 +14,12 @@ from transfusion_jax.config import Experiment, SourceConfig
 
 
 def base() -> Experiment:
-    """The digits without their tasks of text alone, trained half as long."""
+    """The digits without their tasks of text alone, with the paper's optimizer."""
     whole = digits()
     return replace(
         whole,
         data=replace(whole.data, sources=(SourceConfig("digits"),)),
+        optimizer=replace(whole.optimizer, kind="adamw"),
         train=replace(whole.train, steps=1000),
         evaluation=("digits", "likelihood"),
     )

@@ -155,13 +155,16 @@ def _joined(x: Array, axes: tuple[str | None, ...]) -> Array:
 def gather_steps(devices: int) -> list[list[list[int]]]:
     """Groups of at most `TOGETHER` devices, for each step of a gather of shards in their order.
 
-    The first step joins neighbours, the next one what these have joined. A prime number of devices
-    above `TOGETHER` is one step.
+    The first step joins neighbours, the next one what these have joined. The last step moves most,
+    so its groups are the largest: they have the most links. A prime number of devices above
+    `TOGETHER` is one step.
     """
+    sizes, left = [], devices
+    while left > 1:
+        sizes.append(max((n for n in range(2, TOGETHER + 1) if left % n == 0), default=left))
+        left //= sizes[-1]
     steps, joined = [], 1
-    while joined < devices:
-        left = devices // joined
-        size = max((n for n in range(2, TOGETHER + 1) if left % n == 0), default=left)
+    for size in reversed(sizes):
         block = size * joined
         steps.append(
             [
@@ -180,7 +183,7 @@ def _gathered_forward(x, axes):
 
 def _gathered_backward(axes, _, gradient):
     # Both constraints make one reduce-scatter. With the second alone, XLA loops over shards again.
-    return (constrain(_gathered(gradient, axes), *axes),)
+    return (constrain(constrain(gradient, *_whole(axes)), *axes),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
