@@ -18,6 +18,7 @@ from jax._src import distributed, xla_bridge
 
 from transfusion_jax.config import ProcessesConfig
 from transfusion_jax.errors import ComeAgain, ProcessLost, WorkFailed, require
+from transfusion_jax.parallel.clusters import alone_in_a_step, check_kubernetes
 from transfusion_jax.parallel.roll_call import call_roll
 
 WAIT = 1000 * 86400  # milliseconds; who is gone is known by its heartbeats, not by this
@@ -53,8 +54,10 @@ def join(
     if by_hand:
         _check(asked)
         call_roll(coordinator, num_processes, process_id, config.initialization_timeout)
-    elif xla_bridge.backends_are_initialized():
-        return  # called from a program that computes already: it is alone
+    elif xla_bridge.backends_are_initialized() or alone_in_a_step():
+        return  # called from a program that computes already, or in a shell of SLURM
+    else:
+        check_kubernetes()
     jax.config.update("jax_enable_preemption_service", False)  # see `stopping.py`
     try:
         jax.distributed.initialize(
