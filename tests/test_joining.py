@@ -134,7 +134,14 @@ def say_who(settings: list[dict[str, str]]) -> list:
 
 
 @pytest.mark.parametrize(
-    "place", [on_gke, on_gke_in_slices, on_tpu_vms, on_tpu_vms_in_slices], ids=lambda f: f.__name__
+    "place",
+    [
+        on_gke_in_slices,
+        on_tpu_vms,
+        pytest.param(on_gke, marks=pytest.mark.slow),
+        pytest.param(on_tpu_vms_in_slices, marks=pytest.mark.slow),
+    ],
+    ids=lambda place: place.__name__,
 )
 def test_processes_join_by_what_the_cluster_tells_them(place, metadata):
     pytest.importorskip("requests")  # of jax[tpu]
@@ -181,6 +188,19 @@ def test_a_jobset_of_several_jobs_without_tpus_is_refused(monkeypatch, jobs, ref
     else:
         join(None, None, None, ProcessesConfig())
     assert bool(begun) != refused
+
+
+def test_what_a_cluster_does_not_say_is_an_error_and_no_run_of_its_own(monkeypatch):
+    """As in a pod that GKE told the hosts of its slice, but not which of them it is."""
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,localhost")
+    for name in ("NUM_SLICES", "SLICE_ID", "COORDINATOR_ADDRESS"):
+        monkeypatch.setenv(f"MEGASCALE_{name}", "")
+    monkeypatch.delenv("TPU_WORKER_ID", raising=False)
+    with pytest.raises(ValueError, match="does not find the other processes: invalid literal"):
+        join(None, None, None, ProcessesConfig())
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from transfusion_jax.parallel.roll_call import call_roll
 
 WAIT = 1000 * 86400  # milliseconds; who is gone is known by its heartbeats, not by this
 LEAVING = 2.0  # seconds that the leader, whose end would end the others, leaves them to speak
+NO_CLUSTER = "coordinator_address should be defined"  # JAX's error where it knows of no others
 _questions = itertools.count()
 
 
@@ -69,9 +70,9 @@ def join(
             heartbeat_timeout_seconds=config.heartbeat_timeout,
             shutdown_timeout_seconds=config.shutdown_timeout,
         )
-    except ValueError:  # no cluster is known here
-        if by_hand:
-            raise
+    except ValueError as error:
+        if by_hand or NO_CLUSTER not in str(error):
+            raise ValueError(f"JAX does not find the other processes: {error}") from error
     except RuntimeError as error:
         raise ValueError(
             f"could not join the other processes within "
