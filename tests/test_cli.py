@@ -211,6 +211,7 @@ RUN = "{}"
         (f"train {DIGITS} --data.sources.0.name gs://b/data", "gs://b/data is not a local path"),
         (f"train {DIGITS} --tokenizer.path gs://b/t", "gs://b/t is not a local path"),
         ("generate s3://b/run --prompt x --out {}/out", "s3://b/run is not a local path"),
+        ("train gs://b/x.py", "gs://b/x.py is not a local path"),
         ("evaluate gs://b/run", "gs://b/run is not a local path"),
         ("prepare gs://b/pictures --out {}/out", "gs://b/pictures is not a local path"),
         ("prepare {} --out {}/out --num-processes 2 --process-id 1", "--coordinator must be given"),

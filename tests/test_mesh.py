@@ -99,6 +99,39 @@ def test_processes_of_a_pod_read_every_row(topology, mesh, processes, count, mon
     assert len(set(read)) == count and all(len(rows) == 64 // count for rows in read)
 
 
+SLICES = (
+    *("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"),
+    *("v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:8x8x4"),
+    *("v4:4x4x4", "v4:4x4x8", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
+)
+"""All that an experiment names, and others."""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the topology of TPUs needs libtpu (pip install '.[tpu]')",
+)
+@pytest.mark.parametrize("topology", SLICES)
+@pytest.mark.parametrize(
+    "axes", ["data", "fsdp", "data=2,fsdp", "fsdp,tensor=4", "fsdp,sequence=8"]
+)
+def test_a_process_of_a_slice_reads_what_its_devices_hold(topology, axes, monkeypatch):
+    devices = list(find_topology(topology).devices)
+    sizes = {"data": 1, "fsdp": 1}
+    for axis in axes.split(","):
+        name, _, size = axis.partition("=")
+        sizes[name] = int(size or -1)
+    sharding = batch_sharding(make_mesh(MeshConfig(**sizes), devices))
+    rows = 2 * len(devices)
+    held: dict[int, set[int]] = {}
+    for device, (shard, *_) in sharding.devices_indices_map((rows,)).items():
+        held.setdefault(device.process_index, set()).update(range(*shard.indices(rows)))
+    read = rows_of_all(sharding, rows, len(held), monkeypatch)
+    assert [set(some) for some in read] == [held[process] for process in range(len(held))]
+    assert all(len(some) == len(set(some)) for some in read)
+    assert set().union(*held.values()) == set(range(rows))
+
+
 PROCESS = """
 import sys
 import jax

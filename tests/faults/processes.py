@@ -136,4 +136,32 @@ FAULTS = (
         "    if True:",
         "devices",
     ),
+    Fault(
+        "a command in the shell of salloc waits for other tasks",
+        "parallel/processes.py",
+        " or alone_in_a_step()",
+        "",
+        "joining::test_a_command_in_the_shell_of_salloc_is_alone",
+    ),
+    Fault(
+        "each job of a JobSet without TPUs is a run of its own",
+        "parallel/clusters.py",
+        "jobs == 1,",
+        "jobs > 0,",
+        "joining::test_a_jobset_of_several_jobs_without_tpus_is_refused",
+    ),
+    Fault(
+        "a cluster that says too little is taken for none",
+        "parallel/processes.py",
+        "if by_hand or NO_CLUSTER not in str(error):",
+        "if by_hand:",
+        "joining::test_what_a_cluster_does_not_say_is_an_error_and_no_run_of_its_own",
+    ),
+    Fault(
+        "a URL of an experiment is read up to its colon",
+        "commands/experiments.py",
+        "    local_path(spec)  # of a URL, what stands before the colon is no path\n",
+        "",
+        "cli",
+    ),
 )

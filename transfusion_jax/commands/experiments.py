@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfusion_jax.config import Experiment
+from transfusion_jax.files import local_path
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,7 @@ def load_experiment(spec: str, overrides: Sequence[str] = (), kind: type = Exper
       ValueError: the file, the point or an override is wrong, or the experiment is of another kind.
     """
     path, _, point = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
+    local_path(spec)  # of a URL, what stands before the colon is no path
     names = _names(path)
     if point:
         points = _points(path, names)

@@ -18,10 +18,12 @@ from jax._src import distributed, xla_bridge
 
 from transfusion_jax.config import ProcessesConfig
 from transfusion_jax.errors import ComeAgain, ProcessLost, WorkFailed, require
+from transfusion_jax.parallel.clusters import alone_in_a_step, check_kubernetes
 from transfusion_jax.parallel.roll_call import call_roll
 
 WAIT = 1000 * 86400  # milliseconds; who is gone is known by its heartbeats, not by this
 LEAVING = 2.0  # seconds that the leader, whose end would end the others, leaves them to speak
+NO_CLUSTER = "coordinator_address should be defined"  # JAX's error where it knows of no others
 _questions = itertools.count()
 
 
@@ -53,8 +55,10 @@ def join(
     if by_hand:
         _check(asked)
         call_roll(coordinator, num_processes, process_id, config.initialization_timeout)
-    elif xla_bridge.backends_are_initialized():
-        return  # called from a program that computes already: it is alone
+    elif xla_bridge.backends_are_initialized() or alone_in_a_step():
+        return  # called from a program that computes already, or in a shell of SLURM
+    else:
+        check_kubernetes()
     jax.config.update("jax_enable_preemption_service", False)  # see `stopping.py`
     try:
         jax.distributed.initialize(
@@ -66,9 +70,9 @@ def join(
             heartbeat_timeout_seconds=config.heartbeat_timeout,
             shutdown_timeout_seconds=config.shutdown_timeout,
         )
-    except ValueError:  # no cluster is known here
-        if by_hand:
-            raise
+    except ValueError as error:
+        if by_hand or NO_CLUSTER not in str(error):
+            raise ValueError(f"JAX does not find the other processes: {error}") from error
     except RuntimeError as error:
         raise ValueError(
             f"could not join the other processes within "

@@ -22,8 +22,8 @@ def data_facts(experiment: Experiment) -> dict[str, dict[str, str]]:
             facts[source.name] = {"problem": _described(source.name, error)}
     if path := experiment.tokenizer.path:
         try:
-            facts[path] = {"digest": file_digest(Path(path))}
-        except OSError as error:
+            facts[path] = {"digest": file_digest(local_path(path))}
+        except (OSError, ValueError) as error:
             facts[path] = {"problem": str(error)}
     return facts
 
@@ -50,7 +50,7 @@ def _source_digest(name: str, experiment: Experiment) -> str:
     """
     if name in SOURCES:
         return "built in"
-    dataset = Prepared(Path(name), experiment, "train").dataset
+    dataset = Prepared(local_path(name), experiment, "train").dataset
     if dataset.info["shards"]:
         dataset.record(0)  # sizes are compared by now; this one is read
     return hashlib.sha256((dataset.path / "dataset.json").read_bytes()).hexdigest()
