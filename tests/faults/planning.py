@@ -111,8 +111,29 @@ FAULTS = (
     Fault(
         "plans that do not fit ranked first",
         "planning/describe.py",
-        "(not plan.fits, plan.step_seconds",
-        "(plan.fits, plan.step_seconds",
+        "return (True, plan.memory.peak)",
+        "return (False, 0.0)",
         "plan",
+    ),
+    Fault(
+        "more microbatches than fit are tried",
+        "planning/search.py",
+        "                break\n            lacking = plan",
+        "            lacking = plan",
+        "plan",
+    ),
+    Fault(
+        "plans of other code are taken",
+        "planning/cache.py",
+        "versions, _code()]",
+        "versions]",
+        "plan",
+    ),
+    Fault(
+        "steps of a gather in the wrong order",
+        "parallel/rules.py",
+        "for groups in steps:",
+        "for groups in reversed(steps):",
+        "gathers",
     ),
 )
