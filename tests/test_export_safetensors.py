@@ -237,7 +237,10 @@ def test_the_card_has_settings_data_metrics_and_licence(run_dir, tmp_path):
     exported(copy, tmp_path / "last")
     exported(copy, tmp_path / "raw", "--weights", "raw")
     card, raw = ((tmp_path / name / "README.md").read_text() for name in ("last", "raw"))
-    assert card.startswith("---\nlicense: ") and "## Licence" in card
+    assert card.startswith("---\nlicense: unknown\n") and "## Licence" in card
+    exported(copy, tmp_path / "free", "--license", "CC-BY-4.0")
+    free = (tmp_path / "free" / "README.md").read_text()
+    assert free.startswith("---\nlicense: cc-by-4.0\n") and "under CC-BY-4.0." in free
     count = sum(x.size for x in open_tensors(tmp_path / "last").values())
     assert f"One transformer of {count:,} parameters" in card
     assert "| synthetic | 1 | 1,200 | 1,100 | 70 |" in card
@@ -298,9 +301,24 @@ def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
     (full / "photo.png").touch()
     assert "is not empty: it holds photo.png" in export(run_dir, out=full)
     assert "is a file" in export(run_dir, out=full / "photo.png")
+    for licence in ("my own", "", "mit\n", '"mit"'):
+        assert "is no identifier of a licence" in export(run_dir, "--license", licence)
+    assert "llama has no model card" in export(run_dir, "--license", "mit", format="llama")
+    assert "cannot be made" in export(run_dir, out="/proc/export")
+    place = run_dir / "checkpoints" / "99"
+    assert "is among the run's checkpoints" in export(run_dir, out=place) and not place.exists()
     broken = shutil.copytree(run_dir, tmp_path / "broken")
     (broken / "summary.json").write_text("[1]")
     assert "summary.json is damaged: not a JSON object" in export(broken)
+    (broken / "summary.json").unlink()
+    for ledger in ('{"synthetic": 5}', '{"synthetic": {"documents": "x"}}', "{"):
+        (broken / "ledger.json").write_text(ledger)
+        assert "ledger.json is damaged" in export(broken)
+    (broken / "config.json").write_bytes(b"\xff")
+    assert "config.json does not hold an experiment" in export(broken)
+    (broken / "config.json").unlink()
+    (broken / "config.json").mkdir()
+    assert "it has no config.json" in export(broken)
     other = shutil.copytree(run_dir, tmp_path / "other")
     changed = replace(tiny_experiment(), train=TrainConfig())
     changed = replace(changed, model=replace(changed.model, mlp_width=64))

@@ -35,8 +35,8 @@ class StoredArrays:
     def read(self, name: str) -> np.ndarray:
         """One array, float32; nothing of it is kept here.
 
-        Its chunks (each a device's part) are read one after another: all at once, their encoded
-        bytes would take as much memory as the array.
+        Its chunks (each a device's part) are decoded one after another, each straight to its place:
+        a second copy of one would be much where few devices cut a large array.
 
         Raises:
           DamagedArray: it cannot be decoded.
@@ -44,8 +44,9 @@ class StoredArrays:
         array = np.empty(self.shapes[name], np.float32)
         try:
             store = _open(self.path, name)
+            places = tensorstore.array(array, copy=False, write=True)
             for part in _chunks(store.shape, store.chunk_layout.read_chunk.shape):
-                array[part] = store[part].read().result()
+                places[part].write(store[part]).result()
             return array
         except ValueError as error:
             raise DamagedArray(f"{name}: {as_line(error)}") from None
