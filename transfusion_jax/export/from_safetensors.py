@@ -35,13 +35,13 @@ def read(source: Path, out: Path, report: Report) -> None:
         )
     text = (source / EXPERIMENT).read_text(errors="replace")
     experiment = loads(text, str(source / EXPERIMENT), report=report)
-    _check_config(source, experiment)
     expected = {tensor.name: tensor.published_shape for tensor in tensors(experiment)}
     check_shapes(
         expected,
         {name: tensor.shape for name, tensor in found.items()},
         f"the tensors in {source} do not fit its {EXPERIMENT}",
     )
+    _check_config(source, experiment)
     planned = {name: Described(shape, found[name].dtype) for name, shape in expected.items()}
     write_shards(out, planned, ((name, finite(name, found[name])) for name in planned))
     for name in (EXPERIMENT, *BESIDE):

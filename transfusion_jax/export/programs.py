@@ -99,9 +99,10 @@ def programs(
     rows = (_int32(B), *_cache(model, B, S))
     found["decode"] = Program(decode, (weights, _int32(B), *rows))
     if diffused:
+        found["denoise"] = Program(denoise, (weights, _float32(B, *image.shape), one, *rows))
+        (B,) = _sizes("B")
         noisy = _float32(B, *image.shape)
         step = sampler(experiment.sampler, process(experiment.diffusion)).step
-        found["denoise"] = Program(denoise, (weights, noisy, one, *rows))
         found["step"] = Program(step, (noisy, noisy, one, one, noisy))
     return found
 
