@@ -13,16 +13,15 @@ import pytest
 import tiny
 from autoencoder_cases import SMALL, VQ
 from autoencoder_cases import parameters as autoencoder_parameters
+from exported import run_directory
 from PIL import Image
 
 from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import ImageConfig
-from transfusion_jax.config.stored import dumps
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.export import runner
 from transfusion_jax.generation.engine import load_engine
-from transfusion_jax.training.checkpoint import Checkpoints
 
 pytest.importorskip("flatbuffers", reason="flatbuffers is not installed")
 
@@ -105,19 +104,6 @@ def draw(net, noisy, t, length, k, v):
 )
 
 
-def write_run(path: Path, experiment, tokenizer, parameters: dict) -> Path:
-    """A run directory whose only checkpoint has these weights."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(dumps(experiment))
-    (path / "tokenizer.model").write_bytes(tokenizer.model)
-    state = tiny.fresh_state(tiny.planned(experiment), parameters)
-    checkpoints = Checkpoints(path / "checkpoints", 1, print)
-    checkpoints.save(replace(state, step=state.step + 3), {"train_seconds": 0.0, "data": []})
-    assert checkpoints.wait()
-    checkpoints.close()
-    return path
-
-
 def talkative(experiment, tokenizer) -> dict:
     """Weights that write for a while, and draw after a certain word."""
     parameters = tiny.random_parameters(tiny.planned(experiment), 5)
@@ -131,7 +117,8 @@ def talkative(experiment, tokenizer) -> dict:
 
 def exported(path: Path, experiment, tokenizer, *flags: str, autoencoder=None) -> tuple[Path, Path]:
     """A run and what it leaves as."""
-    run = write_run(path / "run", experiment, tokenizer, talkative(experiment, tokenizer))
+    parameters = talkative(experiment, tokenizer)
+    run = run_directory(path / "run", experiment, tokenizer=tokenizer, parameters=parameters)
     if autoencoder:
         save_codec(run / "autoencoder", autoencoder, autoencoder_parameters(autoencoder), 0.5, -0.2)
     out = path / "out"
