@@ -78,15 +78,15 @@ FAULTS = (
     Fault(
         "the last chunk of an array is not read",
         "training/arrays.py",
-        "range(0, size, step)",
-        "range(0, max(size - step, 1), step)",
+        "range(a - a % step, b, step)",
+        "range(a - a % step, max(b - step, a + 1), step)",
         f"{EXPORT}::test_the_weights_asked_for_leave_and_torch_users_can_read_them",
     ),
     Fault(
         "a half-written export looks whole",
         "files.py",
-        "        temporary.mkdir()\n        yield temporary\n        os.replace(temporary, path)\n",
-        "        path.mkdir()\n        yield path\n",
+        "        yield temporary\n        os.replace(temporary, path)\n",
+        "        path.mkdir(exist_ok=True)\n        yield path\n",
         f"{EXPORT}::test_bad_input_is_one_line",
     ),
     Fault(
