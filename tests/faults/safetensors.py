@@ -99,8 +99,8 @@ FAULTS = (
     Fault(
         "an index may name files elsewhere",
         "tensors.py",
-        "source / Path(name).name",
-        "source / name",
+        "name for name in names if name != Path(name).name",
+        "name for name in names if not name",
         "tensors::test_a_directory_is_the_files_that_its_index_names",
     ),
     Fault(
