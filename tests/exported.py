@@ -37,20 +37,26 @@ def weights(experiment: Experiment, seed: int) -> dict:
 
 
 def run_directory(
-    path: Path, experiment: Experiment, steps: tuple[int, ...] = (3,), mesh: MeshConfig = ONE
+    path: Path,
+    experiment: Experiment,
+    steps: tuple[int, ...] = (3,),
+    mesh: MeshConfig = ONE,
+    tokenizer: Tokenizer | None = None,
+    parameters: dict | None = None,
 ) -> Path:
     """A run with a checkpoint of each of these steps: `weights` of seed `step` are its average,
-    those of `step` + 1 are raw."""
+    those of `step` + 1 are raw; or `parameters` are both."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(dumps(experiment))
-    (path / "tokenizer.model").write_bytes(a_tokenizer().model)
+    (path / "tokenizer.model").write_bytes((tokenizer or a_tokenizer()).model)
     plan = planned(experiment, mesh)
     state = plan.initialise()
     saved = Checkpoints(path / "checkpoints", 9, print)
     shardings = jax.tree.map(lambda x: x.sharding, plan.abstract.parameters)
     for step in steps:
         average, raw = (
-            jax.device_put(weights(experiment, seed), shardings) for seed in (step, step + 1)
+            jax.device_put(parameters or weights(experiment, seed), shardings)
+            for seed in (step, step + 1)
         )
         saved.save(
             replace(state, step=jax.numpy.int32(step), ema=average, parameters=raw),

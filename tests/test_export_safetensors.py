@@ -29,6 +29,7 @@ from transfusion_jax.model.published import (
     to_published,
 )
 from transfusion_jax.tensors import open_tensors
+from transfusion_jax.training import arrays
 from transfusion_jax.training.arrays import StoredArrays
 from transfusion_jax.training.checkpoint import CheckpointError
 
@@ -160,21 +161,26 @@ def test_files_are_bounded_and_their_index_is_right(tmp_path):
     assert shards.LARGEST == 5 * 10**9
 
 
-def test_only_one_array_is_held_at_a_time(run_dir, tmp_path):
-    """Whoever writes has let go of an array before the next is read."""
+def test_a_part_of_one_array_is_held_at_a_time(run_dir, tmp_path, monkeypatch):
     trained = open_trained(run_dir, None, "average", print)
-    held = []
+    whole = exported(run_dir, tmp_path / "whole")
+    held, read = [], StoredArrays._rows
 
-    def read(name):
+    def watched(self, name, start, stop):
         assert all(reference() is None for reference in held), name
-        array = type(trained).read(trained, name)
+        assert stop - start == 1 or not trained.stacked(name)
+        array = read(self, name, start, stop)
         held.append(weakref.ref(array))
         return array
 
-    watched = replace(trained)
-    object.__setattr__(watched, "read", read)
-    write(watched, tmp_path, "bfloat16", print)
-    assert len(held) == len(trained.shapes)
+    monkeypatch.setattr(arrays, "MOST", 1)
+    trained.arrays.verify()
+    monkeypatch.setattr(StoredArrays, "_rows", watched)
+    write(trained, tmp_path, "float32", print)
+    layers = trained.experiment.model.layers
+    assert len(held) == sum(layers if trained.stacked(name) else 1 for name in trained.shapes)
+    for name, tensor in open_tensors(tmp_path).items():
+        np.testing.assert_array_equal(tensor, whole[name])
 
 
 def test_what_is_beside_the_tensors(run_dir, tmp_path):
@@ -237,7 +243,10 @@ def test_the_card_has_settings_data_metrics_and_licence(run_dir, tmp_path):
     exported(copy, tmp_path / "last")
     exported(copy, tmp_path / "raw", "--weights", "raw")
     card, raw = ((tmp_path / name / "README.md").read_text() for name in ("last", "raw"))
-    assert card.startswith("---\nlicense: ") and "## Licence" in card
+    assert card.startswith("---\nlicense: unknown\n") and "## Licence" in card
+    exported(copy, tmp_path / "free", "--license", "CC-BY-4.0")
+    free = (tmp_path / "free" / "README.md").read_text()
+    assert free.startswith("---\nlicense: cc-by-4.0\n") and "under CC-BY-4.0." in free
     count = sum(x.size for x in open_tensors(tmp_path / "last").values())
     assert f"One transformer of {count:,} parameters" in card
     assert "| synthetic | 1 | 1,200 | 1,100 | 70 |" in card
@@ -266,16 +275,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_leaves(run_dir, tmp_pa
 
 def test_the_checksum_of_what_leaves_is_compared(run_dir, monkeypatch, capsys):
     """A value that decodes, but is not the one that was saved."""
-    read = StoredArrays.read
+    read = StoredArrays._rows
 
-    def changed(self, name):
-        array = read(self, name)
+    def changed(self, name, *rows):
+        array = read(self, name, *rows)
         if name == "patches.in_ZD":
             array = array.copy()
             array[1, 1] = np.nextafter(array[1, 1], np.float32(9))
         return array
 
-    monkeypatch.setattr(StoredArrays, "read", changed)
+    monkeypatch.setattr(StoredArrays, "_rows", changed)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         open_trained(run_dir, None, "average", print)
     assert "checksum" in capsys.readouterr().out
@@ -298,9 +307,24 @@ def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
     (full / "photo.png").touch()
     assert "is not empty: it holds photo.png" in export(run_dir, out=full)
     assert "is a file" in export(run_dir, out=full / "photo.png")
+    for licence in ("my own", "", "mit\n", '"mit"'):
+        assert "is no identifier of a licence" in export(run_dir, "--license", licence)
+    assert "llama has no model card" in export(run_dir, "--license", "mit", format="llama")
+    assert "cannot be made" in export(run_dir, out="/proc/export")
+    place = run_dir / "checkpoints" / "99"
+    assert "is among the run's checkpoints" in export(run_dir, out=place) and not place.exists()
     broken = shutil.copytree(run_dir, tmp_path / "broken")
     (broken / "summary.json").write_text("[1]")
     assert "summary.json is damaged: not a JSON object" in export(broken)
+    (broken / "summary.json").unlink()
+    for ledger in ('{"synthetic": 5}', '{"synthetic": {"documents": "x"}}', "{"):
+        (broken / "ledger.json").write_text(ledger)
+        assert "ledger.json is damaged" in export(broken)
+    (broken / "config.json").write_bytes(b"\xff")
+    assert "config.json does not hold an experiment" in export(broken)
+    (broken / "config.json").unlink()
+    (broken / "config.json").mkdir()
+    assert "it has no config.json" in export(broken)
     other = shutil.copytree(run_dir, tmp_path / "other")
     changed = replace(tiny_experiment(), train=TrainConfig())
     changed = replace(changed, model=replace(changed.model, mlp_width=64))

@@ -11,18 +11,17 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from autoencoder_cases import SMALL
+from autoencoder_cases import SMALL, VQ
 from autoencoder_cases import parameters as autoencoder_parameters
+from exported import run_directory
 from PIL import Image
 
 from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import ImageConfig
-from transfusion_jax.config.stored import dumps
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.export import runner
 from transfusion_jax.generation.engine import load_engine
-from transfusion_jax.training.checkpoint import Checkpoints
 
 pytest.importorskip("flatbuffers", reason="flatbuffers is not installed")
 
@@ -42,10 +41,11 @@ given = dict(np.load(sys.argv[1]))
 {setup}
 k, v = given["k"], given["v"]
 out = {{}}
-prompt = [given[x] for x in ("tokens", "length", "images", "start", "t")]
+prompt = [given[x] for x in ("tokens", "length", "images", "start", "t") if x in given]
 out["read"], k, v = {prefill}(*prompt, k, v)
 out["written"], k, v = {decode}(given["token"], given["length"], k, v)
-out["drawn"], k, v = {denoise}(given["noisy"], given["t"], given["length"] + 1, k, v)
+if "noisy" in given:
+    out["drawn"], k, v = {denoise}(given["noisy"], given["t"], given["length"] + 1, k, v)
 np.savez(sys.argv[2], k=k, v=v, **out)
 """
 EXPORTED = PHASES.format(
@@ -55,9 +55,8 @@ for name in ("transfusion_jax", "flax"):
 import runpy
 model = runpy.run_path(sys.argv[3] + "/run.py")["Model"](__import__("pathlib").Path(sys.argv[3]))
 import functools
-prefill, decode, denoise = (
-    functools.partial(f, model.weights) for f in (model.prefill, model.decode, model.denoise)
-)
+for name in model.about["programs"]:
+    globals()[name] = functools.partial(getattr(model, name), model.weights)
 """,
     prefill="prefill",
     decode="decode",
@@ -84,11 +83,16 @@ def read(net, tokens, length, images, start, t, k, v):
                   start, jnp.ones_like(start))
     hidden, cache = net.read(batch, jnp.full_like(start, t), KVCache(k, v))
     last = jnp.stack([hidden[b, length[b] - 1] for b in range(len(length))])
-    return net.logits(last[:, None])[:, 0], cache.k, cache.v
+    return logits(net, last[:, None]), cache.k, cache.v
+
+def logits(net, hidden):
+    text = net.logits(hidden)[:, 0]
+    codes = hasattr(net, "code_logits")
+    return jnp.concatenate([text, net.code_logits(hidden)[:, 0]], 1) if codes else text
 
 def write(net, token, length, k, v):
     hidden, cache = net.extend(token[:, None], Context(KVCache(k, v), length, None))
-    return net.logits(hidden)[:, 0], cache.k, cache.v
+    return logits(net, hidden), cache.k, cache.v
 
 def draw(net, noisy, t, length, k, v):
     predicted, cache = net.denoise(noisy, t, Context(KVCache(k, v), length, None))
@@ -98,19 +102,6 @@ def draw(net, noisy, t, length, k, v):
     decode="phase(write)",
     denoise="phase(draw)",
 )
-
-
-def write_run(path: Path, experiment, tokenizer, parameters: dict) -> Path:
-    """A run directory whose only checkpoint has these weights."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(dumps(experiment))
-    (path / "tokenizer.model").write_bytes(tokenizer.model)
-    state = tiny.fresh_state(tiny.planned(experiment), parameters)
-    checkpoints = Checkpoints(path / "checkpoints", 1, print)
-    checkpoints.save(replace(state, step=state.step + 3), {"train_seconds": 0.0, "data": []})
-    assert checkpoints.wait()
-    checkpoints.close()
-    return path
 
 
 def talkative(experiment, tokenizer) -> dict:
@@ -126,7 +117,8 @@ def talkative(experiment, tokenizer) -> dict:
 
 def exported(path: Path, experiment, tokenizer, *flags: str, autoencoder=None) -> tuple[Path, Path]:
     """A run and what it leaves as."""
-    run = write_run(path / "run", experiment, tokenizer, talkative(experiment, tokenizer))
+    parameters = talkative(experiment, tokenizer)
+    run = run_directory(path / "run", experiment, tokenizer=tokenizer, parameters=parameters)
     if autoencoder:
         save_codec(run / "autoencoder", autoencoder, autoencoder_parameters(autoencoder), 0.5, -0.2)
     out = path / "out"
@@ -158,31 +150,48 @@ def answers(out: Path) -> list:
 
 
 def test_every_phase_gives_the_bits_of_the_model(left, experiment, tmp_path):
-    """Three rows of other lengths, one with an image, another capacity than that of the runner."""
-    run, out = left
+    """Three rows of other lengths, two with images, another capacity than that of the runner."""
+    given, rng = three_rows(experiment), np.random.default_rng(1)
+    shape = experiment.image.shape
+    given["images"] = rng.standard_normal((3, 2, *shape)).astype(np.float32)
+    given["noisy"] = rng.standard_normal((3, *shape)).astype(np.float32)
+    check_bits(left, tmp_path, given, given)
+
+
+def three_rows(experiment) -> dict[str, np.ndarray]:
+    """Tokens, places of images and an empty cache."""
     rng = np.random.default_rng(0)
-    model, image, L = experiment.model, experiment.image, 2 * experiment.model.attention_block
+    model, L = experiment.model, 2 * experiment.model.attention_block
     length = np.asarray([L - 5, 9, L - 1], np.int32)
     tokens = rng.integers(5, 300, (3, L))
     start = np.asarray([[7, L], [L, L], [3, 30]], np.int32)
     shape = (model.layers, 3, L + 37, model.num_kv_heads, model.head_dim)
-    given = dict(
+    return dict(
         tokens=tokens.astype(np.int32),
         length=length,
         start=start,
-        images=rng.standard_normal((3, 2, *image.shape)).astype(np.float32),
-        noisy=rng.standard_normal((3, *image.shape)).astype(np.float32),
         t=np.int32(7),
         token=np.asarray([3, 50, 70], np.int32),
         k=np.zeros(shape, np.float32),
         v=np.zeros(shape, np.float32),
     )
-    np.savez(tmp_path / "given.npz", **given)
-    for name, script, source in (("exported", EXPORTED, out), ("ours", OURS, run)):
-        (tmp_path / f"{name}.py").write_text(script)
-        python(tmp_path / f"{name}.py", tmp_path / "given.npz", tmp_path / f"{name}.npz", source)
-    theirs, ours = np.load(tmp_path / "exported.npz"), np.load(tmp_path / "ours.npz")
-    for name in ("read", "written", "drawn", "k", "v"):
+
+
+def check_bits(left, path: Path, to_export: dict, to_ours: dict) -> None:
+    """The phases of an export, in a process without this package, and of its run."""
+    run, out = left
+    found = []
+    for name, script, source, given in (
+        ("exported", EXPORTED, out, to_export),
+        ("ours", OURS, run, to_ours),
+    ):
+        np.savez(path / "given.npz", **given)
+        (path / f"{name}.py").write_text(script)
+        python(path / f"{name}.py", path / "given.npz", path / f"{name}.npz", source)
+        found.append(np.load(path / f"{name}.npz"))
+    theirs, ours = found
+    assert sorted(theirs) == sorted(ours)
+    for name in ours:
         assert np.isfinite(ours[name]).all() and np.abs(ours[name]).max() > 0.1
         np.testing.assert_array_equal(theirs[name], ours[name])
 
@@ -306,14 +315,51 @@ def test_weights_in_bfloat16_are_those_that_generate_computes_with(experiment, t
         np.testing.assert_array_equal(np.asarray(value), np.asarray(ours))
 
 
-def test_images_that_are_codes_are_refused(experiment, tokenizer, tmp_path, capsys):
-    model = replace(experiment.model, family="chameleon", image_attention="causal")
-    codes = replace(experiment, model=model, image=ImageConfig(4, 4, 1, 1, codes=8))
-    run = write_run(tmp_path / "run", codes, tokenizer, talkative(codes, tokenizer))
-    out = tmp_path / "out"
-    assert main(["export", str(run), "--format", "stablehlo", "--out", str(out)]) == 2
-    assert "not for a chameleon" in capsys.readouterr().err
-    assert not out.exists()
+@pytest.fixture(scope="module")
+def codes(experiment, tokenizer, tmp_path_factory):
+    """A chameleon, and what it leaves as."""
+    model = replace(experiment.model, family="chameleon", image_attention="causal", qk_norm=True)
+    image = ImageConfig(4, 4, 1, 1, codes=VQ.codes)
+    chameleon = replace(experiment, model=model, image=image)
+    path = tmp_path_factory.mktemp("codes")
+    return chameleon, exported(path, chameleon, tokenizer, autoencoder=VQ)
+
+
+def test_images_that_are_codes_leave_as_tokens(codes, tmp_path):
+    chameleon, left = codes
+    image, given = chameleon.image, three_rows(chameleon)
+    shape = (3, 2, *image.shape)
+    given["images"] = np.random.default_rng(1).integers(0, image.codes, shape).astype(np.float32)
+    given["token"][2] = chameleon.model.vocab_size + 5
+    told = {name: x for name, x in given.items() if name not in ("images", "start", "t")}
+    told["tokens"] = given["tokens"].copy()
+    for row, slot in zip(*np.nonzero(given["start"] < given["tokens"].shape[1]), strict=True):
+        start = given["start"][row, slot]
+        told["tokens"][row, start : start + image.patches] = runner.Model(left[1]).tokens_of(
+            given["images"][row, slot]
+        )
+    check_bits(left, tmp_path, told, given)
+    assert not (left[1] / "denoise.jax_export").exists()
+
+
+def test_the_runner_writes_images_of_codes(codes, tokenizer):
+    chameleon, left = codes
+    shown = np.random.default_rng(3).integers(0, VQ.codes, chameleon.image.shape)
+    shown = shown.astype(np.float32)
+    for asked in (dict(), dict(guidance=1.0, temperature=0.7), dict(image_temperature=0.0)):
+        assert np.ndarray in compared(*left, tokenizer, [shown], **asked)
+
+
+def test_the_runner_refuses_codes_that_are_none(codes, tmp_path, capsys, monkeypatch):
+    chameleon, left = codes
+    monkeypatch.setattr(runner, "__file__", str(left[1] / "run.py"))
+    for value in (VQ.codes, -1, 0.5, np.nan):
+        np.save(tmp_path / "image.npy", np.full(chameleon.image.shape, value))
+        words = ["--image", str(tmp_path / "image.npy"), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr("sys.argv", ["run.py", *words])
+        with pytest.raises(SystemExit, match="2"):
+            runner.main()
+        assert f"codes are from 0 to {VQ.codes - 1}" in capsys.readouterr().err
 
 
 TEXTS = ["", " ", "three plus four", "  two  spaces ", "ünïcode ✓ 😀 日本", "a\nb\tc", "12345 6.7",

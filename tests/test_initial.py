@@ -275,6 +275,31 @@ def test_bad_input_is_one_line(exported, tmp_path, capsys):
     assert not (tmp_path / "in").exists() and not (tmp_path / "run").exists()
 
 
+def test_an_import_whose_files_disagree_is_one_line(exported, tmp_path, capsys):
+    def imported(name, change) -> str:
+        moved = shutil.copytree(exported, tmp_path / "moved", dirs_exist_ok=True)
+        (moved / name).write_bytes(change((moved / name).read_bytes()))
+        return refused(capsys, "import", "safetensors", moved, "--out", tmp_path / "in")
+
+    def config(change):
+        return lambda content: json.dumps(change(json.loads(content))).encode()
+
+    other = config(lambda x: {**x, "text_config": {**x["text_config"], "rope_theta": 5.0}})
+    said = imported("config.json", other)
+    assert "is not of the model and tokenizer beside it: text_config.rope_theta is 5.0" in said
+    bare = config(lambda x: {name: part for name, part in x.items() if name != "image_config"})
+    assert "it has no image_config" in imported("config.json", bare)
+    moved_boi = config(lambda x: {**x, "boi_token_id": 4})
+    assert "boi_token_id is 4, not 298" in imported("config.json", moved_boi)
+    for damaged in (b"{", b"[]", b"\xff"):
+        assert "config.json is damaged" in imported("config.json", lambda _, x=damaged: x)
+    assert "experiment.json does not hold" in imported("experiment.json", lambda _: b"\xff")
+    assert "is not a sentencepiece model" in imported("tokenizer.model", lambda _: b"abc")
+    larger = train_tokenizer(["a small red star"] * 20, 290).model
+    assert "boi_token_id is 298, not" in imported("tokenizer.model", lambda _: larger)
+    assert not (tmp_path / "in").exists()
+
+
 def test_a_run_without_a_checkpoint_reads_them_again(exported, tmp_path):
     """One that was killed before its first."""
     said = []

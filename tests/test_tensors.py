@@ -39,6 +39,7 @@ def test_a_file_holds_what_was_saved_and_is_mapped(tmp_path):
 def test_a_directory_is_the_files_that_its_index_names(tmp_path):
     saved(tmp_path / "x-1.safetensors", {"a": TENSORS["a"]})
     saved(tmp_path / "x-2.safetensors", {"b": TENSORS["b"]})
+    (tmp_path / "folder.safetensors").mkdir()
     assert open_tensors(tmp_path).keys() == {"a", "b"}  # without one, all of them
     saved(tmp_path / "other.safetensors", {"c": TENSORS["c"]})
     index = tmp_path / "x.safetensors.index.json"
@@ -54,8 +55,16 @@ def test_a_directory_is_the_files_that_its_index_names(tmp_path):
     index.write_text("[]")
     with pytest.raises(ValueError, match="is not an index of safetensors"):
         open_tensors(tmp_path)
-    index.write_text(json.dumps({"weight_map": {"a": "../x-1.safetensors"}}))
-    assert open_tensors(tmp_path).keys() == {"a"}  # no file outside is read
+    for outside in ("../x-1.safetensors", str(tmp_path / "x-1.safetensors"), "in/x"):
+        index.write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(ValueError, match="is not the name of a file beside it"):
+            open_tensors(tmp_path)
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(ValueError, match="is not an index of safetensors"):
+        open_tensors(tmp_path)
+    index.rmdir()
+    index.touch()
     index.unlink()
     saved(tmp_path / "again.safetensors", {"a": TENSORS["a"]})
     with pytest.raises(ValueError, match="a is in another file too"):
@@ -92,6 +101,8 @@ A = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         headed({"a": {**A, "data_offsets": ["x", 16]}}),
         headed(b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 16]}}'),
         headed(b"[" * 100_000),
+        headed({"a": A, "b": A}),
+        headed({"a": {**A, "shape": [1], "data_offsets": [12, 16]}}),
         headed({"a": {**A, "shape": [4] + [1] * 70}}),
         (1 << 60).to_bytes(8, "little") + bytes(100),
     ],

@@ -4,13 +4,11 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import tiny
+from exported import run_directory, weights
 
 from transfusion_jax.config import Experiment
-from transfusion_jax.config.stored import dumps
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
-from transfusion_jax.training.checkpoint import Checkpoints
 
 TEXTS = (
     "In the beginning the Universe was created. This has made a lot of people very angry.",
@@ -34,14 +32,6 @@ def experiment(**model) -> Experiment:
 
 def write_run(path: Path, run: Experiment, seed: int = 0) -> dict:
     """Fills a directory; returns the parameters, which are their average as well."""
-    plan = tiny.planned(run)
-    parameters = tiny.random_parameters(plan, seed)
-    state = replace(tiny.fresh_state(plan, parameters), step=jnp.int32(STEP))
-    path.mkdir(parents=True)
-    saved = Checkpoints(path / "checkpoints", 3, print)
-    saved.save(state, {"train_seconds": 0.0, "data": []})
-    assert saved.wait()
-    saved.close()
-    (path / "tokenizer.model").write_bytes(tokenizer().model)
-    (path / "config.json").write_text(dumps(run))
+    parameters = weights(run, seed)
+    run_directory(path, run, (STEP,), tokenizer=tokenizer(), parameters=parameters)
     return parameters

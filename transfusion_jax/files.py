@@ -59,16 +59,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Where `path` is a link, this is what it leads to.
 
     Raises:
-      ValueError: `path` is a file, a directory that is not empty, or the working directory.
+      ValueError: `path` is a file, a directory that is not empty, or the working directory, or
+        none can be made there.
     """
     check_empty(path)
     path = path.resolve()
     if path == Path.cwd():
         raise ValueError(f"{path} is the working directory, which cannot be replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be made: {error.strerror}") from error
+    try:
         yield temporary
         os.replace(temporary, path)
     finally:

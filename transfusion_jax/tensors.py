@@ -79,13 +79,16 @@ def _files(source: Path) -> tuple[list[Path], set[str]]:
     if indices := sorted(source.glob(f"*{INDEX}")):
         try:
             placed = dict(json.loads(indices[0].read_text())["weight_map"])
-            files = [source / Path(name).name for name in sorted(set(placed.values()))]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            names = sorted(set(placed.values()))
+            outside = [name for name in names if name != Path(name).name]
+            require(not outside, f"{outside[:1]} is not the name of a file beside it")
+            files = [source / name for name in names]
+        except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{indices[0]} is not an index of safetensors: {error}") from None
         for file in files:
             require(file.is_file(), f"{indices[0]} names {file.name}, which is not there")
         return files, set(placed)
-    files = sorted(source.glob("*.safetensors"))
+    files = sorted(x for x in source.glob("*.safetensors") if x.is_file())
     require(bool(files), _no_weights(source, sorted(x.name for x in source.iterdir())))
     return files, set()
 
@@ -121,8 +124,10 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
         places = {name: _place(entry) for name, entry in described.items()}
     except DAMAGE as error:
         raise ValueError(f"{file} is damaged: its header cannot be read ({error})") from None
-    held = size - 8 - length
-    needed = max((end for *_, end in places.values()), default=0)
+    held, needed = size - 8 - length, 0
+    for name, (*_, start, end) in sorted(places.items(), key=lambda place: place[1][2:]):
+        require(start == needed, f"{file} is damaged: {name} begins at {start}, not at {needed}")
+        needed = end
     require(needed == held, f"{file} is damaged: {held} bytes of tensors, its header says {needed}")
     mapped = np.memmap(file, np.uint8, "r", offset=8 + length) if held else np.zeros(0, np.uint8)
     return {

@@ -37,8 +37,8 @@ FAULTS = (
     Fault(
         "a runner without guidance",
         "export/runner.py",
-        'without + about["guidance"] * (predicted - without)',
-        "predicted",
+        'found[1] + about["guidance"] * (found[0] - found[1])',
+        "found[0]",
         ANSWERS,
     ),
     Fault(
@@ -70,10 +70,17 @@ FAULTS = (
         TEXT,
     ),
     Fault(
-        "codes leave as if they were diffused",
-        "export/stablehlo.py",
-        'experiment.model.images != "codes"',
-        "True",
-        "export_stablehlo::test_images_that_are_codes_are_refused",
+        "a runner puts codes among the tokens of text",
+        "export/runner.py",
+        '(self.about["vocabulary"] + image_hwc.reshape(-1).astype(int)).tolist()',
+        "image_hwc.reshape(-1).astype(int).tolist()",
+        "export_stablehlo::test_images_that_are_codes_leave_as_tokens",
+    ),
+    Fault(
+        "a runner draws all codes of an image with one key",
+        "export/runner.py",
+        "_choose(logits, key, i, ",
+        "_choose(logits, key, 0, ",
+        "export_stablehlo::test_the_runner_writes_images_of_codes",
     ),
 )

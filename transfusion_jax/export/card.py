@@ -1,6 +1,7 @@
 """The model card: what the weights are, what they were trained on, what they reach."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,33 @@ COUNTS = ("documents", "in_rows", "rows")
 """Of `ledger.json`."""
 
 
-def model_card(trained: Trained, planned: Mapping[str, Described], dtype: str) -> str:
-    """README.md in the form of Hugging Face's hub."""
+UNKNOWN = "unknown"
+"""The licence of a run: it does not know those of its data."""
+
+
+def check_licence(licence: str) -> None:
+    """Raises ValueError for what can be no identifier of a licence."""
+    require(
+        re.fullmatch(r"[A-Za-z][A-Za-z0-9.+-]*", licence) is not None,
+        f"--license {licence!r} is no identifier of a licence, such as apache-2.0 or cc-by-4.0",
+    )
+
+
+def model_card(
+    trained: Trained, planned: Mapping[str, Described], dtype: str, licence: str = UNKNOWN
+) -> str:
+    """README.md in the form of Hugging Face's hub.
+
+    Args:
+      licence: SPDX's identifier, which the hub has in lower case.
+    """
     experiment = trained.experiment
     family = experiment.model.family
     count = sum(described.nbytes // described.dtype.itemsize for described in planned.values())
     tag = "any-to-any" if experiment.model.images != "none" else "text-generation"
     which = "average of the weights" if trained.weights == "average" else "weights"
     return f"""---
-license: unknown
+license: {licence.lower()}
 library_name: transfusion_jax
 pipeline_tag: {tag}
 tags: [{family}, safetensors]
@@ -56,10 +75,19 @@ of {experiment.train.steps:,}, in {dtype}, written by transfusion_jax {__version
 
 ## Licence
 
-The run does not say under which licence these weights may be used: whoever publishes them does,
-here and at the top of this file, as the licences of the data above allow. The software that made
+{_licence(licence)} The software that made
 them, transfusion_jax, is under Apache-2.0.
 """
+
+
+def _licence(licence: str) -> str:
+    if licence == UNKNOWN:
+        return """\
+The run does not say under which licence these weights may be used: whoever publishes them does,
+here and at the top of this file, as the licences of the data above allow."""
+    return f"""\
+Whoever exported these weights put them under {licence}. Whether the licences of the data above
+allow that was not checked."""
 
 
 def _settings(experiment: Experiment) -> str:
@@ -93,11 +121,14 @@ def _settings(experiment: Experiment) -> str:
 
 def _data(run_dir: Path, experiment: Experiment) -> str:
     """The sources, and what became of their documents."""
-    ledger = _stored(run_dir / "ledger.json") or {}
-    rows = []
+    path, rows = run_dir / "ledger.json", []
+    ledger = _stored(path) or {}
     for source in experiment.data.sources:
         counts = ledger.get(source.name, {})
-        documents = [f"{counts[name]:,}" if name in counts else "?" for name in COUNTS]
+        try:
+            documents = [f"{counts[name]:,}" if name in counts else "?" for name in COUNTS]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {source.name} has no counts: {error}") from None
         rows.append((source.name, f"{source.weight:g}", *documents))
     return _table(("source", "weight", *(name.replace("_", " ") for name in COUNTS)), rows)
 

@@ -32,6 +32,8 @@ class Format:
     """One line."""
     module: str
     """Of this package."""
+    card: bool = False
+    """Its `write` takes a `licence` too, for a model card."""
 
     def function(self, name: str, default: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """`write`, `opened` or `read` of its module.
@@ -50,7 +52,7 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    "safetensors": Format("the whole model, for torch or `train.initial`", "safetensors"),
+    "safetensors": Format("the whole model, for torch or `train.initial`", "safetensors", True),
     "llama": Format("the text trunk as a LlamaForCausalLM, with its tokenizer", "llama"),
     "gguf": Format("the text trunk as a GGUF file, for llama.cpp", "gguf"),
     "autoencoder": Format("the run's autoencoder as diffusers' AutoencoderKL", "autoencoder"),

@@ -16,6 +16,8 @@ from jax import Array, export
 from transfusion_jax.autoencoder.codec import Codec
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment, ModelConfig
+from transfusion_jax.diffusion.process import process
+from transfusion_jax.diffusion.sampler import sampler
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
 from transfusion_jax.model.interface import Context
 from transfusion_jax.model.transformer import KVCache
@@ -26,7 +28,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 @dataclass(frozen=True)
 class Program:
     function: Callable[..., Any]
-    """The first argument is a dict of weights, by dotted name."""
+    """Where it takes weights, its first argument is a dict of them, by dotted name."""
     arguments: tuple[Any, ...]
     """Shapes and dtypes; some dimensions are symbolic."""
 
@@ -46,8 +48,8 @@ def portable(experiment: Experiment) -> Experiment:
 def programs(
     experiment: Experiment, graph: nnx.GraphDef, weights: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Program]:
-    """`prefill`, `decode` and, where images are diffused, `denoise`; `runner.py` says what they
-    take and give.
+    """`prefill`, `decode` and, where images are diffused, `denoise` and `step`; `runner.py` says
+    what they take and give.
 
     Args:
       experiment: a portable one, whose model has this graph.
@@ -58,6 +60,13 @@ def programs(
         paths = {tuple(map(_key, name.split("."))): x for name, x in weights.items()}
         return nnx.merge(graph, nnx.to_pure_dict(nnx.from_flat_state(paths)))
 
+    def logits_of(net: Any, hidden_B1D: Array) -> Array:
+        """Of text, and of the codes after it where images are codes."""
+        text_BV = net.logits(hidden_B1D)[:, 0]
+        if model.images != "codes":
+            return text_BV
+        return jnp.concatenate([text_BV, net.code_logits(hidden_B1D)[:, 0]], axis=1)
+
     def prefill(weights, tokens_BL, length_B, *images_and_cache):
         *images, k, v = images_and_cache
         net = model_of(weights)
@@ -65,13 +74,13 @@ def programs(
         t_BM = jnp.broadcast_to(timestep, batch.image_start_BM.shape)
         hidden_BLD, cache = net.read(batch, t_BM, KVCache(k, v))
         last_B1D = jnp.take_along_axis(hidden_BLD, (length_B - 1)[:, None, None], axis=1)
-        return net.logits(last_B1D)[:, 0], cache.k, cache.v
+        return logits_of(net, last_B1D), cache.k, cache.v
 
     def decode(weights, token_B, length_B, k, v):
         net = model_of(weights)
         context = Context(KVCache(k, v), length_B, None)
         hidden_B1D, cache = net.extend(token_B[:, None], context)
-        return net.logits(hidden_B1D)[:, 0], cache.k, cache.v
+        return logits_of(net, hidden_B1D), cache.k, cache.v
 
     def denoise(weights, image_Bhwc, t, length_B, k, v):
         context = Context(KVCache(k, v), length_B, None)
@@ -91,11 +100,15 @@ def programs(
     found["decode"] = Program(decode, (weights, _int32(B), *rows))
     if diffused:
         found["denoise"] = Program(denoise, (weights, _float32(B, *image.shape), one, *rows))
+        (B,) = _sizes("B")
+        noisy = _float32(B, *image.shape)
+        step = sampler(experiment.sampler, process(experiment.diffusion)).step
+        found["step"] = Program(step, (noisy, noisy, one, one, noisy))
     return found
 
 
 def picture(codec: Codec, experiment: Experiment) -> tuple[Program, dict[str, Array]]:
-    """From latents to pictures in [-1, 1], and the autoencoder's weights for it."""
+    """From latents or codes to pictures in [-1, 1], and the autoencoder's weights for it."""
     weights = {
         ".".join(str(key.key) for key in path): x
         for path, x in jax.tree.flatten_with_path(codec.parameters)[0]
@@ -104,8 +117,12 @@ def picture(codec: Codec, experiment: Experiment) -> tuple[Program, dict[str, Ar
     def picture(weights, image_Bhwc):
         paths = {tuple(map(_key, name.split("."))): x for name, x in weights.items()}
         net = nnx.merge(codec.graph, nnx.to_pure_dict(nnx.from_flat_state(paths)))
+        if codec.config.kind == "vq":
+            latents = net.quantizer.lookup(image_Bhwc[..., 0].astype(jnp.int32))
+        else:
+            latents = image_Bhwc / codec.scale + codec.shift
         with jax.default_matmul_precision("float32"):
-            return jnp.clip(net.decode(image_Bhwc / codec.scale + codec.shift), -1.0, 1.0)
+            return jnp.clip(net.decode(latents), -1.0, 1.0)
 
     (B,) = _sizes("B")
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}

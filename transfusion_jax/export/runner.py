@@ -2,24 +2,25 @@
 
     python run.py --prompt "a handwritten seven" --out out
 
-The directory of this file holds all it needs: `prefill`, `decode` and `denoise` as `jax.export`
-artefacts, their weights in safetensors, `tokenizer.model`, and `run.json`, which says how they go
-together. Nothing here comes from the package that trained the model.
+The directory of this file holds all it needs: `prefill`, `decode`, `denoise` and `step` as
+`jax.export` artefacts, their weights in safetensors, `tokenizer.model`, and `run.json`, which says
+how they go together. Nothing here comes from the package that trained the model.
 
     prefill(weights, tokens, length, images, image_start, timestep, k, v) -> logits, k, v
     decode(weights, token, length, k, v)                                  -> logits, k, v
     denoise(weights, image, timestep, length, k, v)                       -> prediction, k, v
+    step(image, prediction, timestep, next timestep, noise)               -> image
     picture(weights, image)                                               -> picture
 
 `k` and `v` are the cache, [layers, rows, capacity, heads, head width], of which a row has `length`
 entries. `denoise` writes an image's entries after them; each step overwrites those of the one
-before. `picture` is there where images are latents. A model of text alone has neither of the two,
-and its `prefill` takes no images.
+before. `picture` is there where an autoencoder makes pictures of images. Where images are codes,
+and in a model of text alone, there is no `denoise` and no `step`, and `prefill` takes no images:
+code k is the token `vocabulary` + k.
 """
 
 import argparse
 import codecs
-import functools
 import json
 import re
 import struct
@@ -172,8 +173,8 @@ class Model:
         for token in tokens:
             ids.append(token)
             if token == about["boi"] and len(starts) < len(images):
-                starts.append(len(ids))
-                ids += [0] * about["patches"] + [about["eoi"]]
+                ids += [*self.tokens_of(images[len(starts)]), about["eoi"]]
+                starts.append(len(ids) - about["patches"] - 1)
         length = len(ids)
         ids += [0] * (-length % about["block"])
         rows = [np.asarray([ids], np.int32), np.asarray([length], np.int32)]
@@ -185,15 +186,22 @@ class Model:
         logits, *cache = self.prefill(self.weights, *rows, *cache)
         return logits, length, cache
 
+    def tokens_of(self, image_hwc: np.ndarray) -> list[int]:
+        """Where images are codes, an image's tokens; else what holds its place."""
+        if not self.about["codes"]:
+            return [0] * self.about["patches"]
+        return (self.about["vocabulary"] + image_hwc.reshape(-1).astype(int)).tolist()
+
     def generate(self, prompt, images=(), seed=0, row=0, draw=False, **asked):
         """Continues a document of text ids and images; yields texts and images [h, w, c].
 
         Args:
           prompt: ids, with BOI where an image of `images` is.
           row: of several answers to one prompt, which.
-          asked: `guidance`, `steps`, `temperature` or `max_tokens`, instead of those of run.json.
+          asked: settings instead of those of run.json.
         """
         about = {**self.about, **asked}
+        paint = self.write_codes if about["codes"] else self.denoised
         boi, eos, span = about["boi"], about["eos"], about["patches"] + 2
         tokens = [about["bos"], *prompt]
         key = jax.random.fold_in(jax.random.key(np.uint32(seed)), row)
@@ -201,11 +209,11 @@ class Model:
         cache = self.cache(length + -length % about["block"] + about["max_tokens"] + span)
         logits, length, cache = self.read(tokens, list(images), cache)
         limit, written = length + about["max_tokens"], []
-        barred_1V = np.isin(np.arange(logits.shape[-1]), about["never"])[None]
+        barred_1V = np.isin(np.arange(about["vocabulary"]), about["never"])[None]
         while True:
             room = limit - length
             barred_1V[0, boi] = room < span or boi in about["never"]
-            allowed = jnp.where(barred_1V, -jnp.inf, logits)
+            allowed = jnp.where(barred_1V, -jnp.inf, logits[:, : about["vocabulary"]])
             token = boi if draw else int(_choose(allowed, key, length, about["temperature"]))
             draw = False
             if token in (boi, eos) or room <= 0:
@@ -216,42 +224,49 @@ class Model:
                     return
             else:
                 written.append(token)
-            logits, cache = self._add(token, length, cache)
-            length += 1
+            logits, length, cache = self._add(token, length, cache)
             if token == boi:
-                image, cache = self.draw(length, cache, jax.random.fold_in(key, length), about)
+                place = jax.random.fold_in(key, length)
+                image, cache = paint((logits, length, cache), place, about)
                 yield image
                 length += about["patches"]
-                logits, cache = self._add(about["eoi"], length, cache)
-                length += 1
+                logits, length, cache = self._add(about["eoi"], length, cache)
 
-    def draw(self, length: int, cache, key, about: dict):
-        """An image [h, w, c] after the first `length` entries of a cache, the last of which is
-        BOI; and the cache that holds it, as what follows is to see it."""
-        empty = None
-        if about["guidance"] != 1:
-            _, _, empty = self.read([about["bos"], about["boi"]], [], self.cache(about["block"]))
+    def denoised(self, context, key, about: dict):
+        """An image [h, w, c] after a context (logits, length and cache) that ends in BOI; and the
+        cache that holds it, as what follows is to see it."""
 
         def noise(i):
             return jax.random.normal(jax.random.fold_in(key, i), tuple(about["image"]))[None]
 
-        def predict(x, t, length, cache):
+        def predict(x, t, _, length, cache):
             return self.denoise(self.weights, x, jnp.int32(t), jnp.full(1, length, "int32"), *cache)
 
-        steps, last = about["steps"], len(about["alpha"]) - 2
-        path = np.round(np.linspace(last, -1, steps + 1)).astype(np.int32)
+        contexts = self._contrasted(context, about)
+        steps = about["steps"]
+        path = np.round(np.linspace(about["timesteps"] - 1, -1, steps + 1)).astype(np.int32)
         x = noise(steps)
-        settings = about["prediction"], about["clip"], about["eta"]
         for i in range(steps):
-            predicted = predict(x, path[i], length, cache)[0]
-            if empty is not None:
-                without = predict(x, path[i], 2, empty)[0]
-                predicted = without + about["guidance"] * (predicted - without)
-            times = (path[i] + 1, path[i + 1] + 1)
-            table = [jnp.float32(about[x][t]) for t in times for x in ("alpha", "sigma")]
-            x = _step(x, predicted, noise(i), *table, settings)
-        _, *cache = predict(x, about["context_timestep"], length, cache)
+            predicted = _guided([predict(x, path[i], *each)[0] for each in contexts], about)
+            x = self.step(x, predicted, path[i], path[i + 1], noise(i))
+        _, *cache = predict(x, about["context_timestep"], *context)
         return np.asarray(x[0]), cache
+
+    def write_codes(self, context, key, about: dict):
+        """As `denoised`, where an image is codes, written one after another."""
+        contexts, codes = self._contrasted(context, about), []
+        for i in range(about["patches"]):
+            logits = _guided([each[0][:, about["vocabulary"] :] for each in contexts], about)
+            codes.append(int(_choose(logits, key, i, about["image_temperature"])))
+            token = about["vocabulary"] + codes[-1]
+            contexts = [self._add(token, *each[1:]) for each in contexts]
+        return np.float32(codes).reshape(about["image"]), contexts[0][2]
+
+    def _contrasted(self, context, about: dict) -> list:
+        """The context, and with guidance that of an image that nothing comes before."""
+        if about["guidance"] == 1:
+            return [context]
+        return [context, self.read([about["bos"], about["boi"]], [], self.cache(about["block"]))]
 
     def picture_of(self, image_hwc: np.ndarray) -> np.ndarray:
         """The picture [H, W, C] in [-1, 1] of an image of the model's."""
@@ -260,9 +275,10 @@ class Model:
         return np.asarray(self.picture(self.autoencoder, image_hwc[None]))[0]
 
     def _add(self, token: int, length: int, cache):
+        """As `read`, one token after what is in a cache."""
         row = np.asarray([token], np.int32), np.asarray([length], np.int32)
         logits, *cache = self.decode(self.weights, *row, *cache)
-        return logits, cache
+        return logits, length + 1, cache
 
 
 def _choose(logits, key, length: int, temperature: float):
@@ -272,29 +288,9 @@ def _choose(logits, key, length: int, temperature: float):
     return jax.random.categorical(jax.random.fold_in(key, length), logits[0] / temperature)
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def _step(x, predicted, z, alpha_t, sigma_t, alpha_s, sigma_s, settings):
-    """One step of DDIM (eta 0) or of ancestral sampling (eta 1): Song et al. 2021, equation 12."""
-    prediction, clip, eta = settings
-    if prediction == "epsilon":
-        known = alpha_t > 0
-        clean = (x - sigma_t * predicted) / jnp.where(known, alpha_t, 1.0)
-        clean, noise = jnp.where(known, clean, 0.0), predicted
-    elif prediction == "x":
-        clean, noise = predicted, (x - alpha_t * predicted) / sigma_t
-    elif prediction == "v":
-        n = alpha_t**2 + sigma_t**2
-        clean = (alpha_t * x - sigma_t * predicted) / n
-        noise = (sigma_t * x + alpha_t * predicted) / n
-    else:  # flow
-        n = alpha_t + sigma_t
-        clean, noise = (x - sigma_t * predicted) / n, (x + alpha_t * predicted) / n
-    if clip:
-        clean = jnp.clip(clean, -clip, clip)
-        noise = (x - alpha_t * clean) / sigma_t
-    ratio = alpha_t * sigma_s / (alpha_s * sigma_t)
-    c = eta * sigma_s * jnp.sqrt(jnp.maximum(1.0 - ratio**2, 0.0))
-    return alpha_s * clean + jnp.sqrt(jnp.maximum(sigma_s**2 - c**2, 0.0)) * noise + c * z
+def _guided(found: list, about: dict):
+    """Classifier-free guidance: what was found, away from what was found without context."""
+    return found[0] if len(found) == 1 else found[1] + about["guidance"] * (found[0] - found[1])
 
 
 def write_png(file: Path, picture_HWC: np.ndarray) -> None:
@@ -326,8 +322,11 @@ def main() -> None:
     model, number = Model(Path(__file__).parent), 0
     try:
         images = [np.broadcast_to(np.load(image), model.about["image"])] if image else []
-    except (OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError) as error:
         parser.error(f"--image {image}: {error}")
+    codes = model.about["codes"]
+    if codes and not all(np.isin(x, np.arange(codes)).all() for x in images):
+        parser.error(f"--image {image}: codes are from 0 to {codes - 1}")
     ids = model.tokenizer.encode(text) if ids is None else ids
     if not set(ids) <= set(range(model.about["eoi"] + 1)):
         parser.error(f"--ids are from 0 to {model.about['eoi']}")

@@ -17,18 +17,17 @@ import numpy as np
 from transfusion_jax import __version__
 from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.config.stored import dumps
+from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.export.autoencoder import write_autoencoder
-from transfusion_jax.export.card import model_card
+from transfusion_jax.export.card import UNKNOWN, model_card
 from transfusion_jax.export.shards import Described, dtype_named, write_shards
 from transfusion_jax.export.tokenizer_json import write_tokenizer
 from transfusion_jax.export.trained import Trained
 from transfusion_jax.files import write_atomic, write_json
 from transfusion_jax.model.published import (
-    diffusion_config,
-    image_config,
+    model_config,
     tensor_name,
     tensors,
-    text_config,
     to_published,
 )
 from transfusion_jax.training.checkpoint import Report
@@ -39,7 +38,7 @@ AUTOENCODER = "vae"
 """The folder that diffusers' pipelines have it in."""
 
 
-def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
+def write(trained: Trained, out: Path, dtype: str, report: Report, licence: str = UNKNOWN) -> None:
     """Fills the directory `out`."""
     kind = dtype_named(dtype)
     planned = {
@@ -52,7 +51,7 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     _write_tokenizer(trained, out, report)
     _write_autoencoder(trained, out, dtype, report)
     write_atomic(out / "experiment.json", dumps(trained.experiment).encode())
-    write_atomic(out / "README.md", model_card(trained, planned, dtype).encode())
+    write_atomic(out / "README.md", model_card(trained, planned, dtype, licence).encode())
 
 
 def _write_tokenizer(trained: Trained, out: Path, report: Report) -> None:
@@ -79,22 +78,14 @@ def _write_autoencoder(trained: Trained, out: Path, dtype: str, report: Report) 
 
 def config(trained: Trained, dtype: str) -> dict[str, Any]:
     """What a reader of the tensors must know."""
-    experiment, tokenizer = trained.experiment, trained.tokenizer
+    experiment = trained.experiment
     family = experiment.model.family
-    parts = {
-        "text_config": text_config(experiment.model, experiment.data.row_length),
-        "image_config": image_config(experiment),
-        "diffusion_config": diffusion_config(experiment),
-    }
     return {
         "architectures": [ARCHITECTURES[family]],
         # Not transformers' own types: its classes do not read these images.
         "model_type": "transfusion_jax",
-        **{name: part for name, part in parts.items() if part is not None},
-        **special_tokens(trained),
-        # Rows of the embedding from here to `vocab_size` are padding, never read or written; those
-        # after it are the codes of a chameleon.
-        "tokenizer_size": tokenizer.size,
+        **model_config(experiment),
+        **special_tokens(trained.tokenizer),
         "tie_word_embeddings": False,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -107,7 +98,7 @@ def config(trained: Trained, dtype: str) -> dict[str, Any]:
 def generation_config(trained: Trained) -> dict[str, Any]:
     """How the run samples, in the words of transformers where it has them."""
     sampler = trained.experiment.sampler
-    tokens = special_tokens(trained)
+    tokens = special_tokens(trained.tokenizer)
     greedy = sampler.temperature == 0
     return {
         "bos_token_id": tokens["bos_token_id"],
@@ -123,13 +114,15 @@ def generation_config(trained: Trained) -> dict[str, Any]:
     }
 
 
-def special_tokens(trained: Trained) -> dict[str, int]:
-    tokenizer = trained.tokenizer
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     return {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
         "boi_token_id": tokenizer.boi,
         "eoi_token_id": tokenizer.eoi,
+        # Rows of the embedding from here to `vocab_size` are padding, never read or written; those
+        # after it are the codes of a chameleon.
+        "tokenizer_size": tokenizer.size,
     }
 
 

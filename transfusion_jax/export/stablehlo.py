@@ -1,9 +1,10 @@
 """`jax.export` artefacts of a model's phases, their weights, and a runner that needs jax alone.
 
-prefill.jax_export  decode.jax_export  denoise.jax_export   StableHLO for cpu, cuda and tpu at once
-model-0000k-of-n.safetensors                                what they take as weights
-picture.jax_export  autoencoder.safetensors                 of a run on latents: to pixels
-run.py  run.json  tokenizer.model                           the runner and what it knows
+prefill.jax_export  decode.jax_export               StableHLO for cpu, cuda and tpu at once
+denoise.jax_export  step.jax_export                 where images are diffused
+picture.jax_export  autoencoder.safetensors         where images are latents or codes: to pixels
+model-0000k-of-n.safetensors                        what the model's phases take as weights
+run.py  run.json  tokenizer.model                   the runner and what it knows
 
 StableHLO is read by versions of JAX up to six months younger, and by those of three weeks before.
 """
@@ -19,9 +20,6 @@ import safetensors.numpy
 
 from transfusion_jax.autoencoder.codec import load_codec
 from transfusion_jax.config import Experiment
-from transfusion_jax.diffusion.process import process
-from transfusion_jax.diffusion.sampler import sampler
-from transfusion_jax.errors import require
 from transfusion_jax.export import runner
 from transfusion_jax.export.programs import picture, portable, programs
 from transfusion_jax.export.shards import Described, dtype_named, write_shards
@@ -31,21 +29,18 @@ from transfusion_jax.generation.text import never_predicted
 from transfusion_jax.model.build import abstract_model
 from transfusion_jax.training.checkpoint import Report
 
+ASKED = (
+    "max_tokens", "temperature", "image_temperature", "guidance", "steps", "context_timestep"
+)  # fmt: skip
+"""Settings of the sampler that the runner follows; `step` holds the others."""
+
 
 def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     """Fills a directory.
 
     Norms stay float32 whatever the dtype is, as they are applied in it.
-
-    Raises:
-      ValueError: images of the model are codes.
     """
     experiment = portable(trained.experiment)
-    require(
-        experiment.model.images != "codes",
-        "stablehlo is for images that are diffused, or text alone, not for a "
-        f"{experiment.model.family}",
-    )
     planned = {
         name: Described(
             shape.shape, dtype_named("float32" if "norm" in trained.axes[name] else dtype)
@@ -72,8 +67,6 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
 def _about(trained: Trained, experiment: Experiment, found: list[str]) -> dict[str, Any]:
     """What the runner knows of the run: sizes, marks, and how text and images are sampled."""
     model, image, tokenizer = experiment.model, experiment.image, trained.tokenizer
-    steps = sampler(experiment.sampler, process(experiment.diffusion))
-    alpha, sigma = (x.astype(np.float32).tolist() for x in steps.process.schedule.table())
     never_V = never_predicted(model.vocab_size, tokenizer)
     never_V[tokenizer.boi] |= model.images == "none"
     return {
@@ -87,16 +80,10 @@ def _about(trained: Trained, experiment: Experiment, found: list[str]) -> dict[s
         "least_capacity": max(model.attention_block, image.patches + 2),
         "image": list(image.shape),
         "patches": image.patches,
+        "vocabulary": model.vocab_size,
+        "codes": image.codes if model.images == "codes" else 0,
         **{name: getattr(tokenizer, name) for name in ("bos", "eos", "boi", "eoi")},
         "never": np.flatnonzero(never_V).tolist(),
-        "max_tokens": experiment.sampler.max_tokens,
-        "temperature": experiment.sampler.temperature,
-        "guidance": experiment.sampler.guidance,
-        "steps": steps.steps,
-        "eta": steps.eta,
-        "clip": steps.clip,
-        "context_timestep": experiment.sampler.context_timestep,
-        "prediction": experiment.diffusion.prediction,
-        "alpha": alpha,
-        "sigma": sigma,
+        "timesteps": experiment.diffusion.steps,
+        **{name: getattr(experiment.sampler, name) for name in ASKED},
     }

@@ -47,9 +47,9 @@ class Trained:
         return self.arrays.read(name)
 
     def by_layer(self, name: str) -> Iterator[np.ndarray]:
-        """The layers of a stacked array, or the one array that is not stacked; it is read once."""
-        array = self.read(name)
-        yield from array if self.stacked(name) else (array,)
+        """The layers of a stacked array, or the one array that is not stacked; not all of a large
+        array is held."""
+        yield from self.arrays.parts(name) if self.stacked(name) else (self.read(name),)
 
     def stacked(self, name: str) -> bool:
         return self.axes[name][:1] == ("layers",)

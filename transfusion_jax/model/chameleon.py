@@ -86,7 +86,7 @@ class Chameleon(TokenModel):
 
         def step(i, carry):
             codes_BP, contexts = carry
-            logits = [self._code_logits(c.hidden_BD) for c in contexts]
+            logits = [self.code_logits(c.hidden_BD[:, None])[:, 0] for c in contexts]
             logits_BK = logits[0] if guidance is None else guidance.combine(*logits)
             if sampling.image_temperature == 0:
                 code_B = jnp.argmax(logits_BK, axis=-1)
@@ -116,13 +116,14 @@ class Chameleon(TokenModel):
         hidden_B1D, cache = self.extend(token_B[:, None], context)
         return Context(cache, context.length_B + 1, hidden_B1D[:, 0])
 
-    def _code_logits(self, hidden_BD: Array) -> Array:
+    def code_logits(self, hidden_BLD: Array) -> Array:
+        """As `logits`, of the codes."""
         kernel_DV = gathered(self.output_DV, jnp.float32)[:, self.config.vocab_size :]
-        return float32_product(hidden_BD[:, None], kernel_DV)[:, 0]
+        return float32_product(hidden_BLD, kernel_DV)
 
     def _tokens(self, batch: Batch) -> Array:
         """Tokens [B, L], codes where the images are."""
-        code_BQ = batch.latents_BMhwc.astype(jnp.int32).reshape(len(batch.tokens_BL), -1)
+        code_BQ = batch.latents_BMhwc.astype(jnp.int32).reshape(batch.tokens_BL.shape[0], -1)
         at_BQ = patch_positions(batch.image_start_BM, self.image.patches)
         return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(
             batch.tokens_BL, at_BQ, self.config.vocab_size + code_BQ

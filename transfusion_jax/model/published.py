@@ -151,6 +151,16 @@ def _kind(name: str) -> tuple[str, int]:
     return "linear", 2 if leaf == "out_NHD" else 1
 
 
+def model_config(experiment: Experiment) -> dict[str, Any]:
+    """The parts of a config.json that a model has."""
+    parts = {
+        "text_config": text_config(experiment.model, experiment.data.row_length),
+        "image_config": image_config(experiment),
+        "diffusion_config": diffusion_config(experiment),
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
 def text_config(model: ModelConfig, length: int) -> dict[str, Any]:
     """The trunk in the words of a Llama's config.json, and what a Llama does not have.
 

@@ -25,12 +25,10 @@ from transfusion_jax.errors import require
 from transfusion_jax.files import local_path
 from transfusion_jax.model.published import (
     Tensor,
-    diffusion_config,
     from_published,
-    image_config,
+    model_config,
     of_text,
     tensors,
-    text_config,
 )
 from transfusion_jax.parallel.processes import gathered
 from transfusion_jax.pretraining.state import Blueprint, drawn_parameters
@@ -106,7 +104,7 @@ def open_weights(directory: str, experiment: Experiment) -> Weights:
     path = local_path(directory)
     require(path.is_dir(), f"train.initial={directory} is not a directory")
     found = open_tensors(path)
-    theirs, ours = _stored_config(path), _config(experiment)
+    theirs, ours = _stored_config(path), model_config(experiment)
     notes = _compare(directory, theirs, ours)
     expected = list(tensors(experiment))
     if "image_config" not in theirs:
@@ -142,15 +140,6 @@ def _stored_config(path: Path) -> dict[str, Any]:
             f"train.initial={path} has no config.json of an export or import of transfusion_jax "
             f"({error}); `transfusion-jax import` makes one of weights of others"
         ) from None
-
-
-def _config(experiment: Experiment) -> dict[str, Any]:
-    parts = {
-        "text_config": text_config(experiment.model, experiment.data.row_length),
-        "image_config": image_config(experiment),
-        "diffusion_config": diffusion_config(experiment),
-    }
-    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _compare(directory: str, theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

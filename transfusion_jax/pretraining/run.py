@@ -191,9 +191,10 @@ def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:
       ValueError: `directory` is no run directory, or its tokenizer is lost.
     """
     path = directory / "config.json"
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{directory} is not a run directory: it has no config.json")
-    experiment = stored_config.loads(path.read_text(), str(path), report=report)
+    text = path.read_text(errors="replace")
+    experiment = stored_config.loads(text, str(path), report=report)
     return experiment, tokenizer_of(experiment, directory)
 
 

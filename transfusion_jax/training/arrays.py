@@ -6,7 +6,7 @@ store. Restoring the tree would hold all of it at one time.
 
 import itertools
 import json
-import operator
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,9 @@ import tensorstore
 
 from transfusion_jax.training.checkpoint import quieten_orbax, stored_progress
 from transfusion_jax.training.storage_errors import as_line
+
+MOST = 2 << 30
+"""Bytes of an array that are held where its entries are read one after another."""
 
 
 class DamagedArray(Exception):
@@ -35,17 +38,43 @@ class StoredArrays:
     def read(self, name: str) -> np.ndarray:
         """One array, float32; nothing of it is kept here.
 
-        Its chunks (each a device's part) are read one after another: all at once, their encoded
-        bytes would take as much memory as the array.
+        Raises:
+          DamagedArray: it cannot be decoded.
+        """
+        return self._rows(name, 0, self.shapes[name][0])
+
+    def parts(self, name: str) -> Iterator[np.ndarray]:
+        """Its entries along axis 0, one after another, each a copy of its own.
+
+        No more than MOST of the array is held at one time, if one entry is not more. A chunk is
+        decoded as often as that takes.
 
         Raises:
           DamagedArray: it cannot be decoded.
         """
-        array = np.empty(self.shapes[name], np.float32)
+        for start, stop in self._ranges(name):
+            # Copies, or the last of them would keep these while the next are read.
+            yield from map(np.copy, self._rows(name, start, stop))
+
+    def _ranges(self, name: str) -> Iterator[tuple[int, int]]:
+        """Along axis 0, of MOST bytes each."""
+        count, *entry = self.shapes[name]
+        entries = max(1, MOST // (4 * math.prod(entry)))
+        return ((start, min(start + entries, count)) for start in range(0, count, entries))
+
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The entries from `start` to `stop` along axis 0.
+
+        Chunks (each a device's part) are read one after another: all at once, their encoded bytes
+        would take as much memory as the array.
+        """
+        shape = (stop - start, *self.shapes[name][1:])
+        array = np.empty(shape, np.float32)
         try:
             store = _open(self.path, name)
-            for part in _chunks(store.shape, store.chunk_layout.read_chunk.shape):
-                array[part] = store[part].read().result()
+            for part in _chunks(shape, store.chunk_layout.read_chunk.shape, start):
+                rows = slice(part[0].start - start, part[0].stop - start)
+                array[(rows, *part[1:])] = store[part].read().result()
             return array
         except ValueError as error:
             raise DamagedArray(f"{name}: {as_line(error)}") from None
@@ -57,7 +86,9 @@ class StoredArrays:
           DamagedArray: it differs, or something cannot be decoded.
         """
         total = sum(
-            int(np.sum(self.read(name).view(np.uint32), dtype=np.uint64)) for name in self.shapes
+            int(np.sum(self._rows(name, *rows).view(np.uint32), dtype=np.uint64))
+            for name in self.shapes
+            for rows in self._ranges(name)
         )
         try:
             sums = stored_progress(self.path.parent)["checksum"]
@@ -93,9 +124,15 @@ def _open(path: Path, name: str) -> tensorstore.TensorStore:
     return tensorstore.open(spec, read=True, open=True).result()
 
 
-def _chunks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """The parts of an array of this shape that its chunks are."""
-    starts = (range(0, size, step) for size, step in zip(shape, chunk, strict=True))
-    for corner in itertools.product(*starts):
-        ends = map(operator.add, corner, chunk)
-        yield tuple(slice(a, min(b, n)) for a, b, n in zip(corner, ends, shape, strict=True))
+def _chunks(
+    shape: Sequence[int], chunk: Sequence[int], first: int = 0
+) -> Iterator[tuple[slice, ...]]:
+    """The parts of an array that are in one chunk each, of entries of this shape from `first` on
+    along axis 0."""
+    starts = [first, *(0 for _ in shape[1:])]
+    ends = [start + size for start, size in zip(starts, shape, strict=True)]
+    cuts = [
+        [slice(max(a, at), min(b, at + step)) for at in range(a - a % step, b, step)]
+        for a, b, step in zip(starts, ends, chunk, strict=True)
+    ]
+    return itertools.product(*cuts)
