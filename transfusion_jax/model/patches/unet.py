@@ -13,7 +13,7 @@ resolution.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -113,7 +113,7 @@ class UNetPatches(nnx.Module):
                 rngs.params(), (image.patches, D), (None, "embed"), POSITION_SCALE
             )
         self.widths, self.image, self.remat = widths, image, config.remat != "none"
-        self.unroll = config.layer_loop == "unroll" or blocks == 1
+        self.loop = config.unet_loop == "scan" and blocks > 1
         self.dtype = jnp.dtype(config.compute_dtype)
 
     def encode(self, noisy_BMhwc: Array, t_BM: Array) -> tuple[Array, dict[str, Any]]:
@@ -172,14 +172,16 @@ class UNetPatches(nnx.Module):
             "image": image + sum(math.prod(kernel.shape) for kernel in time),
         }
 
-    def _down(self, blocks: nnx.List, x_Nhwc: Array, time_NE: Array) -> tuple[Array, Array]:
-        """The last block's output, and those of all blocks, stacked."""
+    def _down(
+        self, blocks: nnx.List, x_Nhwc: Array, time_NE: Array
+    ) -> tuple[Array, Iterable[Array]]:
+        """The last block's output, and those of all blocks."""
 
         def apply(block, x_Nhwc, _):
             x_Nhwc = block(x_Nhwc, time_NE)
             return x_Nhwc, x_Nhwc
 
-        return self._each(blocks, apply, x_Nhwc, None)
+        return self._each(blocks, apply, x_Nhwc, [None] * len(blocks))
 
     def _up(self, blocks: nnx.List, x_Nhwc: Array, skips: list[Array], time_NE: Array) -> Array:
         """The last block's output; each block sees its skip beside its input."""
@@ -187,25 +189,29 @@ class UNetPatches(nnx.Module):
         def apply(block, x_Nhwc, skip_Nhwc):
             return block(jnp.concatenate([x_Nhwc, skip_Nhwc], -1), time_NE), None
 
-        return self._each(blocks, apply, x_Nhwc, jnp.stack(skips))[0]
+        return self._each(blocks, apply, x_Nhwc, skips)[0]
 
-    def _each(self, blocks: nnx.List, apply: Callable, x_Nhwc: Array, xs: Array | None) -> tuple:
-        """A scan of `apply(block, x, element of xs)` over blocks of equal shapes, of which the
-        backward pass keeps the inputs alone unless `model.remat` is none.
-
-        One loop and not one block after another because XLA for TPU takes seconds to compile each
-        convolution, forward, recomputed and twice backward.
-        """
+    def _each(
+        self, blocks: nnx.List, apply: Callable, x_Nhwc: Array, beside: list
+    ) -> tuple[Array, Iterable]:
+        """`apply(block, x, its element of beside)` -> (x, y), over blocks of equal shapes: the last
+        x, and every y. Unless `model.remat` is none, the backward pass keeps the inputs alone."""
         graphs, states = zip(*map(nnx.split, blocks), strict=True)
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
 
-        def layer(x_Nhwc, per_layer):
-            state, element = per_layer
+        def layer(x_Nhwc, its):
+            state, element = its
             return apply(nnx.merge(graphs[0], state), x_Nhwc, element)
 
         if self.remat:
-            layer = jax.checkpoint(layer, prevent_cse=self.unroll)
-        return jax.lax.scan(layer, x_Nhwc, (stacked, xs), unroll=self.unroll)
+            layer = jax.checkpoint(layer, prevent_cse=not self.loop)
+        if self.loop:
+            both = zip(states, beside, strict=True)
+            return jax.lax.scan(layer, x_Nhwc, jax.tree.map(lambda *x: jnp.stack(x), *both))
+        found = []
+        for its in zip(states, beside, strict=True):
+            x_Nhwc, y = layer(x_Nhwc, its)
+            found.append(y)
+        return x_Nhwc, found
 
 
 def _doubled(x_Nhwc: Array) -> Array:
