@@ -144,6 +144,10 @@ class ModelConfig:
     them. Empty: those that make about 0.27 B parameters, as in the paper."""
     unet_blocks: int = 2
     """Residual blocks of the U-Net at each resolution, in each of its halves (our choice)."""
+    unet_loop: Literal["auto", "scan", "unroll"] = "auto"
+    """Whether the compiled step loops over the residual blocks of a resolution or writes them out.
+    The compiler of TPUs takes seconds for every convolution that is written; that of CPUs computes
+    convolutions in a loop ten times slower. `auto` is `scan` on TPU, else `unroll`."""
     timestep: Literal["before", "after"] = "before"
     """Where the timestep embedding is added: to the patch vector before the linear layer (the
     paper), or to the layer's output, where it cannot be mistaken for the content of a small

@@ -32,6 +32,10 @@ from transfusion_jax.pretraining.step import compiled_step
 # FLOPs of a kernel for each pair of a query and a key and each value of a head: two for each
 # product with them.
 KERNEL_FLOPS = {"interval_attention": 4, "interval_attention_dq": 6, "interval_attention_dkv": 8}
+QUICKLY = {"optimization_level": 9}
+"""XLA's O0, "fastest compilation" (openxla.org/xla/effort_levels), for steps with convolutions. At
+full effort each of them takes the compiler ten seconds, and a U-Net has some eighty. They are laid
+out in memory alike."""
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -191,8 +195,11 @@ def compile_step(
     """The compiled step and its memory; None instead of the step if it does not fit into memory."""
     here = topology.devices_per_chip
     memory = topology.chip.memory
+    convolutions = planned.experiment.model.patch_encoder == "unet"
+    asked = jax.config.jax_optimization_level != "UNKNOWN"
+    step = compiled_step(planned, QUICKLY if convolutions and not asked else None)
     with jax.set_mesh(jax.tree.leaves(planned.abstract)[0].sharding.mesh):
-        lowered = compiled_step(planned).lower(planned.abstract, batch)
+        lowered = step.lower(planned.abstract, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

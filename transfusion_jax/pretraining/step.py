@@ -59,12 +59,20 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Me
     return step
 
 
-def compiled_step(blueprint: Blueprint) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """`train_step`, jitted: the state is donated and keeps its placement."""
+def compiled_step(
+    blueprint: Blueprint, options: dict[str, str | int] | None = None
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """`train_step`, jitted: the state is donated and keeps its placement.
+
+    Args:
+      options: of the compiler, beside those that the step needs.
+    """
     accumulates = blueprint.experiment.train.accumulation > 1
     on_tpu = blueprint.abstract.step.sharding.mesh.devices.flat[0].platform == "tpu"
-    options = LOOPS_KEEP_SUMS if accumulates and on_tpu else None
-    return compiled(train_step(blueprint), blueprint.abstract, options)
+    needed = LOOPS_KEEP_SUMS if accumulates and on_tpu else {}
+    return compiled(
+        train_step(blueprint), blueprint.abstract, {**needed, **(options or {})} or None
+    )
 
 
 def _gradients(

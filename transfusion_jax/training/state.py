@@ -95,7 +95,7 @@ def initialise(
 
 
 def compiled(
-    step: Callable[..., Any], abstract: Any, options: dict[str, str] | None = None
+    step: Callable[..., Any], abstract: Any, options: dict[str, str | int] | None = None
 ) -> Callable[..., Any]:
     """`step(state, ...) -> (state, metrics)`, jitted with options of the compiler: the state is
     donated and stays sharded."""

@@ -13,6 +13,7 @@ resolution.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -112,6 +113,7 @@ class UNetPatches(nnx.Module):
                 rngs.params(), (image.patches, D), (None, "embed"), POSITION_SCALE
             )
         self.widths, self.image, self.remat = widths, image, config.remat != "none"
+        self.loop = config.unet_loop == "scan" and blocks > 1
         self.dtype = jnp.dtype(config.compute_dtype)
 
     def encode(self, noisy_BMhwc: Array, t_BM: Array) -> tuple[Array, dict[str, Any]]:
@@ -126,9 +128,8 @@ class UNetPatches(nnx.Module):
         for level, blocks in enumerate(self.down):
             if level > 0:
                 x_Nhwc = self.halve[level - 1](x_Nhwc)
-            for block in blocks:
-                x_Nhwc = self._run(block, x_Nhwc, time_NE)
-                skips.append(x_Nhwc.reshape(B, M, *x_Nhwc.shape[1:]))
+            x_Nhwc, outputs = self._down(blocks, x_Nhwc, time_NE)
+            skips += [skip_Nhwc.reshape(B, M, *x_Nhwc.shape[1:]) for skip_Nhwc in outputs]
         vectors_BMPD = project(x_Nhwc.reshape(B, M, self.image.patches, -1), self.in_cD)
         if self.learned:
             vectors_BMPD = vectors_BMPD + self.position_PD[...].astype(self.dtype)[None, None]
@@ -143,9 +144,9 @@ class UNetPatches(nnx.Module):
         for level in reversed(range(len(self.widths))):
             if level < len(self.widths) - 1:
                 x_Nhwc = self.double[level](_doubled(x_Nhwc))
-            for block in self.up[level]:
-                skip_Nhwc = skips.pop().reshape(x_Nhwc.shape)
-                x_Nhwc = self._run(block, jnp.concatenate([x_Nhwc, skip_Nhwc], -1), time_NE)
+            blocks = self.up[level]
+            its_skips = [skips.pop().reshape(x_Nhwc.shape) for _ in blocks]
+            x_Nhwc = self._up(blocks, x_Nhwc, its_skips, time_NE)
         predicted_Nhwc = self.conv_out(jax.nn.silu(self.norm_out(x_Nhwc)))
         return predicted_Nhwc.reshape(B, M, *self.image.shape).astype(jnp.float32)
 
@@ -171,14 +172,46 @@ class UNetPatches(nnx.Module):
             "image": image + sum(math.prod(kernel.shape) for kernel in time),
         }
 
-    def _run(self, block: ResidualBlock, x_Nhwc: Array, time_NE: Array) -> Array:
-        """A block, of which the backward pass keeps the input alone unless `model.remat` is
-        none."""
-        if not self.remat:
-            return block(x_Nhwc, time_NE)
-        graph, state = nnx.split(block)
-        run = jax.checkpoint(lambda state, x, time: nnx.merge(graph, state)(x, time))
-        return run(state, x_Nhwc, time_NE)
+    def _down(
+        self, blocks: nnx.List, x_Nhwc: Array, time_NE: Array
+    ) -> tuple[Array, Iterable[Array]]:
+        """The last block's output, and those of all blocks."""
+
+        def apply(block, x_Nhwc, _):
+            x_Nhwc = block(x_Nhwc, time_NE)
+            return x_Nhwc, x_Nhwc
+
+        return self._each(blocks, apply, x_Nhwc, [None] * len(blocks))
+
+    def _up(self, blocks: nnx.List, x_Nhwc: Array, skips: list[Array], time_NE: Array) -> Array:
+        """The last block's output; each block sees its skip beside its input."""
+
+        def apply(block, x_Nhwc, skip_Nhwc):
+            return block(jnp.concatenate([x_Nhwc, skip_Nhwc], -1), time_NE), None
+
+        return self._each(blocks, apply, x_Nhwc, skips)[0]
+
+    def _each(
+        self, blocks: nnx.List, apply: Callable, x_Nhwc: Array, beside: list
+    ) -> tuple[Array, Iterable]:
+        """`apply(block, x, its element of beside)` -> (x, y), over blocks of equal shapes: the last
+        x, and every y. Unless `model.remat` is none, the backward pass keeps the inputs alone."""
+        graphs, states = zip(*map(nnx.split, blocks), strict=True)
+
+        def layer(x_Nhwc, its):
+            state, element = its
+            return apply(nnx.merge(graphs[0], state), x_Nhwc, element)
+
+        if self.remat:
+            layer = jax.checkpoint(layer, prevent_cse=not self.loop)
+        if self.loop:
+            both = zip(states, beside, strict=True)
+            return jax.lax.scan(layer, x_Nhwc, jax.tree.map(lambda *x: jnp.stack(x), *both))
+        found = []
+        for its in zip(states, beside, strict=True):
+            x_Nhwc, y = layer(x_Nhwc, its)
+            found.append(y)
+        return x_Nhwc, found
 
 
 def _doubled(x_Nhwc: Array) -> Array:
