@@ -3,10 +3,25 @@
 Warnings are errors by `filterwarnings` in pyproject.toml.
 """
 
+import atexit
+import importlib.metadata
 import os
+import shutil
+import tempfile
 
-# Tests compile for longer than they run; without optimisation they compile twice as fast.
+# A program is compiled once per session: workers, and processes that tests start, share what JAX
+# keeps. A directory of your own in this variable is left alone, and spares later sessions as well.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# Tests compile for longer than they run. This is not how a user's program is compiled: that is
+# what tests/test_end_to_end.py sees, whose processes have no such flags.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that later ones refuse
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
@@ -15,8 +30,6 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.devices()  # reads the flags; processes that tests start compile with a user's flags
-del os.environ["XLA_FLAGS"]
 
 CHECKED = [
     "transfusion_jax.model.attention",

@@ -1,6 +1,7 @@
 """The command line in processes of its own: train, be killed, resume, generate, evaluate."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -35,8 +36,12 @@ LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "learning_rate")
 
 
 def start(*arguments) -> subprocess.Popen:
+    """A command, which compiles as a user's does."""
     command = [sys.executable, "-m", "transfusion_jax", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
