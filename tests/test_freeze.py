@@ -24,6 +24,8 @@ from transfusion_jax.pretraining.step import compiled_step
 from transfusion_jax.training.checkpoint import Checkpoints
 from transfusion_jax.training.frozen import frozen_names, like, merged, without
 
+pytestmark = pytest.mark.one_jax
+
 ONE = MeshConfig(data=1)
 PATTERNS = ("embedding_VD", "transformer.blocks.mlp.*", "*norm*")
 NAMES = ["embedding_VD", "layers.q", "layers.norm.scale", "layers.mlp.up", "norm.scale"]
