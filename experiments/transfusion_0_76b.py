@@ -14,4 +14,10 @@ from transfusion_jax.config import Experiment, MeshConfig, paper
 
 
 def config() -> Experiment:
-    return replace(paper("0.76B"), mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:8x8"))
+    base = paper("0.76B")
+    return replace(
+        base,
+        model=replace(base.model, remat="minimal"),
+        train=replace(base.train, accumulation=2),
+        mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:8x8"),
+    )

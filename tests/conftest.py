@@ -5,6 +5,7 @@ Warnings are errors by `filterwarnings` in pyproject.toml. What commands keep in
 """
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -12,9 +13,16 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="transfusion_jax_cache_")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# A directory of your own in this variable is left alone, and spares later sessions as well.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "xla")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# Tests compile for longer than they run; without optimisation they compile twice as fast.
+# Tests compile for longer than they run. This is not how a user's program is compiled: that is
+# what tests/test_end_to_end.py sees, whose processes have no such flags.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that later ones refuse
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
@@ -23,8 +31,6 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.devices()  # reads the flags; processes that tests start compile with a user's flags
-del os.environ["XLA_FLAGS"]
 
 CHECKED = [
     "transfusion_jax.model.attention",

@@ -33,6 +33,8 @@ from transfusion_jax.training.checkpoint import load_average
 from transfusion_jax.training.metrics import read_metrics
 from transfusion_jax.training.watchdog import Watch
 
+pytestmark = pytest.mark.one_jax
+
 ONE = MeshConfig(data=1)
 STEPS, GAN_START = 8, 3
 

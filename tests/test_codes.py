@@ -34,6 +34,8 @@ from transfusion_jax.preparation.preview import description
 from transfusion_jax.pretraining.run import latent_space, tokenizer_of
 from transfusion_jax.pretraining.validation import Validation
 
+pytestmark = pytest.mark.one_jax
+
 CODECS = {"vq": (VQ, 0), "other": (VQ, 1), "large": (dataclasses.replace(VQ, codes=33), 0),
           "kl": (SMALL, 0)}  # fmt: skip
 

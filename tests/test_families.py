@@ -38,6 +38,8 @@ from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
 from transfusion_jax.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.one_jax
+
 CODES = 8
 PICTURE = ImageConfig(4, 4, 1, 2)
 GRID = ImageConfig(2, 2, 1, 1, codes=CODES)

@@ -41,6 +41,13 @@ def liking(engine, token, amount=1.0):
     )
 
 
+@pytest.fixture(scope="module")
+def drawing(engine, tokenizer):
+    """A model that begins an image wherever it may; compiled once for all that leave its settings
+    alone."""
+    return liking(engine, tokenizer.boi)
+
+
 def uncached(engine, spans):
     """Logits after an unfinished document, run in one piece as in training."""
     document = sequence(Document(tuple(spans)), engine.tokenizer, engine.experiment.image.patches)
@@ -104,10 +111,9 @@ def test_an_image_in_the_prompt_is_seen_as_in_training(engine, experiment):
 
 
 def test_a_drawn_image_equals_denoising_with_the_whole_uncached_sequence(
-    engine, experiment, tokenizer
+    experiment, tokenizer, drawing
 ):
     """Cached denoising in place, guidance included, is the textbook loop over the full sequence."""
-    drawing = liking(engine, tokenizer.boi)
     prompt, seed = "a handwritten three", 5
     spans = drawing.generate([(prompt,)], seed)[0]
     assert isinstance(spans[0], np.ndarray) and spans[0].shape == experiment.image.shape
@@ -140,24 +146,22 @@ def test_a_drawn_image_equals_denoising_with_the_whole_uncached_sequence(
     )
 
 
-def test_an_answer_can_be_told_to_begin_with_an_image(engine, tokenizer):
+def test_an_answer_can_be_told_to_begin_with_an_image(engine, tokenizer, drawing):
     """A model that would write draws, as one that begins an image by itself does."""
     writing = liking(engine, tokenizer.boi, -1.0)
     requests = [("a handwritten three",), ("one plus",)]
     assert all(isinstance(spans[0], str) for spans in writing.generate(requests, 5) if spans)
     drawn = writing.generate(requests, 5, draw=True)
     assert all(isinstance(spans[0], np.ndarray) for spans in drawn)
-    drawing = liking(engine, tokenizer.boi)
     for asked, left in zip(
         drawing.generate(requests, 5, draw=True), drawing.generate(requests, 5), strict=True
     ):
         np.testing.assert_array_equal(asked[0], left[0])
 
 
-def test_what_follows_a_drawn_image_sees_it_clean_and_closed(engine, tokenizer):
+def test_what_follows_a_drawn_image_sees_it_clean_and_closed(tokenizer, drawing):
     """After a drawing the next token's logits are those of a document with that image and EOI, as
     in training; a row that was not drawing is as it was."""
-    drawing = liking(engine, tokenizer.boi)
     rows = prefilled(drawing, [("a handwritten three",), ("one plus",)])
     before = rows.hidden_BD[1]
     boi = jnp.full((2,), tokenizer.boi, jnp.int32)
@@ -183,8 +187,8 @@ def feed_and_mark(engine, rows, token_B, advance_B):
     return rows._replace(status_B=jnp.where(advance_B, IMAGE, DONE))
 
 
-def test_text_and_images_alternate_until_the_budget(engine, tokenizer):
-    drawing = liking(engine, tokenizer.boi).using(max_tokens=45)
+def test_text_and_images_alternate_until_the_budget(drawing):
+    drawing = drawing.using(max_tokens=45)
     spans = drawing.generate([("a",), ("three plus",)])
     for request in spans:
         # An image takes 18 positions; after two of them BOI is barred, and text follows.
@@ -192,8 +196,8 @@ def test_text_and_images_alternate_until_the_budget(engine, tokenizer):
         assert sum(isinstance(s, np.ndarray) for s in request) == 2
 
 
-def test_spans_are_streamed_as_they_come(engine, tokenizer):
-    drawing = liking(engine, tokenizer.boi).using(max_tokens=40)
+def test_spans_are_streamed_as_they_come(drawing):
+    drawing = drawing.using(max_tokens=40)
     requests = [("a",), ("three plus",)]
     streamed = list(drawing.stream(requests, 4))
     assert [row for row, _ in streamed[:4]] == [0, 1, 0, 1]
@@ -220,10 +224,10 @@ def test_a_request_does_not_depend_on_the_batch_around_it(engine, tokenizer):
                 np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_equal_requests_draw_apart(engine, tokenizer):
+def test_equal_requests_draw_apart(engine, drawing):
     """Text and images of one batch, and two images of one request, have random numbers of their
     own."""
-    drawing = liking(engine, tokenizer.boi).using(max_tokens=40)
+    drawing = drawing.using(max_tokens=40)
     spans = drawing.generate([("a",)] * 3, seed=1)
     images = [span for request in spans for span in request[:2]]
     for i, image in enumerate(images):
@@ -249,8 +253,8 @@ def test_temperature_divides_the_logits(temperature, share):
     assert (choose(logits, rows, 0) == 1).all()
 
 
-def test_seeds_and_settings_matter(engine, tokenizer):
-    drawing = liking(engine, tokenizer.boi).using(max_tokens=20)
+def test_seeds_and_settings_matter(engine, drawing):
+    drawing = drawing.using(max_tokens=20)
 
     def image(engine, seed=0):
         return engine.generate([("a",)], seed)[0][0]
@@ -265,11 +269,11 @@ def test_seeds_and_settings_matter(engine, tokenizer):
         engine.check([("zebra " * 100,)])
 
 
-def test_an_image_fits_into_the_least_max_tokens(engine, experiment, tokenizer):
+def test_an_image_fits_into_the_least_max_tokens(engine, experiment, drawing):
     """BOI, the patches and EOI; one position less is refused."""
     span = experiment.image.span
     assert span == 18
-    (spans,) = liking(engine, tokenizer.boi).using(max_tokens=span).generate([("a",)])
+    (spans,) = drawing.using(max_tokens=span).generate([("a",)])
     assert [type(s) for s in spans] == [np.ndarray]
     line = (
         "sampler.max_tokens=17 has no room for an image: BOI, 16 patches and EOI take 18 positions"

@@ -739,7 +739,6 @@ def launch_tiny(tmp_path):
     (tmp_path / "tiny.py").write_text(experiment)
     fake(tmp_path, "transfusion-jax", f'exec {sys.executable} -m transfusion_jax "$@"')
     environment = {**os.environ, **with_fakes(tmp_path), "PYTHONPATH": str(LAUNCH.parent)}
-    environment["XLA_FLAGS"] = ""  # one device in each process
     started = []
 
     def start() -> subprocess.Popen:

@@ -33,6 +33,8 @@ from transfusion_jax.pretraining.objective import batch_losses
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.step import compiled_step
 
+pytestmark = pytest.mark.one_jax
+
 STABLE = {"qk_norm": True, "norm_placement": "post"}
 TEXT_AND_IMAGE = (("blocks", "image_blocks"), ("norm", "image_norm"))
 ROWS = ("documents with images", "one text", "image at both ends", "padding")

@@ -18,6 +18,8 @@ from transfusion_jax.autoencoder.config import tiny
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
 from transfusion_jax.commands.main import main
 
+pytestmark = pytest.mark.one_jax
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 EXPERIMENT = """
 from transfusion_jax.config import *

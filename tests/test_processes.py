@@ -68,7 +68,7 @@ def start(
 ) -> list[subprocess.Popen]:
     """A command in so many processes of one device each; training pauses after each step."""
     port = free_port()
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PAUSE": str(pause)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PAUSE": str(pause)}
     what = ["train", "tiny.py", "--run-dir", run_dir] if command == "train" else [command, run_dir]
     processes = []
     for number in range(count):

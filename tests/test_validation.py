@@ -193,7 +193,7 @@ def start(path, count: int) -> list[subprocess.Popen]:
         subprocess.Popen(
             [*command, *([*joined, str(number)] if count > 1 else [])],
             cwd=path,
-            env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

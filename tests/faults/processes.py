@@ -111,8 +111,8 @@ FAULTS = (
     Fault(
         "sums leave the loop over microbatches on TPUs",
         "pretraining/step.py",
-        "LOOPS_KEEP_SUMS if accumulates and on_tpu else None",
-        "None",
+        "LOOPS_KEEP_SUMS if accumulates and on_tpu else {}",
+        "{}",
         "plan",
     ),
     Fault(
