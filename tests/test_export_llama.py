@@ -125,6 +125,10 @@ def test_an_array_of_the_checkpoint_is_read_once_and_not_kept(tmp_path):
             reads.append(name)
             return trained.arrays.read(name)
 
+        def parts(self, name):
+            reads.append(name)
+            return trained.arrays.parts(name)
+
     counted = replace(trained, arrays=Counted())
     found = llama.trunk(counted)
     names = [name for name, _ in llama.values(counted, found)]
