@@ -19,7 +19,9 @@ from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.pretraining.objective import batch_losses
 from transfusion_jax.pretraining.state import blueprint
 
-ROWS = ("documents with images", "several images", "image at both ends", "full row") * 2
+NAMES = ("documents with images", "several images", "image at both ends", "full row")
+ROWS = [packings.PACKINGS[name] for name in NAMES]
+ROWS += ["t" * 16 + "I" + "t" * 5, "|".join(["tI"] * 6), "I" * 6, "tttt|t"]
 
 
 def experiment(**changes) -> Experiment:
@@ -28,7 +30,7 @@ def experiment(**changes) -> Experiment:
 
 
 def batch():
-    return jax.tree.map(jnp.asarray, packings.batch([packings.PACKINGS[name] for name in ROWS]))
+    return jax.tree.map(jnp.asarray, packings.batch(ROWS))
 
 
 def loss_of(asked: Experiment):
