@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -83,6 +84,8 @@ def test_a_directory_that_cannot_be_made_is_said_and_nothing_is_kept(tmp_path, m
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    default = SimpleNamespace(jax_enable_compilation_cache=True, jax_compilation_cache_dir=None)
+    monkeypatch.setattr("jax.config", default)
     assert cache_compiled(said.append) is None
     assert "compiled programs are not kept" in said[0] and "Not a directory" in said[0]
 
