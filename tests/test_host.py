@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 from transfusion_jax.host import cache_compiled, process_start
@@ -69,16 +68,6 @@ def test_it_is_off_for_processes_on_cpus_and_where_a_user_says_so(tmp_path):
     assert not (tmp_path / "transfusion_jax").exists()
 
 
-@pytest.fixture
-def nothing_kept_yet():
-    """Undoes that tests keep what they compile."""
-    directory = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield
-    jax.config.update("jax_compilation_cache_dir", directory)
-
-
-@pytest.mark.usefixtures("nothing_kept_yet")
 def test_a_directory_that_cannot_be_made_is_said_and_nothing_is_kept(tmp_path, monkeypatch):
     said = []
     (tmp_path / "file").write_text("")
