@@ -6,8 +6,8 @@
         --tokenizer data/speeches/tokenizer.model
     transfusion-jax train experiments/emoji.py
 
-Hardware: two CPU cores, TIME.
-Expected: RESULT
+Hardware: two CPU cores; 8.0e13 FLOPs, twenty minutes by those of scenes.py (83 beside other work).
+Expected: held-out text perplexity 84; most emoji can be recognised (docs/data.md).
 """
 
 from dataclasses import replace

@@ -4,8 +4,8 @@
     transfusion-jax train experiments/own_data.py
 
 docs/data.md says more. The settings are those that made `scenes.py` draw (docs/log.md).
-Hardware: two CPU cores, TIME.
-Expected: RESULT
+Hardware: two CPU cores; not timed, but `emoji.py`, a model of this size, took 8.0e13 FLOPs.
+Expected: a model of 3.5 M parameters that learns some thousand pictures (docs/data.md).
 """
 
 from transfusion_jax.config import (
