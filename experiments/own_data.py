@@ -26,7 +26,9 @@ DATA = "data/mine"
 def config(data: str = DATA) -> Experiment:
     dataset = open_dataset(data)
     # A picture of few, large patches: a small model sees more pictures, and draws better.
-    image = dataset.image_config(patch=max(dataset.image_shape[0] // 4, 1))
+    height, width, _ = dataset.image_shape
+    sides = range(1, max(min(height, width) // 4, 1) + 1)
+    image = dataset.image_config(max(n for n in sides if height % n == width % n == 0))
     return Experiment(
         name="own_data",
         image=image,

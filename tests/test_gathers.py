@@ -29,7 +29,14 @@ def test_steps_of_a_gather_join_all_shards_in_order(devices):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(fsdp=8), MeshConfig(2, 4), MeshConfig(1, 4, 2), MeshConfig(1, 4, 1, 2)]
+    "mesh",
+    [
+        MeshConfig(1, 8),
+        MeshConfig(2, 4),
+        MeshConfig(1, 4, 2),
+        MeshConfig(1, 2, 4),
+        MeshConfig(1, 4, 1, 2),
+    ],
 )
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed"), ("norm", "mlp")])
 def test_a_gather_in_steps_is_the_gather_in_one(monkeypatch, mesh, axes):

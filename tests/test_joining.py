@@ -165,10 +165,15 @@ def test_a_command_in_the_shell_of_salloc_is_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("step", "job", "alone"), [("1", "1", False), ("2", "2", False), ("1", "4", True)]
 )
-def test_a_task_of_srun_is_not(monkeypatch, step, job, alone):
+def test_a_task_of_srun_or_mpirun_is_not(monkeypatch, step, job, alone):
+    for name, value in SHELL_OF_SALLOC.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", step)
     monkeypatch.setenv("SLURM_NTASKS", job)
     assert alone_in_a_step() == alone
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1")  # which JAX asks before SLURM
+    assert not alone_in_a_step()
+    monkeypatch.delenv("OMPI_MCA_orte_hnp_uri")
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
     assert not alone_in_a_step()
 
@@ -191,6 +196,20 @@ def test_a_jobset_of_several_jobs_without_tpus_is_refused(monkeypatch, jobs, ref
     else:
         join(None, None, None, ProcessesConfig())
     assert bool(begun) != refused
+
+
+@pytest.mark.parametrize("error", [RuntimeError("403"), KeyError("job-name")])
+def test_what_kubernetes_does_not_say_is_one_line(monkeypatch, error):
+    def job():
+        raise error
+
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setattr(clusters.K8sCluster, "is_env_present", lambda: True)
+    monkeypatch.setattr(clusters.K8sCluster, "_job", job)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    with pytest.raises(ValueError, match=str(error.args[0])):
+        join(None, None, None, ProcessesConfig())
 
 
 def test_what_a_cluster_does_not_say_is_an_error_and_no_run_of_its_own(monkeypatch):

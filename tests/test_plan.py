@@ -442,12 +442,22 @@ def test_a_plan_is_made_once_for_its_experiment_topology_rows_and_code(tmp_path,
     for number, other in enumerate(others, 2):
         plan(**other)
         assert len(made) == number
-    monkeypatch.setattr(cache, "_code", lambda: "changed")
-    plan()
-    assert len(made) == 5
+    for number, change in enumerate(
+        (
+            lambda: monkeypatch.setattr(cache, "_code", lambda: "changed"),
+            lambda: monkeypatch.setattr(cache, "_version", lambda package: "9.9"),
+            lambda: monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_flag=true"),
+        ),
+        5,
+    ):
+        change()
+        plan()
+        assert len(made) == number
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "make_plan", make)
     for file in (tmp_path / "plans").iterdir():
         file.write_text("{}")
-    assert plan() == first and len(made) == 6 and "is made again" in said[-1]
+    assert plan() == first and len(made) == 8 and "is made again" in said[-1]
 
 
 def test_a_plan_that_cannot_be_kept_is_made(tmp_path, monkeypatch):
@@ -456,7 +466,7 @@ def test_a_plan_that_cannot_be_kept_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_key", lambda *_: "key")
     said = []
     made = cache.kept_plan(None, None, None, tmp_path / "plans", said.append)
-    assert isinstance(made, SimpleNamespace) and "the plan is not kept" in said[0]
+    assert isinstance(made, SimpleNamespace) and "the plan is not kept" in said[-1]
 
 
 def topology_of(count: int):

@@ -84,9 +84,14 @@ def process_start() -> float:
     return time.time() - running
 
 
-def cache_directory(name: str) -> Path:
-    """`transfusion_jax/NAME` under `$XDG_CACHE_HOME`, or else `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "transfusion_jax", name)
+def cache_directory(name: str) -> Path | None:
+    """`transfusion_jax/NAME` under `$XDG_CACHE_HOME`, or else `~/.cache`; None for a user without a
+    home."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(cache, "transfusion_jax", name)
 
 
 def cache_compiled(report: Callable[[str], None]) -> Path | None:
@@ -109,6 +114,9 @@ def cache_compiled(report: Callable[[str], None]) -> Path | None:
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
     directory = cache_directory("xla")
+    if directory is None:
+        report("compiled programs are not kept: this user has no home directory")
+        return None
     if jax.default_backend() == "cpu":
         kind = _kind_of_processor()
         if kind is None or jax.process_count() > 1:

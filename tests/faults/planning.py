@@ -125,15 +125,15 @@ FAULTS = (
     Fault(
         "plans of other code are taken",
         "planning/cache.py",
-        "versions, _code()]",
-        "versions]",
+        "flags, _code()]",
+        "flags]",
         "plan",
     ),
     Fault(
         "steps of a gather in the wrong order",
         "parallel/rules.py",
-        "for groups in steps:",
-        "for groups in reversed(steps):",
+        "for groups in gather_steps(mesh.shape[name]):",
+        "for groups in reversed(gather_steps(mesh.shape[name])):",
         "gathers",
     ),
 )

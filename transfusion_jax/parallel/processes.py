@@ -57,10 +57,10 @@ def join(
         call_roll(coordinator, num_processes, process_id, config.initialization_timeout)
     elif xla_bridge.backends_are_initialized() or alone_in_a_step():
         return  # called from a program that computes already, or in a shell of SLURM
-    else:
-        check_kubernetes()
     jax.config.update("jax_enable_preemption_service", False)  # see `stopping.py`
     try:
+        if not by_hand:
+            check_kubernetes()
         jax.distributed.initialize(
             coordinator,
             num_processes,

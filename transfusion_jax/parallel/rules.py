@@ -136,16 +136,17 @@ def _joined(x: Array, axes: tuple[str | None, ...]) -> Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     cut = [place for place, axis in enumerate(axes) if "fsdp" in mesh_axes(axis)]
-    if mesh.empty or not cut or mesh.shape["fsdp"] <= TOGETHER:
+    if mesh.empty or not cut:
         return x
     (place,) = cut
-    steps = gather_steps(mesh.shape["fsdp"])
+    names = mesh_axes(axes[place])
+    if math.prod(mesh.shape[name] for name in names) <= TOGETHER:
+        return x
 
     def local(x):
-        for name in mesh_axes(axes[place])[:0:-1]:  # the axes behind fsdp are cut the finest
-            x = jax.lax.all_gather(x, name, axis=place, tiled=True)
-        for groups in steps:
-            x = jax.lax.all_gather(x, "fsdp", axis=place, tiled=True, axis_index_groups=groups)
+        for name in reversed(names):  # the last one is cut the finest
+            for groups in gather_steps(mesh.shape[name]):
+                x = jax.lax.all_gather(x, name, axis=place, tiled=True, axis_index_groups=groups)
         return x
 
     specs = partition_spec(axes), partition_spec(_whole(axes))

@@ -1,13 +1,15 @@
 """Plans kept on disk, so that a search that was stopped goes on where it was.
 
 A plan is a function of the experiment, the topology, the rows that its work is counted on, this
-package's code, and the versions of what compiles it. A plan is filed under a hash of all of these.
+package's code, and the versions and flags of what compiles it. A plan is filed under a hash of all
+of these.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -23,30 +25,36 @@ from transfusion_jax.planning.rows import Rows
 from transfusion_jax.planning.topology import Topology
 
 COMPILERS = ("jax", "jaxlib", "libtpu", "flax", "optax")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TPU_LIBRARY_PATH")
+SETTINGS = ("jax_optimization_level", "jax_default_matmul_precision")
 
 
 def kept_plan(
     experiment: Experiment,
     topology: Topology,
     rows: Rows,
-    directory: Path,
+    directory: Path | None,
     report: Callable[[str], None],
 ) -> Plan:
-    """`make_plan`, unless `directory` has this plan; what is made is put there.
+    """`make_plan`, unless `directory` has this plan; what is made is put there. Without a directory
+    nothing is kept.
 
     A file that cannot be read or written is reported, and the plan is made.
 
     Raises:
       ValueError: as `make_plan`.
     """
+    if directory is None:
+        return make_plan(experiment, topology, rows)
     path = directory / f"{_key(experiment, topology, rows)}.json"
-    if path.exists():
-        try:
-            plan = _load(path, topology)
-            report(f"as planned before: {path}")
-            return plan
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            report(f"{path} is not a plan, and is made again: {error}")
+    try:
+        plan = _load(path, topology)
+        report(f"as planned before: {path}")
+        return plan
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        report(f"{path} is not a plan, and is made again: {error}")
     plan = make_plan(experiment, topology, rows)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +85,9 @@ def _key(experiment: Experiment, topology: Topology, rows: Rows) -> str:
     digest = hashlib.sha256()
     counted = [rows.images, rows.targets, rows.origin]
     versions = [_version(name) for name in COMPILERS]
-    settings = [topology.name, topology.slices, counted, versions, _code()]
+    flags = [os.environ.get(name) for name in FLAGS]
+    flags += [str(getattr(jax.config, name)) for name in SETTINGS]
+    settings = [topology.name, topology.slices, counted, versions, flags, _code()]
     digest.update(json.dumps(settings).encode())
     digest.update(dumps(experiment).encode())
     for array in jax.tree.leaves(rows.intervals):

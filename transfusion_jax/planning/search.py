@@ -64,9 +64,11 @@ def microbatch_counts(experiment: Experiment, mesh: dict[str, int]) -> list[int]
 def search(planner: Planner, first: Plan) -> Iterator[Plan]:
     """Varies what is recomputed and in how many microbatches, then the mesh; yields each plan.
 
-    What cannot win is not compiled. Where computing limits a plan that fits, more recomputation
-    and other meshes are no faster, as neither takes FLOPs away; more microbatches than fit only
-    send more; and the memory that a plan lacked tells how many microbatches are too few.
+    Not all are compiled. Where computing limits a plan that fits, more recomputation on its mesh is
+    no faster; more microbatches than fit only send more; and the memory that a plan lacked tells
+    how many microbatches are too few. Other meshes are tried for as long as something else than
+    computing limits the best plan, or nothing fits: one that would leave room for less
+    recomputation is for the user to name.
     """
     found = {_what_varies(first.experiment, first.mesh): first}
     for experiment in itertools.chain(_recomputations(first, found), _meshes(found)):
