@@ -77,7 +77,8 @@ def _key(experiment: Experiment, topology: Topology, rows: Rows) -> str:
     digest = hashlib.sha256()
     counted = [rows.images, rows.targets, rows.origin]
     versions = [_version(name) for name in COMPILERS]
-    settings = [topology.name, topology.slices, counted, versions, _code()]
+    level = jax.config.jax_optimization_level
+    settings = [topology.name, topology.slices, counted, versions, level, _code()]
     digest.update(json.dumps(settings).encode())
     digest.update(dumps(experiment).encode())
     for array in jax.tree.leaves(rows.intervals):
