@@ -125,8 +125,8 @@ FAULTS = (
     Fault(
         "plans of other code are taken",
         "planning/cache.py",
-        "versions, _code()]",
-        "versions]",
+        "level, _code()]",
+        "level]",
         "plan",
     ),
     Fault(
