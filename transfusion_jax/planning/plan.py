@@ -34,8 +34,9 @@ from transfusion_jax.pretraining.step import compiled_step
 KERNEL_FLOPS = {"interval_attention": 4, "interval_attention_dq": 6, "interval_attention_dkv": 8}
 QUICKLY = {"optimization_level": 9}
 """XLA's O0, "fastest compilation" (openxla.org/xla/effort_levels), for steps with convolutions. At
-full effort each of them takes the compiler ten seconds, and a U-Net has some eighty. They are laid
-out in memory alike."""
+full effort each of them takes the compiler some ten seconds, and a U-Net has some eighty. Memory
+may differ from that at full effort, as docs/scaling.md says. JAX_OPTIMIZATION_LEVEL asks for
+another level."""
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
