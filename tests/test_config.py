@@ -90,7 +90,7 @@ def test_loss_weights_must_not_be_negative():
 
 def test_what_changes_no_number_may_change_at_a_resume():
     old = Experiment("old")
-    model = replace(old.model, remat="minimal", layer_loop="unroll")
+    model = replace(old.model, remat="minimal", layer_loop="unroll", unet_loop="unroll")
     assert not stored_config.differences(old, replace(old, model=model))
     assert stored_config.differences(old, replace(old, model=replace(old.model, layers=3)))
 

@@ -28,6 +28,7 @@ class Experiment:
         "processes.",
         "model.remat",
         "model.layer_loop",
+        "model.unet_loop",
         "model.attention",
         "data.prefetch",
         "data.max_epochs",

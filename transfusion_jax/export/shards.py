@@ -40,15 +40,16 @@ def dtype_named(name: str) -> np.dtype:
 def write_shards(
     out: Path,
     planned: Mapping[str, Described],
-    values: Iterable[tuple[str, np.ndarray]],
+    values: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
     largest: int = LARGEST,
 ) -> None:
     """Writes tensors and their index into a directory.
 
     Args:
       planned: every tensor by name.
-      values: (name, array) of each, in the order of `planned`; an array is cast to its dtype. One
-        is asked for when the one before is written, and none is kept.
+      values: (name, array) of each, in the order of `planned`, or instead of the array an iterator
+        over its parts along axis 0; each is cast to its dtype. One is asked for when the one before
+        is written, and none is kept.
     """
     shards = _divided(planned, largest)
     files = [f"model-{k:05}-of-{len(shards):05}.safetensors" for k in range(1, len(shards) + 1)]
@@ -75,7 +76,9 @@ def _divided(planned: Mapping[str, Described], largest: int) -> list[list[str]]:
 
 
 def _write_shard(
-    file: Path, planned: Mapping[str, Described], arrays: Iterator[tuple[str, np.ndarray]]
+    file: Path,
+    planned: Mapping[str, Described],
+    arrays: Iterator[tuple[str, np.ndarray | Iterator[np.ndarray]]],
 ) -> None:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -95,10 +98,19 @@ def _write_shard(
 
 
 def _write_tensor(
-    opened: BinaryIO, name: str, described: Described, found: tuple[str, np.ndarray]
+    opened: BinaryIO,
+    name: str,
+    described: Described,
+    found: tuple[str, np.ndarray | Iterator[np.ndarray]],
 ) -> None:
-    assert (found[0], found[1].shape) == (name, described.shape), (name, found[0], found[1].shape)
-    # A stacked array is cast layer by layer: two copies of it might not fit.
-    for part in found[1] if found[1].ndim > 2 else found[1:]:
+    assert found[0] == name, (name, found[0])
+    parts = found[1]
+    if isinstance(parts, np.ndarray):
+        assert parts.shape == described.shape, (name, parts.shape, described.shape)
+        # A stacked array is cast layer by layer: two copies of it might not fit.
+        parts = parts if parts.ndim > 2 else [parts]
+    written = 0
+    for part in parts:
         whole = np.ascontiguousarray(part, described.dtype)
-        opened.write(whole.reshape(-1).view(np.uint8).data)
+        written += opened.write(whole.reshape(-1).view(np.uint8).data)
+    assert written == described.nbytes, (name, written, described)

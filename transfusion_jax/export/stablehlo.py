@@ -58,7 +58,7 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     for name, program in found.items():
         report(f"lowering {name}")
         (out / f"{name}.jax_export").write_bytes(bytes(program.exported().serialize()))
-    write_shards(out, planned, ((name, trained.read(name)) for name in planned))
+    write_shards(out, planned, ((name, trained.by_layer(name)) for name in planned))
     write_json(out / "run.json", _about(trained, experiment, list(found)))
     (out / "tokenizer.model").write_bytes(trained.tokenizer.model)
     shutil.copyfile(runner.__file__, out / "run.py")
