@@ -15,6 +15,7 @@ from transfusion_jax.commands.main import main
 from transfusion_jax.config import MeshConfig, SourceConfig, TokenizerConfig
 from transfusion_jax.config.stored import dumps
 from transfusion_jax.data.sources.dataset import open_dataset
+from transfusion_jax.host import cores
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.preflight import facts as facts_module
 from transfusion_jax.preflight import run_directory
@@ -407,3 +408,17 @@ def test_an_experiment_that_one_process_lacks_is_bad_input_of_both(tmp_path):
     assert [code for code, _, _ in found] == [2, 2]
     for _, _, line in found:
         assert "process 1: there is no experiment file here.py" in line
+
+
+def test_check_looks_at_the_devices_that_train_would_use(capsys, tmp_path):
+    """A lone process on CPUs makes one for each core, so in a process of its own."""
+    command = [sys.executable, "-m", "transfusion_jax", "check", str(DIGITS)]
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [*command, "--run-dir", str(tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{cores()} cpu in 1 process" in done.stdout

@@ -8,7 +8,7 @@ from transfusion_jax.commands import train
 from transfusion_jax.commands.bad_input import user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.experiments import asked_experiment
-from transfusion_jax.commands.joining import join_processes
+from transfusion_jax.commands.joining import join_processes, use_cores
 from transfusion_jax.commands.terminal import say_leading
 from transfusion_jax.config import Experiment, ProcessesConfig
 
@@ -51,6 +51,8 @@ def _joined(arguments: argparse.Namespace) -> Experiment:
     except ValueError as error:
         problem = str(error)
     join_processes(arguments, experiment.processes if experiment else ProcessesConfig())
+    if experiment and not problem:
+        use_cores(experiment)
     problems = gathered(problem)
     for process, said in enumerate(problems):
         if said is not None:
