@@ -8,8 +8,8 @@ al. 2024, arXiv 2412.15188).
 The first is a Llama of sums and comparisons. The second has its weights, frozen, for text, and a
 copy of them, trained, for images, beside new layers from pixels and to them. The text losses of
 sums and comparisons are the same number at every validation. It never begins an image by itself:
-BOI was no word of the Llama's. So `generate --draw` draws, and the suite `digits`, which leaves it to
-the model, sees nothing drawn.
+BOI was no word of the Llama's. So `generate --draw` draws, and the suite `digits`, which leaves it
+to the model, sees nothing drawn.
 
 For a Llama of others: `import`, then `--train.initial DIR --tokenizer.path DIR/tokenizer.model`.
 Hardware: two CPU cores, five minutes for the first by the digits, somewhat more for the second.
