@@ -14,4 +14,10 @@ from transfusion_jax.config import Experiment, MeshConfig, paper
 
 
 def config() -> Experiment:
-    return replace(paper("0.37B"), mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:4x8"))
+    base = paper("0.37B")
+    return replace(
+        base,
+        model=replace(base.model, remat="minimal"),
+        train=replace(base.train, accumulation=4),
+        mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:4x8"),
+    )
