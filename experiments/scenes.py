@@ -39,7 +39,6 @@ def config() -> Experiment:
             image_first=0.5,
             max_epochs=100.0,
         ),
-        optimizer=replace(base.optimizer, kind="muon"),
         train=replace(
             base.train,
             steps=3000,

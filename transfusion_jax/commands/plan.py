@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"compiling the training step of {experiment.name} for {name}, minutes if it is new")
         planned = planner(experiment, topology)
     say(page(planned))
+    if experiment.model.patch_encoder == "unet" and not os.environ.get("JAX_OPTIMIZATION_LEVEL"):
+        say("  a U-Net, compiled with XLA's least effort: in training its memory may differ")
     answer = planned.json()
     if arguments.json:
         write_json(arguments.json, answer)
