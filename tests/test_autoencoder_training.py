@@ -117,6 +117,7 @@ def test_the_codec_of_a_run_is_its_average_and_reads_back(tiny, trained):
     np.testing.assert_allclose(np.std(np.asarray(sampled)) * codec.scale, 1, rtol=0.05)
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, trained, tmp_path, monkeypatch):
     said = []
     with monkeypatch.context() as patch:
@@ -177,6 +178,7 @@ def test_one_device_trains_like_eight_and_skips_what_is_not_finite(tiny, trained
     assert (int(metrics["skipped_in_a_row"]), int(state.step)) == (0, STEPS + 3)
 
 
+@pytest.mark.long
 def test_the_gradients_are_those_of_the_weighted_sum(tiny):
     """The step adds gradients at the reconstruction; here each term has its own backward pass.
 
@@ -222,6 +224,7 @@ def test_the_gradients_are_those_of_the_weighted_sum(tiny):
     np.testing.assert_allclose(float(metrics["discriminator"]), hinge(real, fake), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_steps_draw_anew_and_are_skipped_unless_loss_and_gradients_are_finite(tiny, monkeypatch):
     weighted = losses.weighted
 

@@ -38,6 +38,7 @@ def test_all_benchmarks_are_run_here():
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == set(ARGUMENTS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ARGUMENTS],

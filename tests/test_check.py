@@ -402,6 +402,7 @@ def test_two_processes_that_differ_are_told_apart(tmp_path):
     assert said.endswith("fails: experiment, run directory\n")
 
 
+@pytest.mark.long
 def test_an_experiment_that_one_process_lacks_is_bad_input_of_both(tmp_path):
     (tmp_path / "here.py").write_text(DIGITS.read_text())
     found = two_processes([["here.py"], ["here.py"]], [tmp_path, tmp_path.parent])

@@ -57,6 +57,7 @@ def alone(run):
     return engine.generate(REQUESTS, 5), likelihood(engine, run, 20)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mesh",
     [

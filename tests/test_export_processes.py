@@ -21,6 +21,7 @@ def contents(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+@pytest.mark.long
 def test_two_processes_write_what_one_does_and_refuse_together(workplace):
     run = run_directory(workplace / "run", tiny_experiment())
     assert main(["export", str(run), *OUT, str(workplace / "one")]) == 0

@@ -149,6 +149,7 @@ def answers(out: Path) -> list:
     ]
 
 
+@pytest.mark.long
 def test_every_phase_gives_the_bits_of_the_model(left, experiment, tmp_path):
     """Three rows of other lengths, two with images, another capacity than that of the runner."""
     given, rng = three_rows(experiment), np.random.default_rng(1)
@@ -277,6 +278,7 @@ def test_switches_leave_too(name, experiment, tokenizer, tmp_path):
     assert np.ndarray in compared(run, out, tokenizer)
 
 
+@pytest.mark.long
 def test_images_in_a_prompt_are_read(left, experiment, tokenizer):
     image = np.random.default_rng(4).uniform(-1, 1, experiment.image.shape).astype(np.float32)
     assert str in compared(*left, tokenizer, [image])
@@ -325,6 +327,7 @@ def codes(experiment, tokenizer, tmp_path_factory):
     return chameleon, exported(path, chameleon, tokenizer, autoencoder=VQ)
 
 
+@pytest.mark.long
 def test_images_that_are_codes_leave_as_tokens(codes, tmp_path):
     chameleon, left = codes
     image, given = chameleon.image, three_rows(chameleon)
@@ -342,6 +345,7 @@ def test_images_that_are_codes_leave_as_tokens(codes, tmp_path):
     assert not (left[1] / "denoise.jax_export").exists()
 
 
+@pytest.mark.long
 def test_the_runner_writes_images_of_codes(codes, tokenizer):
     chameleon, left = codes
     shown = np.random.default_rng(3).integers(0, VQ.codes, chameleon.image.shape)

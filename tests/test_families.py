@@ -244,6 +244,7 @@ def _alone(batch, noise: Noise, document: int):
     return alone, Noise(noise.t_BM[:, order], noise.noise_BMhwc[:, order])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name != "linear")) for name in FAMILIES],

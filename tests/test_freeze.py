@@ -139,6 +139,7 @@ def test_the_optimizer_has_no_memory_of_what_is_frozen():
     assert planned.trained == trained < planned.parameters == sum(sizes.values())
 
 
+@pytest.mark.long
 def test_gradients_of_what_is_frozen_are_not_computed():
     """The step has fewer FLOPs by 2 for each frozen weight and vector: as model FLOPs say."""
     flops, counted = {}, {}
@@ -161,6 +162,7 @@ def test_gradients_of_what_is_frozen_are_not_computed():
     assert counted[()] - counted[patterns] == pytest.approx(saved)
 
 
+@pytest.mark.long
 def test_a_mesh_changes_nothing():
     experiment = frozen_experiment()
     experiment = replace(experiment, data=replace(experiment.data, batch_rows=8))
@@ -200,6 +202,7 @@ def config():
 """
 
 
+@pytest.mark.long
 def test_the_command_line(tmp_path, capsys):
     """A pattern that matches nothing is bad input; so is another pattern when a run is resumed."""
     file, run = tmp_path / "tiny.py", tmp_path / "run"

@@ -63,6 +63,7 @@ def same(left, right):
         np.testing.assert_array_equal(value, right[name], err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [("linear", "one device"), *((name, "another mesh") for name in test_families.FAMILIES)],

@@ -116,6 +116,7 @@ def board(directory: Path) -> list:
     return found
 
 
+@pytest.mark.long
 def test_a_plain_run_that_is_resumed_with_validation_sees_the_same(
     plain, watched, whole, tmp_path, monkeypatch
 ):
@@ -138,6 +139,7 @@ def test_a_plain_run_that_is_resumed_with_validation_sees_the_same(
     assert ours[4] == theirs[4] and not VALIDATION & set(ours[4])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("owner", "name", "step"), [(Validation, "measure", 3), (Engine, "stream", 5)]
 )

@@ -129,6 +129,7 @@ def test_products_and_their_gradients_are_those_of_the_position_s_kernel(dtype):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes", [pytest.param({}, marks=pytest.mark.slow), STABLE], ids=["llama", "stable"]
 )
@@ -153,6 +154,7 @@ def test_with_two_equal_sets_of_weights_it_is_the_dense_model(changes):
         np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=2e-5 * np.abs(value).max())
 
 
+@pytest.mark.long
 def test_text_alone_has_no_gradient_of_the_weights_of_images_nor_the_other_way():
     asked = experiment(**STABLE)
     text = jax.jit(jax.grad(loss_of(asked, rows("several documents"))))(parameters(asked))
@@ -184,6 +186,7 @@ def step_flops(experts: str, remat: str) -> float:
     return read_program(compiled.as_text(), unknown_trips=1).flops
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "remat", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "minimal")), "full"]
 )
@@ -204,6 +207,7 @@ def test_a_model_has_the_flops_of_the_dense_model_and_twice_the_weights():
     assert mixed.parameters == dense.parameters + twice
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mesh_config",
     [pytest.param(MeshConfig(1, 2, 2, 2), marks=pytest.mark.slow), MeshConfig(2, 1, 4, 1)],
@@ -227,6 +231,7 @@ def test_rows_cut_over_devices_give_the_same_gradients(mesh_config):
         np.testing.assert_allclose(found, value, rtol=2e-3, atol=1e-5 * np.abs(value).max())
 
 
+@pytest.mark.long
 def test_with_the_text_frozen_text_alone_keeps_its_loss_bit_for_bit():
     """LMFusion: images are learned, and the text model stays what it was."""
     asked = experiment()

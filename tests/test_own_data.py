@@ -94,6 +94,7 @@ def prepare(folder: Path, out: Path, *more: str) -> int:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [pytest.param("pixels", marks=pytest.mark.slow), "latents"])
 def test_from_a_folder_to_a_sample(kind, folder, codec, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -160,6 +161,7 @@ def test_from_a_folder_to_a_sample(kind, folder, codec, tmp_path, monkeypatch, c
             assert picture.size == (32, 32)
 
 
+@pytest.mark.long
 def test_data_that_changed_or_does_not_fit_is_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert prepare(folder, Path("data/mine")) == 0

@@ -211,6 +211,7 @@ def test_steps_through_warm_up_and_decay():
     check_steps(tiny.small(**VARIANTS[0]), steps=5, clipped=True)
 
 
+@pytest.mark.long
 def test_steps_of_a_mixture_of_transformers():
     check_steps(tiny.small(**VARIANTS[4]), steps=3, clipped=True)
 
@@ -278,6 +279,7 @@ SAMPLERS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("seed", "sampler", "changes"), SAMPLERS, ids=["ddpm", "ddim", "mixture"])
 def test_pictures_and_the_text_around_them(seed, sampler, changes, noises):
     """Texts and pictures in, texts and pictures out, from the noise that ours has drawn."""

@@ -247,6 +247,7 @@ def test_edits_that_change_nothing_or_repeat_the_target_of_another_are_wrong(mea
     assert scores["edit_accuracy"] == pytest.approx(1 / COUNT)
 
 
+@pytest.mark.long
 def test_always_the_same_picture_is_found_out(measure):
     picture = render(Scene((Object("circle", "red", "large", (1, 1)),)), 32)
     scores = measure(draw=lambda prompt: [picture])

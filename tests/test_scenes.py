@@ -347,6 +347,7 @@ def test_documents_hold_the_pictures_and_words_of_their_example(words, side):
     assert min(kinds[Pair], kinds[Edit]) > 3
 
 
+@pytest.mark.long
 def test_scene_edits_are_edits_alone(words):
     data = DataConfig(sources=(SourceConfig("scene_edits"),), caption_dropout=0.0)
     experiment = replace(of(32), data=data)

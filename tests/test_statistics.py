@@ -339,6 +339,7 @@ def same(a: list, b: list) -> bool:
     )
 
 
+@pytest.mark.long
 def test_rows_of_one_request_are_independent_draws(engine):
     rows = 400
     spans = engine.generate([("5",)] * rows, seed=1)

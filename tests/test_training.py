@@ -106,6 +106,7 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
         assert here < (1.1 if mesh_config.tensor == 1 else 1.25) * share
 
 
+@pytest.mark.long
 def test_muon_trains_on_a_mesh_like_on_one_device(experiment, tokenizer):
     changed = replace(experiment, optimizer=replace(experiment.optimizer, kind="muon"))
     alone, _ = run(changed, tokenizer, ONE, 6)
@@ -165,6 +166,7 @@ def program_text(experiment, mesh_config):
         return lowered.compile().as_text()
 
 
+@pytest.mark.long
 def test_positions_that_are_cut_share_the_work(experiment):
     """Eight devices that cut rows in four compute no more, each, than eight that have rows of their
     own."""
@@ -175,6 +177,7 @@ def test_positions_that_are_cut_share_the_work(experiment):
     assert flops[1] < 1.1 * flops[0]
 
 
+@pytest.mark.long
 def test_a_step_computes_again_what_is_not_kept(experiment):
     """Under `minimal` no product: neither those with parameters nor those of attention."""
 
@@ -187,6 +190,7 @@ def test_a_step_computes_again_what_is_not_kept(experiment):
     assert minimal < attention < full
 
 
+@pytest.mark.long
 def test_layers_that_are_written_out_are_in_no_loop(experiment):
     def loops(layer_loop):
         # Dense attention has no loops of its own.
@@ -197,6 +201,7 @@ def test_layers_that_are_written_out_are_in_no_loop(experiment):
     assert loops("unroll") == loops("scan") - 2  # forward and backward
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mesh_config",
     [ONE, pytest.param(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), marks=pytest.mark.slow)],
@@ -285,6 +290,7 @@ def test_training_stops_after_ten_skips_in_a_row():
         check_finite(101, 10, 10)
 
 
+@pytest.mark.long
 def test_a_checkpoint_restores_on_another_mesh_and_trains_on(
     single, experiment, tokenizer, tmp_path
 ):

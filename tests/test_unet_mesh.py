@@ -65,6 +65,7 @@ def assert_same(found: tuple) -> None:
         np.testing.assert_allclose(ours, value, rtol=2e-3, atol=2e-5 * largest, err_msg=str(path))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "axes",
     [
@@ -94,6 +95,7 @@ def test_rows_cut_over_devices_give_the_gradient_of_one_device(axes):
         assert_same(jax.jit(jax.value_and_grad(loss_of(asked)))(parameters, rows))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unet_loop", ["scan", "unroll"])
 @pytest.mark.parametrize(
     ("remat", "layer_loop"),

@@ -379,6 +379,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["x.jsonl", "captions.jsonl", "x.tar", "x.parquet", "x.txt", "a.png"]
 )
