@@ -7,7 +7,8 @@
     transfusion-jax train experiments/emoji.py
 
 Hardware: two CPU cores; 8.0e13 FLOPs, twenty minutes by those of scenes.py (83 beside other work).
-Expected: held-out text perplexity 84; most emoji can be recognised (docs/data.md).
+Expected: held-out text perplexity 84; most emoji can be recognised, and belong to the group that
+was asked for in 62 % of drawings, 5.6 times chance (emoji_groups.py, docs/data.md).
 """
 
 from dataclasses import replace

@@ -46,8 +46,9 @@ def family(name: str) -> str:
 def drawn_right(engine: Engine, judge: SVC, names: Sequence[str], group: str) -> float:
     """The share of names whose drawing the judge takes for one of the group."""
     answers = engine.generate([(name,) for name in names], draw=True)
-    drawn = [np.clip(only_picture(spans), -1, 1).ravel() for spans in answers]
-    return float(np.mean(judge.predict(drawn) == group))
+    pictures = [only_picture(spans) for spans in answers]
+    drawn = [np.clip(picture, -1, 1).ravel() for picture in pictures if picture is not None]
+    return float(np.sum(judge.predict(drawn) == group)) / len(names) if drawn else 0.0
 
 
 def main() -> None:
