@@ -74,7 +74,7 @@ CORES = {"v5e": Core(1, 4, 128, 1), "v5p": Core(2, 4, 128, 1), "v6e": Core(1, 2,
 """With clocks of 1.5, 1.75 and 1.75 GHz this is the published peak of the chips."""
 SLOTS = "MXU XLU VALU VPOP EUP VLOAD VLOAD:FILL VSTORE VSTORE:SPILL SALU".split()
 """Of a bundle; fills and spills are among the loads and stores."""
-PRODUCTS = {"": 2, "_dq": 3, "_dkv": 4}
+PRODUCTS = {"": 2, "_dq": 3, "_dkv": 4, "_dqkv": 5}
 """Products of each kernel, per score, of H multiplications and additions."""
 LENGTH = 4096
 
@@ -140,17 +140,21 @@ class Kernel:
     """Cycles besides, counting parts that run only where a block changes."""
     first: int
     last: int
+    row: int
+    """Once for a row."""
 
     @classmethod
-    def of(cls, found: list[Part], bodies: int) -> "Kernel":
+    def of(cls, found: list[Part], bodies: int, rows: bool) -> "Kernel":
         """A kernel whose largest parts are `bodies` for a pair. Before them a sum begins, if that
-        is jumped over at times, and after them it ends."""
+        is jumped over at times, and after them it ends; so do, further out, sums of `rows`."""
         at = sorted(sorted(range(len(found)), key=lambda i: found[i].bundles)[-bodies:])
         begin, end = found[at[0] - 1], found[at[-1] + 1]
         first = begin.cycles if begin.mark == "PF" else 0
         loop = next(i for i, part in enumerate(found) if part.mark == "LB")
         step = sum(part.cycles for i, part in enumerate(found) if i >= loop and i not in at)
-        return cls(found[at[0]], found[at[-1]], step - first - end.cycles, first, end.cycles)
+        row = found[at[0] - 2].cycles + found[at[-1] + 2].cycles if rows else 0
+        step -= first + end.cycles + row
+        return cls(found[at[0]], found[at[-1]], step, first, end.cycles, row)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,12 @@ class Work:
 
     def cycles(self, kernel: Kernel) -> float:
         ends = (kernel.first + kernel.last) * self.sums
-        return self.over_pairs(kernel, lambda part: part.cycles) + kernel.step * self.steps + ends
+        return (
+            self.over_pairs(kernel, lambda part: part.cycles)
+            + kernel.step * self.steps
+            + ends
+            + kernel.row
+        )
 
     def over_pairs(self, kernel: Kernel, of) -> float:
         return self.full * of(kernel.full) + self.masked * of(kernel.masked)
@@ -190,9 +199,10 @@ class Work:
     def bytes(self, name: str, block_q: int, block_k: int, H: int) -> float:
         """To and from HBM: q, o and do, k, v and their gradients in bfloat16, four bytes for each
         of bounds, lse and delta."""
-        queries = {"": 4 * H + 12, "_dq": 6 * H + 16, "_dkv": 4 * H + 16}[name] * block_q
-        keys = {"": 4 * H, "_dq": 4 * H, "_dkv": 8 * H}[name] * block_k
-        return self.fetched["query"] * queries + self.fetched["key"] * keys
+        queries = {"": 4 * H + 12, "_dq": 6 * H + 16}.get(name, 4 * H + 16) * block_q
+        keys = (4 if name in ("", "_dq") else 8) * H * block_k
+        row = 2 * H * LENGTH if name == "_dqkv" else 0
+        return self.fetched["query"] * queries + self.fetched["key"] * keys + row
 
 
 def compile_here(args: argparse.Namespace) -> None:
@@ -239,18 +249,18 @@ def compiled(args: argparse.Namespace, block: str) -> dict[str, Kernel] | str:
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
         run = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--compile", block],
-            env={**os.environ, "LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, "LIBTPU_INIT_ARGS": flags},
             capture_output=True,
             text=True,
         )
         if run.returncode:
-            return next(
-                (x for x in run.stderr.splitlines()[::-1] if re.match(r"\S*(Error|E\d{4})", x)), ""
-            )[:200]
+            said = re.findall(r"(?m)^(?:F\d{4}|\S*(?:Error|Exception)).*", run.stderr)
+            return said[-1][:200] if said else f"exit code {run.returncode}"
         kernels = {}
         for path in Path(dump).glob("*-final_bundles.txt"):
             name = re.search(
-                r"(?:interval_attention|splash_mha)(_dq|_dkv)?\w*(?:\.\d+)?-\d+-final", path.name
+                r"(?:interval_attention|splash_mha)(_dqkv|_dq|_dkv)?\w*(?:\.\d+)?-\d+-final",
+                path.name,
             )
             if name:
                 (slots,) = Path(dump).glob(
@@ -258,7 +268,8 @@ def compiled(args: argparse.Namespace, block: str) -> dict[str, Kernel] | str:
                 )
                 core = CORES[args.topology.partition(":")[0]]
                 found = parts(path.read_text(), slots.read_text(), core)
-                kernels[name[1] or ""] = Kernel.of(found, 1 if args.splash else 2)
+                bodies = 1 if args.splash else 2
+                kernels[name[1] or ""] = Kernel.of(found, bodies, name[1] == "_dqkv")
         return {name: kernels[name] for name in PRODUCTS if name in kernels}
 
 
@@ -283,7 +294,7 @@ def print_rows(
     block_q, block_k = map(int, block.split("x")[:2])
     time, products, vector, transfer = {}, 0.0, 0.0, 0.0
     for name, kernel in kernels.items():
-        work = Work.of(rows, block_q, block_k, "key" if name == "_dkv" else "query")
+        work = Work.of(rows, block_q, block_k, "query" if name in ("", "_dq") else "key")
         if args.splash:  # knows no full pairs, and steps through all
             steps = (LENGTH // block_q) * (LENGTH // block_k)
             work = replace(work, steps=steps)
@@ -295,9 +306,10 @@ def print_rows(
     seen = float((rows.k_end_BL - rows.k_start_BL).sum()) / len(rows.k_start_BL)
     needed = 2 * args.head_dim * count * seen / core.flops
     hbm = "-" if args.splash else f"{transfer * clock * core.per_chip / chip.bandwidth:,.0f}"
-    total, squares = sum(time.values()), (work.full + work.masked) * block_q * block_k / 512**2
+    total = sum(time.values())
+    squares = (work.full + work.masked) * block_q * block_k / 512**2
     print(
-        f"{what:7} {block:13} {' '.join(f'{time.get(name, 0):9,.0f}' for name in PRODUCTS)}"
+        f"{what:7} {block:13} {time['']:9,.0f}  {total - time['']:9,.0f}"
         f" {total:9,.0f}  {needed:9,.0f} {products:9,.0f} {vector:9,.0f} {hbm:>9}"
         f"  {needed / total:6.1%} {total / squares:7,.0f}"
     )
@@ -344,8 +356,8 @@ def main() -> None:
             found[block] = result
         sys.stdout.flush()
     print(f"cycles of a row of {LENGTH:,} and a head, what would bound them, and per 512 x 512")
-    print(f"rows    block {'forward':>17} {'dq':>9} {'dkv':>9} {'sum':>9}  ", end="")
-    print("   needed  products    vector       HBM  needed per 512")
+    print("rows    block           forward  gradients       sum     needed  products", end="")
+    print("    vector       HBM  needed per 512")
     for what, intervals in rows.items():
         for block, kernels in found.items():
             print_rows(args, what, block, kernels, intervals)
