@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from transfusion_jax.config import MeshConfig, ModelConfig
 from transfusion_jax.model import block, transformer
+from transfusion_jax.model.attention import pallas
 from transfusion_jax.model.attention.attention import attention
 from transfusion_jax.model.attention.block_pairs import (
     FIRST,
@@ -69,6 +70,15 @@ def test_equals_dense_forward_and_backward_over_random_packings(N, K, blocks):
     arrays = inputs(N=N, K=K)
     intervals = packed(random_packings())
     assert_close(values(arrays, intervals, *blocks), values(arrays, intervals))
+
+
+def test_gradients_in_two_kernels_where_a_row_has_no_room(monkeypatch):
+    monkeypatch.setattr(pallas, "MOST_ROW_BYTES", 0)
+    program.cache_clear()
+    arrays = inputs()
+    intervals = packed(random_packings())
+    assert_close(values(arrays, intervals, 16, 8), values(arrays, intervals))
+    program.cache_clear()
 
 
 @pytest.mark.parametrize("H", [64, 128])

@@ -1,5 +1,6 @@
 """Every benchmark runs; what it measures is not looked at."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ ARGUMENTS = {
     "attention_parity": "",
     "export": "--size 0.16B",
     "gpu": "--try --only 0.16B/ours-minimal",
+    "kernel_schedule": "--rows 1 --blocks 128x128 --head-dim 64",
     "peers": "--try --only 256/ours 256/torch-eager",
     "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
     "processes": "--width 64 --layers 1 --length 300 --rows 2 --steps 1 --rounds 1",
@@ -24,10 +26,11 @@ ARGUMENTS = {
     "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
     "week": "--faults 2 --steps 40",
 }
-SLOW = {"export", "gpu", "peers", "processes", "week"}
+SLOW = {"export", "gpu", "kernel_schedule", "peers", "processes", "week"}
 NEEDS = {
     "attention_blocks": "libtpu",
     "attention_parity": "tokamax",
+    "kernel_schedule": "libtpu",
     "peers": "torch",
     "torch_peer": "torch",
     "transfusion_pytorch_peer": "transfusion_pytorch",
@@ -64,6 +67,39 @@ def test_the_table_of_a_gpu_has_ratios_and_failures():
         ["S/torch", "200", "10.0", "8.0", "1.00"],
         ["T/ours", "failed"],
     ]
+
+
+BUNDLES = """\
+= control target key start
+LB: loop body
+     0   :  { %s1 = sld [smem:[#allocation1]] }
+   0x1 LB: > { %1 = vmatmul.bf16.gmra.mxu0 %v1  ;;  %2 = vmatmul.msk.bf16.gmra.mxu1 %v2 }
+   0x2   : > { %3 = vmatmul.f32.gmra.mxu0 %v1  ;;  %v4 = vpop.f32.mrf.mxu1 }
+   0x3 PF: > { %v5 = vadd.f32 %v4, %v4 }
+"""
+UTILISATION = """\
+== CAPACTIY:
+MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
+    4     3     4     2     1     3     3     1     1     2
+== UTILIZATION:
+0 0 0 0 0 0 0 0 0 1
+2 0 0 0 0 0 0 0 0 0
+1 0 0 1 0 0 0 0 0 0
+0 0 1 0 0 0 0 0 0 0
+"""
+
+
+def test_the_schedule_of_a_kernel_is_read(monkeypatch):
+    """The second product on a unit waits for the 16 rows of the first, and then takes 8."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    schedule = importlib.import_module("kernel_schedule")
+    before, body, rest = schedule.parts(BUNDLES, UTILISATION, schedule.CORES["v5e"])
+    assert [(x.mark, x.bundles, x.cycles, x.busy) for x in (before, body, rest)] == [
+        ("", 1, 1, 0.0),
+        ("LB", 2, 24, 10.0),
+        ("PF", 1, 1, 0.0),
+    ]
+    assert (body.full["MXU"], body.full["VPOP"], rest.full["VALU"]) == (0.75, 0.5, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,12 @@ from transfusion_jax.pretraining.step import compiled_step
 
 # FLOPs of a kernel for each pair of a query and a key and each value of a head: two for each
 # product with them.
-KERNEL_FLOPS = {"interval_attention": 4, "interval_attention_dq": 6, "interval_attention_dkv": 8}
+KERNEL_FLOPS = {
+    "interval_attention": 4,
+    "interval_attention_dq": 6,
+    "interval_attention_dkv": 8,
+    "interval_attention_dqkv": 10,
+}
 QUICKLY = {"optimization_level": 9}
 """XLA's O0, "fastest compilation" (openxla.org/xla/effort_levels), for steps with convolutions. At
 full effort each of them takes the compiler some ten seconds, and a U-Net has some eighty. Memory

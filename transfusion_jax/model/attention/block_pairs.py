@@ -16,6 +16,8 @@ VISIBLE = 1  # some query sees some key
 FULL = 2  # every query sees every key, so nothing is masked
 FIRST = 4  # of its sum
 LAST = 8  # of its sum
+ROW_FIRST = 16  # of its row
+ROW_LAST = 32  # of its row
 
 
 class BlockPairs(NamedTuple):
@@ -66,5 +68,8 @@ def block_pairs(some: Array, every: Array, *, by: str) -> tuple[BlockPairs, Arra
     last = jnp.roll(first, -1) | (step == count - 1)
     flags = (jnp.where(some, VISIBLE, 0) + jnp.where(every, FULL, 0)).reshape(-1)[at]
     flags = flags + jnp.where(first, FIRST, 0) + jnp.where(last, LAST, 0)
+    row_first = (row != jnp.roll(row, 1)) | (step == 0)
+    row_last = jnp.roll(row_first, -1) | (step == count - 1)
+    flags = flags + jnp.where(row_first, ROW_FIRST, 0) + jnp.where(row_last, ROW_LAST, 0)
     query, key = (outer, inner) if by == "query" else (inner, outer)
     return BlockPairs(row, query, key, flags), count

@@ -19,6 +19,8 @@ from transfusion_jax.model.attention.block_pairs import (
     FIRST,
     FULL,
     LAST,
+    ROW_FIRST,
+    ROW_LAST,
     VISIBLE,
     block_pairs,
     visible_blocks,
@@ -35,7 +37,7 @@ class Blocks(NamedTuple):
     interpret: bool
 
 
-def block_sums(name, by, bounds, operands, results, sums, add, finish, blocks):
+def block_sums(name, by, bounds, operands, results, sums, add, finish, blocks, row=None):
     """One kernel; returns its results.
 
     Args:
@@ -47,6 +49,9 @@ def block_sums(name, by, bounds, operands, results, sums, add, finish, blocks):
       add: called for a pair with a function that masks scores [keys, queries], the operands' blocks
         and the sums, to which it adds.
       finish: called with the results' blocks and the sums; writes the results.
+      row: of a sum by key that also sums over keys, for the queries of a whole row: the array or
+        its shape, the first of the results, and a function that writes it from its sum. `add` gets
+        the sum of the pair's queries last.
 
     Raises:
       ValueError: there are more pairs of blocks than the list has room for.
@@ -55,17 +60,24 @@ def block_sums(name, by, bounds, operands, results, sums, add, finish, blocks):
     table, count = _table(bounds, by, S, blocks)
     specs, grid = _specs(by, N // K, blocks), (N, count) if by == "query" else (K, count, N // K)
     bound_spec = specs("query", 1, per_head=False)
+    out_specs = [specs(of, x.shape[2]) for of, x in results]
+    scratch = [pltpu.VMEM((rows, getattr(blocks, by)), jnp.float32) for rows, _ in sums]
+    if row is not None:
+        shape = (N // K, *row[0].shape[2:])
+        results = [("row", row[0]), *results]
+        out_specs.insert(
+            0, pl.BlockSpec((None, *shape), lambda k, t, g, row, *_: (row[t], k, 0, 0))
+        )
+        scratch.append(pltpu.VMEM(shape, jnp.float32))
     return pl.pallas_call(
-        _kernel(by, N // K, len(operands), sums, add, finish, blocks),
+        _kernel(by, N // K, len(operands), sums, add, finish, blocks, row and row[1]),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in results],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(table),
             grid=grid,
             in_specs=[bound_spec, bound_spec, *(specs(of, x.shape[2]) for of, x in operands)],
-            out_specs=[specs(of, x.shape[2]) for of, x in results],
-            scratch_shapes=[
-                pltpu.VMEM((rows, getattr(blocks, by)), jnp.float32) for rows, _ in sums
-            ],
+            out_specs=out_specs,
+            scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) + ("arbitrary",) * (len(grid) - 1)
@@ -107,16 +119,26 @@ def _specs(by, group, blocks):
     return specs
 
 
-def _kernel(by, group, operands, sums, add, finish, blocks):
+def _kernel(by, group, operands, sums, add, finish, blocks, finish_row):
     """One step of the grid: begins the sums, adds a pair, writes the results."""
 
     def kernel(row, query, key, flags, start, end, *refs):
-        operand_refs, result_refs = refs[:operands], refs[operands : -len(sums)]
-        sum_refs = refs[-len(sums) :]
+        operand_refs, refs, more = refs[:operands], refs[operands:], ()
         t = pl.program_id(1)
+        if finish_row is not None:
+            row_result, *refs, row_sum = refs
+            queries = pl.ds(pl.multiple_of(query[t] * blocks.query, blocks.query), blocks.query)
+            more = (row_sum.at[pl.program_id(2), :, queries],)
+        result_refs, sum_refs = refs[: -len(sums)], refs[-len(sums) :]
         first, last = flags[t] & FIRST != 0, flags[t] & LAST != 0
         if by == "key":
             first, last = first & (pl.program_id(2) == 0), last & (pl.program_id(2) == group - 1)
+
+        if finish_row is not None:
+
+            @pl.when((flags[t] & ROW_FIRST != 0) & (pl.program_id(2) == 0))
+            def _():
+                row_sum[...] = jnp.zeros(row_sum.shape, jnp.float32)
 
         @pl.when(first)
         def _():
@@ -125,7 +147,7 @@ def _kernel(by, group, operands, sums, add, finish, blocks):
 
         @pl.when(flags[t] & FULL != 0)
         def _():
-            add(lambda scores: scores, *operand_refs, *sum_refs)
+            add(lambda scores: scores, *operand_refs, *sum_refs, *more)
 
         @pl.when(flags[t] & (VISIBLE | FULL) == VISIBLE)
         def _():
@@ -133,10 +155,16 @@ def _kernel(by, group, operands, sums, add, finish, blocks):
                 jnp.int32, (blocks.key, blocks.query), 0
             )
             inside = (position >= start[...]) & (position < end[...])
-            add(lambda scores: jnp.where(inside, scores, MASKED), *operand_refs, *sum_refs)
+            add(lambda scores: jnp.where(inside, scores, MASKED), *operand_refs, *sum_refs, *more)
 
         @pl.when(last)
         def _():
             finish(*result_refs, *sum_refs)
+
+        if finish_row is not None:
+
+            @pl.when((flags[t] & ROW_LAST != 0) & (pl.program_id(2) == group - 1))
+            def _():
+                finish_row(row_result, row_sum)
 
     return kernel

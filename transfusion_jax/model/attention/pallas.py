@@ -1,4 +1,4 @@
-"""Interval attention on TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) as three Pallas kernels.
+"""Interval attention on TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) as Pallas kernels.
 
 With scores s_ij = q_i . k_j / sqrt(H) over the keys j of query i's interval,
 
@@ -14,7 +14,8 @@ lse:
 A kernel walks a list of pairs of blocks (`block_pairs.py`), prefetched as scalars: the grid is as
 long as the list, and blocks outside every interval cost nothing. Sums stay in VMEM, in float32,
 from the first pair of a block to its last (`block_sums.py`). dk and dv of a key head also sum over
-the query heads that share it.
+the query heads that share it. One kernel finds all three gradients, five products for a pair, where
+dq of a whole row has room in VMEM; else dq has a kernel of its own, and they take seven.
 
 In these files positions come last, [B, N, H, L] and [B, K, H, S], and scores are [keys, queries]. A
 head of 64 then fills the lanes of a register as well as one of 128, and what belongs to a query
@@ -30,6 +31,9 @@ from jax import Array, lax
 from transfusion_jax.model.attention.block_sums import LANES, MASKED, Blocks, block_sums
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.remat import kept
+
+MOST_ROW_BYTES = 8 * 2**20
+"""Of VMEM for dq of a whole row. Heads of 128 in a row of 8,192 take as much."""
 
 
 def pallas_attention(
@@ -151,20 +155,27 @@ def _gradients(k_start, k_end, q, k, v, d_out, lse, delta, *, blocks):
         p, ds = p_ds(masked, q, k, v, d_out, lse, delta)
         acc_k[...] += _dot(q[...], ds, 1, 1)
         acc_v[...] += _dot(d_out[...], p, 1, 1)
+        return ds
 
     def finish_kv(dk, dv, acc_k, acc_v):
         finish_q(dk, acc_k)
         dv[...] = acc_v[...].astype(dv.dtype)
 
+    def add(masked, q, k, *others):
+        *others, acc_q = others
+        acc_q[...] += _dot(k[...], add_kv(masked, q, k, *others), 1, 0)
+
     run = functools.partial(block_sums, bounds=(k_start, k_end), operands=operands, blocks=blocks)
+    by_key = dict(results=[("key", k), ("key", v)], sums=[(H, 0.0)] * 2, finish=finish_kv)
+    # The sum in float32, and two buffers of what is written.
+    row_bytes = q[0].size // k.shape[1] * (4 + 2 * q.dtype.itemsize)
+    if row_bytes <= MOST_ROW_BYTES:
+        return run("interval_attention_dqkv", "key", add=add, row=(q, finish_q), **by_key)
     (dq,) = run(
         "interval_attention_dq", "query",
         results=[("query", q)], sums=[(H, 0.0)], add=add_q, finish=finish_q,
     )  # fmt: skip
-    dk, dv = run(
-        "interval_attention_dkv", "key",
-        results=[("key", k), ("key", v)], sums=[(H, 0.0), (H, 0.0)], add=add_kv, finish=finish_kv,
-    )  # fmt: skip
+    dk, dv = run("interval_attention_dkv", "key", add=add_kv, **by_key)
     return dq, dk, dv
 
 
