@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -180,7 +181,7 @@ def scattered(
       axes: of the parameter, which `scatters_in_steps`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    (place,) = (i for i, axis in enumerate(axes) if "fsdp" in mesh_axes(axis))
+    place = cut_by_fsdp(axes)
 
     def local(x, gradient):
         total = product(x, gradient)
@@ -194,10 +195,53 @@ def scattered(
     return jax.shard_map(
         local,
         in_specs=(rows, rows),
-        out_specs=PartitionSpec(*("fsdp" if i == place else None for i in range(len(axes)))),
+        out_specs=_shards(axes),
         axis_names={"data", "fsdp"},
         check_vma=False,
     )(x, gradient)
+
+
+def on_rows(
+    function: Callable[..., Any],
+    parameter: nnx.Variable,
+    dtype: jax.typing.DTypeLike,
+    *arrays: Array,
+) -> Any:
+    """`function(whole parameter, *arrays)`, each row of the results from its row of the arrays.
+
+    Where gradients are summed in steps, each device adds up the parameter's over its rows, in
+    `dtype` and through all loops of the function, before it is summed over devices.
+    """
+    value, axes = value_and_axes(parameter, dtype)
+    if not scatters_in_steps(axes, arrays[0].shape[0]):
+        return function(_gathered(value, axes), *arrays)
+    mesh = jax.sharding.get_abstract_mesh()
+    place = cut_by_fsdp(axes)
+
+    def local(shard, *arrays):
+        for groups in gather_steps(mesh.shape["fsdp"]):
+            shard = jax.lax.all_gather(
+                shard, "fsdp", axis=place, tiled=True, axis_index_groups=groups
+            )
+        return function(shard, *arrays)
+
+    rows = PartitionSpec(RULES["batch"])
+    return jax.shard_map(
+        local,
+        in_specs=(_shards(axes), *(rows for _ in arrays)),
+        out_specs=rows,
+        axis_names={"data", "fsdp"},
+        check_vma=False,
+    )(value, *arrays)
+
+
+def cut_by_fsdp(axes: tuple[str | None, ...]) -> int:
+    (place,) = (i for i, axis in enumerate(axes) if "fsdp" in mesh_axes(axis))
+    return place
+
+
+def _shards(axes: tuple[str | None, ...]) -> PartitionSpec:
+    return PartitionSpec(*("fsdp" if "fsdp" in mesh_axes(axis) else None for axis in axes))
 
 
 def scatters_in_steps(axes: tuple[str | None, ...], rows: int) -> bool:
