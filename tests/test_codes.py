@@ -28,6 +28,7 @@ from transfusion_jax.evaluation.pairs import pairs
 from transfusion_jax.evaluation.suite import check_experiment, check_suites
 from transfusion_jax.generation.engine import Engine
 from transfusion_jax.images import read_image
+from transfusion_jax.model.layers import float32_product
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.preparation.prepare import Preparation, prepare
 from transfusion_jax.preparation.preview import description
@@ -182,7 +183,7 @@ def code_loss(engine: Engine, rows: Iterable[Batch]) -> float:
     losses = []
     for row in (jax.tree.map(jnp.asarray, row) for row in rows):
         hidden, _ = model.read(row, row.image_start_BM, model.new_cache(1, 48))
-        log_p = np.asarray(jax.nn.log_softmax(model.head()(hidden)))[0]
+        log_p = np.asarray(jax.nn.log_softmax(float32_product(hidden, model.output_DV[...])))[0]
         for start, image in zip(row.image_start_BM[0], row.latents_BMhwc[0], strict=True):
             if start < 48:
                 tokens = engine.experiment.model.vocab_size + image.reshape(-1).astype(int)

@@ -30,6 +30,7 @@ from transfusion_jax.generation.guidance import guidance
 from transfusion_jax.generation.rows import Rows
 from transfusion_jax.model.build import build
 from transfusion_jax.model.interface import Context, Model
+from transfusion_jax.model.layers import float32_product
 from transfusion_jax.model.work import batch_work, model_flops
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import batch_sharding
@@ -169,12 +170,12 @@ def test_cached_equals_uncached(name):
         alpha = net.process.schedule.alpha(jnp.int32(0))
     seen = replace(batch, latents_BMhwc=batch.latents_BMhwc * alpha)
     hidden, _ = net.read(seen, clean.t_BM, net.new_cache(2, packings.LENGTH + 5))
-    log_p = jax.nn.log_softmax(net.head()(hidden))
+    log_p = jax.nn.log_softmax(float32_product(hidden, net.output_DV[...]))
     expected = -jnp.take_along_axis(log_p, batch.text_target_BL[..., None], -1)[..., 0]
     got = losses(name, batch, clean)
     weight = np.asarray(net.weights(batch)["text"]) > 0
     np.testing.assert_allclose(got["text"][weight], expected[weight], rtol=1e-4, atol=1e-5)
-    log_z = jax.nn.logsumexp(net.head()(hidden), axis=-1)
+    log_z = jax.nn.logsumexp(float32_product(hidden, net.output_DV[...]), axis=-1)
     np.testing.assert_allclose(got["z"][weight], log_z[weight] ** 2, rtol=1e-4, atol=1e-5)
 
 
@@ -311,7 +312,7 @@ def test_codes_are_drawn_one_by_one_from_the_uncached_model(weight, temperature)
         tokens = jnp.asarray([[*before, *(44 + c for c in codes)]], jnp.int32)
         empty = Context(net.new_cache(1, tokens.shape[1]), jnp.zeros((1,), jnp.int32), None)
         hidden, _ = net.extend(tokens, empty)
-        return net.head()(hidden)[0, -1, 44:]
+        return float32_product(hidden, net.output_DV[...])[0, -1, 44:]
 
     codes: list[int] = []
     for i in range(image.patches):
@@ -382,7 +383,7 @@ def test_the_loss_of_a_chameleon_is_one_mean_over_all_tokens():
                 row[begin : begin + 4] = (44 + codes).tolist()
         tokens.append(row)
     hidden, _ = net.read(batch, batch.image_start_BM, net.new_cache(2, packings.LENGTH))
-    log_p = np.asarray(jax.nn.log_softmax(net.head()(hidden)), np.float64)
+    log_p = np.asarray(jax.nn.log_softmax(float32_product(hidden, net.output_DV[...])), np.float64)
     total = 0.0
     for b, i in np.ndindex(2, packings.LENGTH):
         following = tokens[b][i + 1] if i + 1 < packings.LENGTH else 0

@@ -8,9 +8,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from transfusion_jax.config import MeshConfig
+from transfusion_jax.model.layers import project
 from transfusion_jax.parallel import rules
 from transfusion_jax.parallel.mesh import make_mesh
-from transfusion_jax.parallel.rules import gather_steps, gathered, partition_spec
+from transfusion_jax.parallel.rules import gather_steps, gathered, on_rows, partition_spec
 
 
 @pytest.mark.parametrize("devices", [2, 16, 32, 48, 64, 256, 512, 37])
@@ -62,3 +63,71 @@ def test_a_gather_in_steps_is_the_gather_in_one(monkeypatch, mesh, axes):
     np.testing.assert_allclose(stepped[0], whole[0], rtol=1e-6)
     np.testing.assert_array_equal(stepped[1], whole[1])
     np.testing.assert_allclose(whole[1], jnp.cos(value) * factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 8), MeshConfig(2, 4), MeshConfig(1, 4, 1, 2)])
+@pytest.mark.parametrize(
+    "shape, axes, contracted",
+    [
+        ((16, 4, 8), ("embed", "heads", "head_dim"), 1),
+        ((4, 8, 16), ("heads", "head_dim", "embed"), 2),
+        ((16, 24), ("norm", "mlp"), 1),
+    ],
+)
+def test_sums_in_steps_are_the_sums_in_one(monkeypatch, mesh, shape, axes, contracted):
+    kernel = jax.random.normal(jax.random.key(0), shape)
+    x = jax.random.normal(jax.random.key(1), (8, 3, *shape[:contracted]))
+
+    def gradients(kernel, x):
+        def total(kernel, x):
+            parameter = nnx.Param(kernel, out_sharding=axes, eager_sharding=False)
+            return jnp.sum(jnp.sin(project(x, parameter, contracted)))
+
+        return jax.grad(total, argnums=(0, 1))(kernel, x)
+
+    devices = make_mesh(mesh, jax.devices())
+    placed = jax.device_put(kernel, NamedSharding(devices, partition_spec(axes)))
+    rows = jax.device_put(x, NamedSharding(devices, partition_spec(("batch",))))
+    with jax.set_mesh(devices):
+        whole = jax.jit(lambda *arrays: gradients(*arrays))(placed, rows)
+        monkeypatch.setattr(rules, "TOGETHER", 2)
+        stepped = jax.jit(lambda *arrays: gradients(*arrays))
+        text = stepped.lower(placed, rows).as_text()
+        stepped = stepped(placed, rows)
+    assert ("reduce_scatter" in text) == ("embed" in axes)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), stepped, whole
+    )
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 8), MeshConfig(2, 4), MeshConfig(1, 4, 1, 2)])
+@pytest.mark.parametrize("axes", [("embed", "vocab"), ("vocab", "embed")])
+def test_rows_add_up_to_one_gradient_in_steps(monkeypatch, mesh, axes):
+    """A loop over chunks sums over devices once, behind it."""
+    value = jax.random.normal(jax.random.key(0), (16, 16))
+    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
+
+    def gradients(value, x):
+        def chunk(value, x):
+            return jax.lax.scan(lambda _, x: (None, jnp.sin(x @ value)), None, x.swapaxes(0, 1))
+
+        def total(value, x):
+            parameter = nnx.Param(value, out_sharding=axes, eager_sharding=False)
+            return jnp.sum(
+                on_rows(lambda *args: chunk(*args)[1].swapaxes(0, 1), parameter, x.dtype, x)
+            )
+
+        return jax.grad(total, argnums=(0, 1))(value, x)
+
+    devices = make_mesh(mesh, jax.devices())
+    placed = jax.device_put(value, NamedSharding(devices, partition_spec(axes)))
+    rows = jax.device_put(x, NamedSharding(devices, partition_spec(("batch",))))
+    with jax.set_mesh(devices):
+        whole = jax.jit(lambda *arrays: gradients(*arrays))(placed, rows)
+        monkeypatch.setattr(rules, "TOGETHER", 2)
+        stepped = jax.jit(lambda *arrays: gradients(*arrays))
+        assert stepped.lower(placed, rows).as_text().count("reduce_scatter") >= 1
+        stepped = stepped(placed, rows)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), stepped, whole
+    )

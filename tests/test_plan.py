@@ -38,11 +38,11 @@ from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning import cache
 from transfusion_jax.planning import topology as topology_lib
 from transfusion_jax.planning.describe import ranked
-from transfusion_jax.planning.plan import Memory, Plan, _bytes_asked_for, make_plan
+from transfusion_jax.planning.plan import Memory, Plan, asked_for, make_plan
 from transfusion_jax.planning.program import read_program
 from transfusion_jax.planning.rows import Rows, row_work, rows_of, sample_rows
 from transfusion_jax.planning.search import POLICIES, microbatch_counts, remedies, search
-from transfusion_jax.planning.topology import find_topology, larger
+from transfusion_jax.planning.topology import find_topology, larger, rings
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
 needs_libtpu = pytest.mark.skipif(
@@ -149,6 +149,15 @@ def test_every_kind_of_chip_makes_a_mesh(kind):
         assert mesh.shape["fsdp"] * 2 == len(topology.devices)
 
 
+@pytest.mark.parametrize(
+    "name, closed",
+    [("v5p:4x4x8", "111"), ("v5p:2x4x4", "000"), ("v5e:8x16", "010"), ("v6e:16x16", "110")],
+)
+def test_dimensions_that_are_rings(name, closed):
+    kind, layout = name.split(":")
+    assert rings(layout, CHIPS[kind]) == tuple(flag == "1" for flag in closed)
+
+
 @needs_libtpu
 def test_links_of_a_group_are_those_along_its_axes():
     """A dimension of 4 is a ring on v5p and a line on v5e; a group uses the dimensions in which its
@@ -163,15 +172,14 @@ def test_links_of_a_group_are_those_along_its_axes():
 
 def test_what_is_refused_for_another_memory_is_not_a_verdict_on_hbm():
     assert (
-        _bytes_asked_for("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", 1)
+        asked_for("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", 1)
         == 20 * 2**30
     )
     assert (
-        _bytes_asked_for("the total memory required for HLO temporaries (2.00M) exceeds", 5)
-        == 5 + 2**21
+        asked_for("the total memory required for HLO temporaries (2.00M) exceeds", 5) == 5 + 2**21
     )
     with pytest.raises(ValueError, match="for another reason than HBM"):
-        _bytes_asked_for("Ran out of memory in memory space vmem. Used 24.00M of 16.00M vmem.", 1)
+        asked_for("Ran out of memory in memory space vmem. Used 24.00M of 16.00M vmem.", 1)
 
 
 def test_the_next_topology_has_at_least_twice_the_chips():

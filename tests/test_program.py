@@ -260,6 +260,19 @@ ENTRY %main (stacked: f32[4,8,32], at: s32[], by: f32[64,32]) -> f32[1,8,64] {
     assert read_program(program) == Program(flops, hbm_bytes, (), {})
 
 
+def test_an_instruction_may_take_several_lines():
+    """As those of kernels with metadata do."""
+    program = """ENTRY %main (x: f32[8,4], y: f32[4,2]) -> f32[8,2] {
+  %x = f32[8,4]{1,0} parameter(0), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="x"}
+  %y = f32[4,2]{1,0} parameter(1)
+  ROOT %z = f32[8,2]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    assert read_program(program).flops == 2 * 8 * 4 * 2
+
+
 @pytest.fixture(scope="module")
 def tpu_mesh() -> Mesh:
     """A 2x2 mesh of TPUs, without having any."""

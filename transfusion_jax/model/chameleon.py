@@ -18,7 +18,6 @@ from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.model.interface import Context, Guidance
 from transfusion_jax.model.layers import float32_product
-from transfusion_jax.model.losses import token_losses
 from transfusion_jax.model.token_model import (
     TokenModel,
     block_multiplications,
@@ -54,7 +53,7 @@ class Chameleon(TokenModel):
         )
         next_BL = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
         target_BL = jnp.where(self._code_follows(batch) > 0, next_BL, batch.text_target_BL)
-        found = token_losses(hidden_BLD, target_BL, self.head(), vocab_chunk)
+        found = self.token_losses(hidden_BLD, target_BL, vocab_chunk)
         loss_BL = found.cross_entropy_BL
         return {
             "text": loss_BL,

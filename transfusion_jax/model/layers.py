@@ -1,6 +1,7 @@
 """The parts of a block: linear maps, norms, SwiGLU. Every parameter names its logical
 axes."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from transfusion_jax.parallel.rules import gathered
+from transfusion_jax.parallel.rules import (
+    gathered,
+    scattered,
+    scatters_in_steps,
+    value_and_axes,
+    whole,
+)
 
 
 def parameter(
@@ -42,7 +49,36 @@ def zeros(shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
 def project(x: Array, kernel: nnx.Param, contracted: int = 1) -> Array:
     """Contracts the last `contracted` dimensions of x with the first ones of a kernel, in x's
     dtype."""
+    value, axes = value_and_axes(kernel, x.dtype)
+    if scatters_in_steps(axes, x.shape[0]):
+        return _project_in_steps(x, value, axes, contracted)
     return product(x, gathered(kernel, x.dtype), contracted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project_in_steps(x, kernel, axes, contracted):
+    return product(x, whole(kernel, axes), contracted)
+
+
+def _project_in_steps_forward(x, kernel, axes, contracted):
+    kernel = whole(kernel, axes)
+    return product(x, kernel, contracted), (x, kernel)
+
+
+def _project_in_steps_backward(axes, contracted, factors, gradient):
+    x, kernel = factors
+
+    def part(x, gradient):
+        (found,) = jax.linear_transpose(lambda kernel: product(x, kernel, contracted), kernel)(
+            gradient
+        )
+        return found
+
+    (x_gradient,) = jax.linear_transpose(lambda x: product(x, kernel, contracted), x)(gradient)
+    return x_gradient, scattered(part, x, gradient, axes)
+
+
+_project_in_steps.defvjp(_project_in_steps_forward, _project_in_steps_backward)
 
 
 def product(

@@ -15,7 +15,6 @@ from transfusion_jax.config import ModelConfig, SamplerConfig, TrainConfig
 from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.model.interface import Context, Guidance
-from transfusion_jax.model.losses import token_losses
 from transfusion_jax.model.token_model import (
     TokenModel,
     block_multiplications,
@@ -39,7 +38,7 @@ class Llama(TokenModel):
         """`text`: cross-entropy of every position. `z`: its z-loss."""
         x_BLD = self.embed(batch.tokens_BL)
         hidden_BLD = self.transformer(x_BLD, batch.position_BL, row_intervals(batch, 1))
-        found = token_losses(hidden_BLD, batch.text_target_BL, self.head(), vocab_chunk)
+        found = self.token_losses(hidden_BLD, batch.text_target_BL, vocab_chunk)
         return {"text": found.cross_entropy_BL, "z": jnp.square(found.log_z_BL)}
 
     def weights(self, batch: Batch) -> dict[str, Array]:

@@ -1,7 +1,6 @@
 """What all families share: tokens in, a transformer on rows or on a cache, logits out."""
 
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,8 +10,9 @@ from transfusion_jax.config import ModelConfig
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.interface import Context
 from transfusion_jax.model.layers import float32_product, parameter
+from transfusion_jax.model.losses import TokenLosses, token_losses
 from transfusion_jax.model.transformer import KVCache, Transformer
-from transfusion_jax.parallel.rules import gathered
+from transfusion_jax.parallel.rules import gathered, on_rows
 from transfusion_jax.shapes import BLD
 
 EMBEDDING_SCALE = 0.02  # as in Llama
@@ -67,13 +67,21 @@ class TokenModel(nnx.Module):
 
     def embed(self, tokens_BL: Array) -> Array:
         # Looked up in float32, in which the gradients of a token's many places are then added.
-        return gathered(self.embedding_VD, jnp.float32)[tokens_BL].astype(self.config.compute_dtype)
+        def look_up(embedding_VD, tokens_BL):
+            return embedding_VD[tokens_BL].astype(self.config.compute_dtype)
 
-    def head(self) -> Callable[[Array], Array]:
-        """From hidden states to logits of all tokens in float32; made once, its kernel is
-        all-gathered once for all calls."""
-        kernel_DV = gathered(self.output_DV, jnp.float32)
-        return lambda hidden_BLD: float32_product(hidden_BLD, kernel_DV)
+        return on_rows(look_up, self.embedding_VD, jnp.float32, tokens_BL)
+
+    def token_losses(self, hidden_BLD: BLD, target_BL: Array, chunk: int) -> TokenLosses:
+        """As `losses.token_losses`; the kernel is all-gathered once for all chunks."""
+
+        def losses(kernel_DV, hidden_BLD, target_BL):
+            def logits(hidden_BLD):
+                return float32_product(hidden_BLD, kernel_DV)
+
+            return token_losses(hidden_BLD, target_BL, logits, chunk)
+
+        return on_rows(losses, self.output_DV, jnp.float32, hidden_BLD, target_BL)
 
     def logits(self, hidden_BLD: Array) -> Array:
         """Logits of the text tokens at every position, in float32."""

@@ -15,7 +15,7 @@ from transfusion_jax.diffusion.process import Noise, Process
 from transfusion_jax.diffusion.sampler import sampler
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.model.interface import Context, Guidance
-from transfusion_jax.model.losses import image_loss, token_losses
+from transfusion_jax.model.losses import image_loss
 from transfusion_jax.model.patches.encoder import PatchEncoder
 from transfusion_jax.model.token_model import (
     TokenModel,
@@ -73,7 +73,7 @@ class Transfusion(TokenModel):
         hidden_BLD, predicted_BMhwc = self(batch, noisy_BMhwc, noise.t_BM)
         target_BMhwc = self.process.target(batch.latents_BMhwc, noise.noise_BMhwc, noise.t_BM)
         with jax.named_scope("text_loss"):
-            text = token_losses(hidden_BLD, batch.text_target_BL, self.head(), vocab_chunk)
+            text = self.token_losses(hidden_BLD, batch.text_target_BL, vocab_chunk)
         with jax.named_scope("image_loss"):
             image_BM = image_loss(
                 predicted_BMhwc, target_BMhwc, self.process.loss_weight(noise.t_BM)

@@ -17,6 +17,8 @@ INSTRUCTION = re.compile(
 )
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
 NAME = re.compile(r"%([\w.-]+)")
+CONTINUED = re.compile(r'\n(?="|}})')
+"""Metadata of a kernel may begin new lines inside an instruction."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def parse(text: str) -> Computations:
     name = ""
     instructions = {}
     root = ""
-    for line in text.splitlines():
+    for line in CONTINUED.sub(" ", text).splitlines():
         if header := COMPUTATION.fullmatch(line):
             name = header[2]
             instructions = {}

@@ -212,7 +212,7 @@ def compile_step(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             arguments = sum(map(bytes_here, jax.tree.leaves((planned.abstract, batch))))
-            peak = _bytes_asked_for(str(error), arguments)
+            peak = asked_for(str(error), arguments)
             return Memory(here * arguments, here * (peak - arguments), here * peak, memory), None
     said = compiled.memory_analysis()
     results = said.output_size_in_bytes - said.alias_size_in_bytes
@@ -236,7 +236,7 @@ def bytes_here(x: jax.ShapeDtypeStruct) -> int:
     return size
 
 
-def _bytes_asked_for(message: str, arguments: int) -> int:
+def asked_for(message: str, arguments: int) -> int:
     """The memory that a refused program would take, by the compiler's message."""
     number = r"([\d.]+)([KMGT])"
     if used := re.search(rf"Used {number} of [\d.]+[KMGT] hbm", message):

@@ -87,6 +87,7 @@ def find_topology(name: str, slices: int = 1) -> Topology:
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     more = {"num_slices": slices} if slices > 1 else {}
+    more["wrap"] = rings(layout, CHIPS[kind])
     if kind == "v4":  # one device a chip, as v4 hosts have it
         more["chip_config_name"] = "megacore"
     try:
@@ -94,6 +95,15 @@ def find_topology(name: str, slices: int = 1) -> Topology:
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"the TPU compiler refuses the topology {name}: {error}") from None
     return Topology(name, slices, CHIPS[kind], tuple(description.devices))
+
+
+def rings(layout: str, chip: Chip) -> tuple[bool, bool, bool]:
+    """Which dimensions of a slice are closed to rings. The compiler takes none for closed unless it
+    is told, and writes some collectives differently. Cubes of 4x4x4 are closed together."""
+    sizes = [int(n) for n in layout.split("x")]
+    if chip.torus == 2:
+        return (*(size >= chip.ring for size in sizes), False)
+    return (all(size % chip.ring == 0 for size in sizes),) * 3
 
 
 def larger(name: str) -> str | None:
