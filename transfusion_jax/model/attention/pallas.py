@@ -33,8 +33,8 @@ from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.remat import kept
 
 MOST_ROW_BYTES = 4 * 2**20
-"""Of VMEM for dq of a whole row: heads of 128 in a row of 4,096. Twice that fits with blocks of 512,
-not of 1,024."""
+"""Of VMEM for dq of a whole row: heads of 128 in a row of 4,096. Twice that fits with blocks of
+512, not of 1,024."""
 
 
 def pallas_attention(
