@@ -32,8 +32,9 @@ from transfusion_jax.model.attention.block_sums import LANES, MASKED, Blocks, bl
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.attention.remat import kept
 
-MOST_ROW_BYTES = 8 * 2**20
-"""Of VMEM for dq of a whole row. Heads of 128 in a row of 8,192 take as much."""
+MOST_ROW_BYTES = 4 * 2**20
+"""Of VMEM for dq of a whole row: heads of 128 in a row of 4,096. Twice that fits with blocks of
+512, not of 1,024."""
 
 
 def pallas_attention(
