@@ -11,6 +11,7 @@ from tensorboardX.event_file_writer import EventsWriter
 
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data
+from transfusion_jax.parallel import rules
 from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding, partition_spec
 from transfusion_jax.planning.hlo import parse
@@ -104,6 +105,19 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
         here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
         share = total * mesh_config.data / 8
         assert here < (1.1 if mesh_config.tensor == 1 else 1.25) * share
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "mesh_config", [MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=4, tensor=2)], ids=str
+)
+def test_sums_in_steps_train_like_one_device(
+    single, experiment, tokenizer, mesh_config, monkeypatch
+):
+    """As on more devices than `TOGETHER`."""
+    monkeypatch.setattr(rules, "TOGETHER", 2)
+    losses, _ = run(experiment, tokenizer, mesh_config, 20)
+    np.testing.assert_allclose(losses, single[0], rtol=1e-4)
 
 
 @pytest.mark.long
