@@ -120,8 +120,9 @@ def gathered(parameter: nnx.Variable, dtype: jax.typing.DTypeLike) -> Array:
 def value_and_axes(
     parameter: nnx.Variable, dtype: jax.typing.DTypeLike
 ) -> tuple[Array, tuple[str | None, ...]]:
-    """Inside the scan over layers, a stacked parameter has lost its first axis."""
+    """The value of a parameter, in `dtype`, and its logical axes."""
     value = parameter[...].astype(dtype)
+    # Inside the scan over layers, a stacked parameter has lost its first axis.
     return value, parameter.get_metadata("out_sharding")[-value.ndim :]
 
 
@@ -157,12 +158,18 @@ def _joined(x: Array, axes: tuple[str | None, ...]) -> Array:
 
     def local(x):
         for name in reversed(names):  # the last one is cut the finest
-            for groups in gather_steps(mesh.shape[name]):
-                x = jax.lax.all_gather(x, name, axis=place, tiled=True, axis_index_groups=groups)
+            x = _joined_along(x, name, place)
         return x
 
     specs = partition_spec(axes), partition_spec(_whole(axes))
     return jax.shard_map(local, in_specs=specs[:1], out_specs=specs[1], check_vma=False)(x)
+
+
+def _joined_along(x: Array, name: str, place: int) -> Array:
+    """On a device: the shards of all devices along a mesh axis, in steps."""
+    for groups in gather_steps(jax.sharding.get_abstract_mesh().shape[name]):
+        x = jax.lax.all_gather(x, name, axis=place, tiled=True, axis_index_groups=groups)
+    return x
 
 
 def scattered(
@@ -181,7 +188,7 @@ def scattered(
       axes: of the parameter, which `scatters_in_steps`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    place = cut_by_fsdp(axes)
+    place = _cut_by_fsdp(axes)
 
     def local(x, gradient):
         total = product(x, gradient)
@@ -215,15 +222,10 @@ def on_rows(
     value, axes = value_and_axes(parameter, dtype)
     if not scatters_in_steps(axes, arrays[0].shape[0]):
         return function(_gathered(value, axes), *arrays)
-    mesh = jax.sharding.get_abstract_mesh()
-    place = cut_by_fsdp(axes)
+    place = _cut_by_fsdp(axes)
 
     def local(shard, *arrays):
-        for groups in gather_steps(mesh.shape["fsdp"]):
-            shard = jax.lax.all_gather(
-                shard, "fsdp", axis=place, tiled=True, axis_index_groups=groups
-            )
-        return function(shard, *arrays)
+        return function(_joined_along(shard, "fsdp", place), *arrays)
 
     rows = PartitionSpec(RULES["batch"])
     return jax.shard_map(
@@ -235,7 +237,8 @@ def on_rows(
     )(value, *arrays)
 
 
-def cut_by_fsdp(axes: tuple[str | None, ...]) -> int:
+def _cut_by_fsdp(axes: tuple[str | None, ...]) -> int:
+    """The dimension that fsdp cuts."""
     (place,) = (i for i, axis in enumerate(axes) if "fsdp" in mesh_axes(axis))
     return place
 
