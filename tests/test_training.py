@@ -109,7 +109,12 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "mesh_config", [MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=4, tensor=2)], ids=str
+    "mesh_config",
+    [
+        MeshConfig(data=2, fsdp=4),
+        pytest.param(MeshConfig(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_sums_in_steps_train_like_one_device(
     single, experiment, tokenizer, mesh_config, monkeypatch
