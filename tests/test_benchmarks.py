@@ -16,6 +16,7 @@ ARGUMENTS = {
     "export": "--size 0.16B",
     "gpu": "--try --only 0.16B/ours-minimal",
     "kernel_schedule": "--rows 1 --blocks 128x128 --head-dim 64",
+    "maxtext_peer": "ours --layers 1",
     "peers": "--try --only 256/ours 256/torch-eager",
     "prepare": "--pictures 4 --copies 2 --width 64 --size 16 --rounds 1",
     "processes": "--width 64 --layers 1 --length 300 --rows 2 --steps 1 --rounds 1",
@@ -26,11 +27,12 @@ ARGUMENTS = {
     "train_step": "--width 64 --layers 1 --length 300 --batch 1 --steps 1",
     "week": "--faults 2 --steps 40",
 }
-SLOW = {"export", "gpu", "kernel_schedule", "peers", "processes", "week"}
+SLOW = {"export", "gpu", "kernel_schedule", "maxtext_peer", "peers", "processes", "week"}
 NEEDS = {
     "attention_blocks": "libtpu",
     "attention_parity": "tokamax",
     "kernel_schedule": "libtpu",
+    "maxtext_peer": "libtpu",
     "peers": "torch",
     "torch_peer": "torch",
     "transfusion_pytorch_peer": "transfusion_pytorch",
