@@ -167,6 +167,8 @@ def test_links_of_a_group_are_those_along_its_axes():
     along = [i for i, device in enumerate(ring.devices) if tuple(device.coords[1:]) == (0, 0)]
     assert len(along) == 4 and ring.link_bandwidth(along, ring.devices) == 2 * 100e9
     assert ring.link_bandwidth(along[:2], ring.devices) == 100e9
+    small = find_topology("v5p:2x2x4")
+    assert small.link_bandwidth(range(16), small.devices) == 3 * 100e9
     assert line.link_bandwidth(range(16), line.devices) == 2 * 50e9
 
 

@@ -24,7 +24,8 @@ class Chip:
     torus: int
     """Dimensions of the slice; each has a link in both directions."""
     ring: int
-    """A dimension of at least so many chips is closed to a ring."""
+    """A dimension of at least so many chips is closed to a ring; in three dimensions, if all are
+    multiples of it (`planning/topology.py`)."""
 
 
 CHIPS = {

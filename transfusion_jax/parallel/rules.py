@@ -199,13 +199,9 @@ def scattered(
         return jax.lax.psum(total, "data")
 
     rows = PartitionSpec(RULES["batch"])
-    return jax.shard_map(
-        local,
-        in_specs=(rows, rows),
-        out_specs=_shards(axes),
-        axis_names={"data", "fsdp"},
-        check_vma=False,
-    )(x, gradient)
+    return jax.shard_map(local, in_specs=(rows, rows), out_specs=_shards(axes), check_vma=False)(
+        x, gradient
+    )
 
 
 def on_rows(
@@ -232,7 +228,6 @@ def on_rows(
         local,
         in_specs=(_shards(axes), *(rows for _ in arrays)),
         out_specs=rows,
-        axis_names={"data", "fsdp"},
         check_vma=False,
     )(value, *arrays)
 
@@ -249,13 +244,17 @@ def _shards(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 def scatters_in_steps(axes: tuple[str | None, ...], rows: int) -> bool:
     """Whether a parameter's gradient is summed in steps: over as many devices as its shards are
-    gathered from in steps, where these cut the rows and no positions."""
+    gathered from in steps, where rows alone are cut.
+
+    With `tensor` it is left to XLA: inside a `shard_map` over some axes of a mesh, XLA for CPUs
+    aborts at sums in bfloat16 (jaxlib 0.10.2).
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return (
         not mesh.empty
         and any("fsdp" in mesh_axes(axis) for axis in axes)
         and mesh.shape["fsdp"] > TOGETHER
-        and mesh.shape["sequence"] == 1
+        and mesh.shape["sequence"] == mesh.shape["tensor"] == 1
         and rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     )
 

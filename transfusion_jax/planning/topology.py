@@ -56,10 +56,11 @@ class Topology:
         """
         coords = list(zip(*(order[i].coords for i in group), strict=True))
         sizes = list(zip(*(device.coords for device in order), strict=True))
+        closed = rings(self.name.partition(":")[2], self.chip)
         links = 0
-        for along, all_along in zip(coords, sizes, strict=True):
+        for along, all_along, ring in zip(coords, sizes, closed, strict=True):
             if (size := len(set(along))) > 1:
-                links += 2 if size == len(set(all_along)) >= self.chip.ring else 1
+                links += 2 if ring and size == len(set(all_along)) else 1
         # The halves of a chip share its links.
         return max(links, 1) * self.chip.link / self.devices_per_chip
 
