@@ -66,11 +66,10 @@ def chosen(readers: Sequence[Named], numbers: range) -> Iterator[tuple[str, Read
 
 
 def make_shards(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
-    """Makes these shards on so many processes and one more, as one often waits for the disk; yields
-    the numbers of items as they are done."""
+    """Makes these shards on so many processes; yields the numbers of items as they are done."""
     context = multiprocessing.get_context("spawn")
     done = context.Value("q", 0)
-    with ProcessPoolExecutor(min(workers + 1, len(shards)), context, _begin, (job, done)) as pool:
+    with ProcessPoolExecutor(min(workers, len(shards)), context, _begin, (job, done)) as pool:
         waiting, seen = {pool.submit(_make, k) for k in shards}, 0
         try:
             while waiting:
