@@ -108,21 +108,31 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "mesh_config",
-    [
-        MeshConfig(data=2, fsdp=4),
-        pytest.param(MeshConfig(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_sums_in_steps_train_like_one_device(
-    single, experiment, tokenizer, mesh_config, monkeypatch
-):
+def test_sums_in_steps_train_like_one_device(single, experiment, tokenizer, monkeypatch):
     """As on more devices than `TOGETHER`."""
     monkeypatch.setattr(rules, "TOGETHER", 2)
-    losses, _ = run(experiment, tokenizer, mesh_config, 20)
+    losses, _ = run(experiment, tokenizer, MeshConfig(data=2, fsdp=4), 20)
     np.testing.assert_allclose(losses, single[0], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part, changes, error",
+    [
+        ("optimizer", {"kind": "muon"}, 1e-4),
+        ("train", {"freeze": ("transformer.*",)}, 1e-4),
+        ("train", {"accumulation": 2}, 1e-4),
+        ("model", {"compute_dtype": "bfloat16"}, 2e-3),
+    ],
+    ids=["muon", "frozen", "accumulation", "bfloat16"],
+)
+def test_sums_in_steps_go_with(experiment, tokenizer, monkeypatch, part, changes, error):
+    changed = replace(experiment, data=replace(experiment.data, batch_rows=16))
+    changed = replace(changed, **{part: replace(getattr(changed, part), **changes)})
+    alone, _ = run(changed, tokenizer, ONE, 4)
+    monkeypatch.setattr(rules, "TOGETHER", 2)
+    stepped, _ = run(changed, tokenizer, MeshConfig(data=1, fsdp=8), 4)
+    np.testing.assert_allclose(stepped, alone, rtol=error)
 
 
 @pytest.mark.long
