@@ -69,6 +69,19 @@ STEPPED = [MeshConfig(1, 8), MeshConfig(2, 4)]
 LEFT_TO_XLA = MeshConfig(1, 4, 1, 2)
 
 
+def in_one_and_in_steps(monkeypatch, mesh, axes, gradients, value, x):
+    """`gradients(value, x)` summed over devices in one step and in several, and the program that
+    does the latter."""
+    devices = make_mesh(mesh, jax.devices())
+    placed = jax.device_put(value, NamedSharding(devices, partition_spec(axes)))
+    rows = jax.device_put(x, NamedSharding(devices, partition_spec(("batch",))))
+    with jax.set_mesh(devices):
+        whole = jax.jit(lambda *arrays: gradients(*arrays))(placed, rows)
+        monkeypatch.setattr(rules, "TOGETHER", 2)
+        stepped = jax.jit(lambda *arrays: gradients(*arrays))
+        return whole, stepped(placed, rows), stepped.lower(placed, rows).as_text()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mesh", [*STEPPED, LEFT_TO_XLA])
 @pytest.mark.parametrize(
@@ -90,15 +103,7 @@ def test_sums_in_steps_are_the_sums_in_one(monkeypatch, mesh, shape, axes, contr
 
         return jax.grad(total, argnums=(0, 1))(kernel, x)
 
-    devices = make_mesh(mesh, jax.devices())
-    placed = jax.device_put(kernel, NamedSharding(devices, partition_spec(axes)))
-    rows = jax.device_put(x, NamedSharding(devices, partition_spec(("batch",))))
-    with jax.set_mesh(devices):
-        whole = jax.jit(lambda *arrays: gradients(*arrays))(placed, rows)
-        monkeypatch.setattr(rules, "TOGETHER", 2)
-        stepped = jax.jit(lambda *arrays: gradients(*arrays))
-        text = stepped.lower(placed, rows).as_text()
-        stepped = stepped(placed, rows)
+    whole, stepped, text = in_one_and_in_steps(monkeypatch, mesh, axes, gradients, kernel, x)
     assert ("reduce_scatter" in text) == ("embed" in axes and mesh != LEFT_TO_XLA)
     error = 1e-5 if dtype == "float32" else 0.05
     jax.tree.map(
@@ -129,15 +134,8 @@ def test_rows_add_up_to_one_gradient_in_steps(monkeypatch, mesh, axes):
 
         return jax.grad(total, argnums=(0, 1))(value, x)
 
-    devices = make_mesh(mesh, jax.devices())
-    placed = jax.device_put(value, NamedSharding(devices, partition_spec(axes)))
-    rows = jax.device_put(x, NamedSharding(devices, partition_spec(("batch",))))
-    with jax.set_mesh(devices):
-        whole = jax.jit(lambda *arrays: gradients(*arrays))(placed, rows)
-        monkeypatch.setattr(rules, "TOGETHER", 2)
-        stepped = jax.jit(lambda *arrays: gradients(*arrays))
-        assert stepped.lower(placed, rows).as_text().count("reduce_scatter") >= 1
-        stepped = stepped(placed, rows)
+    whole, stepped, text = in_one_and_in_steps(monkeypatch, mesh, axes, gradients, value, x)
+    assert "reduce_scatter" in text
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), stepped, whole
     )

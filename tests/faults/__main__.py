@@ -58,10 +58,9 @@ def copied() -> Iterator[Path]:
 
 def failing_tests(copy: Path, tests: list[str], *options: str) -> list[str]:
     """Those of these tests that fail in a copy of the project."""
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=line", *options]
     # With the long ones, which `pytest` alone leaves out.
-    options = ["-m", "not slow", "-n", "0", "-q", "--no-header", "--tb=line", *options]
-    options = ["-p", "no:cacheprovider", *options]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", *options, *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     try:
         run = subprocess.run(

@@ -97,7 +97,7 @@ FAULTS = (
     Fault(
         "every axis is a ring",
         "planning/topology.py",
-        "2 if size == len(set(all_along)) >= self.chip.ring else 1",
+        "2 if ring and size == len(set(all_along)) else 1",
         "2",
         "plan",
     ),
@@ -132,8 +132,8 @@ FAULTS = (
     Fault(
         "steps of a gather in the wrong order",
         "parallel/rules.py",
-        "for groups in gather_steps(mesh.shape[name]):",
-        "for groups in reversed(gather_steps(mesh.shape[name])):",
+        "for groups in gather_steps(jax.sharding.get_abstract_mesh().shape[name]):",
+        "for groups in reversed(gather_steps(jax.sharding.get_abstract_mesh().shape[name])):",
         "gathers",
     ),
 )

@@ -144,8 +144,9 @@ def _whole(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
 def _joined(x: Array, axes: tuple[str | None, ...]) -> Array:
     """Gathers the shards of more than `TOGETHER` devices in steps; leaves those of fewer to XLA.
 
-    XLA for TPU v5p writes the all-gather of 64 devices as an all-reduce of arrays that are zero
-    but for a shard, which sends twice as much, whatever the shapes of the shards.
+    XLA for TPU v5p, unless told that the slice is a torus, writes the all-gather of 64 devices as
+    an all-reduce of arrays that are zero but for a shard, which sends twice as much, whatever the
+    shapes of the shards.
     """
     mesh = jax.sharding.get_abstract_mesh()
     cut = [place for place, axis in enumerate(axes) if "fsdp" in mesh_axes(axis)]
