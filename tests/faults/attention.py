@@ -115,4 +115,11 @@ FAULTS = (
         '"pallas", block',
         "attention",
     ),
+    Fault(
+        "dq of a row cleared at every block of keys",
+        "model/attention/block_sums.py",
+        "flags[t] & ROW_FIRST != 0",
+        "flags[t] & FIRST != 0",
+        "attention_pallas",
+    ),
 )

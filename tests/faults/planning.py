@@ -136,4 +136,11 @@ FAULTS = (
         "for groups in reversed(gather_steps(jax.sharding.get_abstract_mesh().shape[name])):",
         "gathers",
     ),
+    Fault(
+        "steps of a sum in the wrong order",
+        "parallel/rules.py",
+        'reversed(gather_steps(mesh.shape["fsdp"]))',
+        'gather_steps(mesh.shape["fsdp"])',
+        "gathers",
+    ),
 )
