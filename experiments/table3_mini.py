@@ -74,9 +74,15 @@ def llama(base: Experiment) -> Experiment:
 
 def sweep() -> Iterator[Experiment]:
     for size in SIZES:
-        yield replace(base(size), name=f"transfusion_{size}")
-        yield replace(chameleon(base(size)), name=f"chameleon_{size}")
-        yield replace(llama(base(size)), name=f"llama_{size}")
+        yield from with_seeds(f"transfusion_{size}", base(size))
+        yield from with_seeds(f"chameleon_{size}", chameleon(base(size)))
+        yield from with_seeds(f"llama_{size}", llama(base(size)))
+
+
+def with_seeds(name: str, point: Experiment) -> Iterator[Experiment]:
+    for seed in (0, 1):
+        train = replace(point.train, seed=seed)
+        yield replace(point, name=f"{name}_{seed}", train=train)
 
 
 def _sources(pictures: str) -> tuple[SourceConfig, ...]:

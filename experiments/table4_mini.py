@@ -7,9 +7,8 @@ Hardware: two CPU cores; run with one seed where images are: docs/results.md.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from table3_mini import base, chameleon, llama, stabilised
+from table3_mini import base, chameleon, llama, stabilised, with_seeds
 
 from transfusion_jax.config import Experiment
 
@@ -25,6 +24,4 @@ def sweep() -> Iterator[Experiment]:
         "chameleon": chameleon(small),
     }
     for name, experiment in points.items():
-        for seed in (0, 1):
-            train = replace(experiment.train, seed=seed)
-            yield replace(experiment, name=f"{name}_{seed}", train=train)
+        yield from with_seeds(name, experiment)

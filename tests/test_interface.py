@@ -46,7 +46,9 @@ class Painter(nnx.Module):
     def losses(self, batch, noise, vocab_chunk):
         hidden_BLD = self._hidden(batch)
         size_BL = jnp.square(hidden_BLD.mean(-1))
-        tokens = token_losses(hidden_BLD, batch.text_target_BL, self.logits, vocab_chunk)
+        tokens = token_losses(
+            hidden_BLD, batch.text_target_BL, batch.text_weight_BL, self.head_DV[...], vocab_chunk
+        )
         return {"text": tokens.cross_entropy_BL, "size": size_BL}
 
     def weights(self, batch):

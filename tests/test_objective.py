@@ -19,7 +19,6 @@ from transfusion_jax.config import (
 from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.model.build import build
 from transfusion_jax.model.interface import Model
-from transfusion_jax.model.layers import float32_product
 from transfusion_jax.model.losses import image_loss, token_losses
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.planning.plan import abstract_batch
@@ -33,9 +32,10 @@ def test_chunked_text_loss_equals_cross_entropy(chunk):
     hidden = jax.random.normal(jax.random.key(0), (3, 36, 8))
     kernel = jax.random.normal(jax.random.key(1), (8, 50))
     target = jax.random.randint(jax.random.key(2), (3, 36), 0, 50)
+    ones = jnp.ones((3, 36))
 
     def ours(hidden, kernel):
-        return token_losses(hidden, target, lambda x: x @ kernel, chunk).cross_entropy_BL
+        return token_losses(hidden, target, ones, kernel, chunk).cross_entropy_BL
 
     def whole(hidden, kernel):
         return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, target)
@@ -46,6 +46,39 @@ def test_chunked_text_loss_equals_cross_entropy(chunk):
     ]
     for got, expected in zip(*gradients, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 36])
+def test_positions_without_a_weight_have_no_loss_and_no_logits(chunk):
+    """Their hidden states are NaN here, and as many have a weight as fill chunks: one NaN in the
+    kernel's gradient and some logits of theirs were computed."""
+    hidden = jax.random.normal(jax.random.key(0), (3, 36, 8))
+    kernel = jax.random.normal(jax.random.key(1), (8, 50))
+    target = jax.random.randint(jax.random.key(2), (3, 36), 0, 50)
+    places = np.random.default_rng(0).permutation(3 * 36)[: 3 * chunk]
+    weight = jnp.zeros(3 * 36).at[places].set(0.5).reshape(3, 36)
+
+    def ours(hidden, kernel):
+        found = token_losses(hidden, target, weight, kernel, chunk)
+        return jnp.sum(found.cross_entropy_BL * weight + jnp.square(found.log_z_BL) * weight), found
+
+    def whole(hidden, kernel):
+        logits = hidden @ kernel
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return jnp.sum(weight * (loss + jnp.square(jax.nn.logsumexp(logits, axis=-1)))), loss
+
+    unread = jnp.where(weight[..., None] > 0, hidden, jnp.nan)
+    (got, found), of_hidden = jax.value_and_grad(ours, has_aux=True)(unread, kernel)
+    (expected, loss), of_all_hidden = jax.value_and_grad(whole, has_aux=True)(hidden, kernel)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        found.cross_entropy_BL, jnp.where(weight > 0, loss, 0.0), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(of_hidden, of_all_hidden, rtol=1e-4, atol=1e-5)
+    of_kernel = jax.grad(ours, 1, has_aux=True)(unread, kernel)[0]
+    np.testing.assert_allclose(
+        of_kernel, jax.grad(whole, 1, has_aux=True)(hidden, kernel)[0], rtol=1e-4, atol=1e-4
+    )
 
 
 class Known(Model):
@@ -130,7 +163,8 @@ def test_the_losses_of_a_model_are_those_of_its_predictions(loss):
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
         hidden @ model.output_DV[...], batch.text_target_BL
     )
-    np.testing.assert_allclose(losses["text"], cross_entropy, rtol=1e-4)
+    has_target = batch.text_weight_BL > 0
+    np.testing.assert_allclose(losses["text"], jnp.where(has_target, cross_entropy, 0.0), rtol=1e-4)
 
 
 def bfloat16_case():
@@ -142,7 +176,7 @@ def bfloat16_case():
 
 
 def of_tokens(hidden, kernel, target):
-    losses = token_losses(hidden, target, lambda x: float32_product(x, kernel), 16)
+    losses = token_losses(hidden, target, jnp.ones(target.shape), kernel, 16)
     return losses.cross_entropy_BL
 
 

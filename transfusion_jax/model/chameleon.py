@@ -45,15 +45,15 @@ class Chameleon(TokenModel):
         self.config, self.image = config, image
 
     def losses(self, batch: Batch, noise: Noise, vocab_chunk: int) -> dict[str, Array]:
-        """`text` and `image`: cross-entropy of every position, to be averaged over targets that
-        are text or codes. `token`: of both. `z`: their z-loss."""
+        """`text` and `image`: cross-entropy of every position with a target, 0 elsewhere, to be
+        averaged over targets that are text or codes. `token`: of both. `z`: their z-loss."""
         tokens_BL = self._tokens(batch)
         hidden_BLD = self.transformer(
             self.embed(tokens_BL), batch.position_BL, row_intervals(batch, 1)
         )
         next_BL = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
         target_BL = jnp.where(self._code_follows(batch) > 0, next_BL, batch.text_target_BL)
-        found = self.token_losses(hidden_BLD, target_BL, vocab_chunk)
+        found = self.token_losses(hidden_BLD, target_BL, self.weights(batch)["token"], vocab_chunk)
         loss_BL = found.cross_entropy_BL
         return {
             "text": loss_BL,

@@ -35,10 +35,12 @@ class Llama(TokenModel):
         self.config = config
 
     def losses(self, batch: Batch, noise: Noise, vocab_chunk: int) -> dict[str, Array]:
-        """`text`: cross-entropy of every position. `z`: its z-loss."""
+        """`text`: cross-entropy of every position with a target, 0 elsewhere. `z`: its z-loss."""
         x_BLD = self.embed(batch.tokens_BL)
         hidden_BLD = self.transformer(x_BLD, batch.position_BL, row_intervals(batch, 1))
-        found = self.token_losses(hidden_BLD, batch.text_target_BL, vocab_chunk)
+        found = self.token_losses(
+            hidden_BLD, batch.text_target_BL, batch.text_weight_BL, vocab_chunk
+        )
         return {"text": found.cross_entropy_BL, "z": jnp.square(found.log_z_BL)}
 
     def weights(self, batch: Batch) -> dict[str, Array]:

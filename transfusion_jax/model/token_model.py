@@ -72,16 +72,15 @@ class TokenModel(nnx.Module):
 
         return on_rows(look_up, self.embedding_VD, jnp.float32, tokens_BL)
 
-    def token_losses(self, hidden_BLD: BLD, target_BL: Array, chunk: int) -> TokenLosses:
+    def token_losses(
+        self, hidden_BLD: BLD, target_BL: Array, weight_BL: Array, chunk: int
+    ) -> TokenLosses:
         """As `losses.token_losses`; the kernel is all-gathered once for all chunks."""
 
-        def losses(kernel_DV, hidden_BLD, target_BL):
-            def logits(hidden_BLD):
-                return float32_product(hidden_BLD, kernel_DV)
+        def losses(kernel_DV, *rows):
+            return token_losses(*rows, kernel_DV, chunk)
 
-            return token_losses(hidden_BLD, target_BL, logits, chunk)
-
-        return on_rows(losses, self.output_DV, jnp.float32, hidden_BLD, target_BL)
+        return on_rows(losses, self.output_DV, jnp.float32, hidden_BLD, target_BL, weight_BL)
 
     def logits(self, hidden_BLD: Array) -> Array:
         """Logits of the text tokens at every position, in float32."""

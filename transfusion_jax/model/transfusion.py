@@ -67,13 +67,15 @@ class Transfusion(TokenModel):
         return hidden_BLD, self.patches.decode(hidden_BMPD, carried)
 
     def losses(self, batch: Batch, noise: Noise, vocab_chunk: int) -> dict[str, Array]:
-        """`text`: cross-entropy of every position. `image`: mean squared error of every slot. `z`:
-        the z-loss of every position."""
+        """`text`: cross-entropy of every position with a text target, 0 elsewhere. `image`: mean
+        squared error of every slot. `z`: the z-loss of positions with a text target."""
         noisy_BMhwc = self.process.corrupt(batch.latents_BMhwc, noise.noise_BMhwc, noise.t_BM)
         hidden_BLD, predicted_BMhwc = self(batch, noisy_BMhwc, noise.t_BM)
         target_BMhwc = self.process.target(batch.latents_BMhwc, noise.noise_BMhwc, noise.t_BM)
         with jax.named_scope("text_loss"):
-            text = self.token_losses(hidden_BLD, batch.text_target_BL, vocab_chunk)
+            text = self.token_losses(
+                hidden_BLD, batch.text_target_BL, batch.text_weight_BL, vocab_chunk
+            )
         with jax.named_scope("image_loss"):
             image_BM = image_loss(
                 predicted_BMhwc, target_BMhwc, self.process.loss_weight(noise.t_BM)

@@ -213,11 +213,12 @@ def on_rows(
 ) -> Any:
     """`function(whole parameter, *arrays)`, each row of the results from its row of the arrays.
 
-    Where gradients are summed in steps, each device adds up the parameter's over its rows, in
-    `dtype` and through all loops of the function, before it is summed over devices.
+    Where rows alone are cut, each device runs it on its own rows, and adds up the parameter's
+    gradient over them, in `dtype` and through all loops of the function, before it is summed over
+    devices.
     """
     value, axes = value_and_axes(parameter, dtype)
-    if not scatters_in_steps(axes, arrays[0].shape[0]):
+    if not _cuts_rows_alone(arrays[0].shape[0]):
         return function(_gathered(value, axes), *arrays)
     place = _cut_by_fsdp(axes)
 
@@ -231,6 +232,23 @@ def on_rows(
         out_specs=rows,
         check_vma=False,
     )(value, *arrays)
+
+
+def holds_whole_rows() -> bool:
+    """Whether arrays are a device's own rows, uncut: without a mesh, on one device, or in
+    `on_rows`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
+
+
+def _cuts_rows_alone(rows: int) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return (
+        not mesh.empty
+        and mesh.size > 1
+        and mesh.shape["sequence"] == mesh.shape["tensor"] == 1
+        and rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    )
 
 
 def _cut_by_fsdp(axes: tuple[str | None, ...]) -> int:
@@ -250,13 +268,10 @@ def scatters_in_steps(axes: tuple[str | None, ...], rows: int) -> bool:
     With `tensor` it is left to XLA: inside a `shard_map` over some axes of a mesh, XLA for CPUs
     aborts at sums in bfloat16 (jaxlib 0.10.2).
     """
-    mesh = jax.sharding.get_abstract_mesh()
     return (
-        not mesh.empty
+        _cuts_rows_alone(rows)
         and any("fsdp" in mesh_axes(axis) for axis in axes)
-        and mesh.shape["fsdp"] > TOGETHER
-        and mesh.shape["sequence"] == mesh.shape["tensor"] == 1
-        and rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+        and jax.sharding.get_abstract_mesh().shape["fsdp"] > TOGETHER
     )
 
 
