@@ -31,14 +31,14 @@ from transfusion_jax.config import (
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.build import abstract_model
-from transfusion_jax.model.work import model_flops
+from transfusion_jax.model.work import Work, model_flops
 from transfusion_jax.parallel.chips import CHIPS
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.planning import cache
 from transfusion_jax.planning import topology as topology_lib
 from transfusion_jax.planning.describe import ranked
-from transfusion_jax.planning.plan import Memory, Plan, asked_for, make_plan
+from transfusion_jax.planning.plan import Memory, Plan, asked_for, make_plan, used_chunks
 from transfusion_jax.planning.program import read_program
 from transfusion_jax.planning.rows import Rows, row_work, rows_of, sample_rows
 from transfusion_jax.planning.search import POLICIES, microbatch_counts, remedies, search
@@ -212,6 +212,21 @@ def test_work_of_rows_is_counted_from_their_intervals():
     # The first block of queries sees one block of keys in either row, the second sees two.
     assert (work.pairs, work.loop_blocks, work.computed_pairs) == ((36 + 9) / 2, 3 / 2, 3 * 16)
     assert row_work(rows, 0).computed_pairs == 64
+
+
+@pytest.mark.parametrize(
+    ("image", "targets", "share"),
+    [
+        (ImageConfig(), 1024, 2 / 8),
+        (ImageConfig(), 1025, 3 / 8),
+        (ImageConfig(height=16, width=16, channels=1, patch=1, codes=8), 1024, 4 / 8),
+    ],
+    ids=["text", "a chunk more", "codes"],
+)
+def test_logits_are_planned_for_chunks_that_hold_targets(image, targets, share):
+    """Rows of 4,096 in chunks of 512, and four images of 256 patches in each."""
+    experiment = Experiment("x", image=image, data=DataConfig(row_length=4096))
+    assert used_chunks(experiment, Work(images=4, targets=targets, pairs=0)) == share
 
 
 def test_rows_that_a_device_has_together_walk_over_the_blocks_between():

@@ -122,11 +122,13 @@ def test_a_loop_that_depends_on_data_counts_as_told(condition):
     assert read_program(program, unknown_trips=7.5).flops == 7.5 * 2 * 8**3
 
 
-def test_each_branch_counts_once():
+def test_each_branch_counts_as_told():
     def branch(i, x):
         return jax.lax.switch(i, [lambda x: x @ x, lambda x: x @ x @ x, lambda x: x], x)
 
-    assert read_program(text(branch, INDEX, f32(8, 8))).flops == 3 * 2 * 8**3
+    program = text(branch, INDEX, f32(8, 8))
+    assert read_program(program).flops == 3 * 2 * 8**3
+    assert read_program(program, taken=0.5).flops == 3 * 8**3
 
 
 # Kind: the function of a float32[64] on each device of a 2x4 mesh, bytes that a device sends, group

@@ -24,11 +24,11 @@ PASS_THROUGH = {"copy", "bitcast", "convert", "reshape"}  # keep the value of a 
 Scalar = tuple[int | None, int]
 
 
-def run_counts(program: Computations, unknown_trips: float) -> dict[str, float]:
+def run_counts(program: Computations, unknown_trips: float, taken: float = 1.0) -> dict[str, float]:
     """How often each computation runs, by name.
 
-    Every branch of a conditional counts as taken; a loop whose trip count depends on data counts as
-    `unknown_trips` trips.
+    Every branch of a conditional counts as taken `taken` times; a loop whose trip count depends on
+    data counts as `unknown_trips` trips.
     """
     times = dict.fromkeys(program, 0.0)
     *_, entry = program
@@ -36,11 +36,16 @@ def run_counts(program: Computations, unknown_trips: float) -> dict[str, float]:
     for caller in reversed(program.values()):  # a computation stands below all that it calls
         for instruction in caller.instructions.values():
             if instruction.operation in CALLING and instruction.phase in ("", "-start"):
-                count = (
-                    trips(instruction, caller, program) if instruction.operation == "while" else 1
-                )
+                match instruction.operation:
+                    case "while":
+                        known = trips(instruction, caller, program)
+                        count = unknown_trips if known is None else known
+                    case "conditional":
+                        count = taken
+                    case _:
+                        count = 1
                 for name in instruction.calls(*CALLING[instruction.operation]):
-                    times[name] += times[caller.name] * (unknown_trips if count is None else count)
+                    times[name] += times[caller.name] * count
     return times
 
 

@@ -8,6 +8,7 @@ three overlapped. That is a lower bound, not a forecast.
 
 import dataclasses
 import re
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
 from transfusion_jax.model.attention.chunked import rows_together
 from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK
-from transfusion_jax.model.work import model_flops
+from transfusion_jax.model.work import Work, model_flops
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.parallel.rules import RULES, batch_sharding, mesh_axes
 from transfusion_jax.planning.program import Program, read_program
@@ -142,6 +143,15 @@ class Plan:
         }
 
 
+def used_chunks(experiment: Experiment, work: Work) -> float:
+    """The share of the chunks of the text loss that hold positions with a target: text, or a code
+    of an image. A step's only conditionals skip the others."""
+    image, length = experiment.image, experiment.data.row_length
+    targets = work.targets + (work.images * image.patches if image.codes else 0)
+    chunk = min(experiment.train.vocab_chunk, length)
+    return math.ceil(targets / chunk) / math.ceil(length / chunk)
+
+
 def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
     """Compiles the training step of `experiment` for `topology`; its work is counted on `rows`.
 
@@ -165,7 +175,11 @@ def make_plan(experiment: Experiment, topology: Topology, rows: Rows) -> Plan:
     work = row_work(rows, block, together)
     costs = None
     if compiled is not None:
-        program = read_program(compiled.as_text(), unknown_trips=work.loop_blocks)
+        program = read_program(
+            compiled.as_text(),
+            unknown_trips=work.loop_blocks,
+            taken=used_chunks(experiment, work),
+        )
         costs = costs_of(program, experiment, topology, work, list(mesh.devices.flat), memory.host)
     parameters = planned.abstract.parameters
     return Plan(

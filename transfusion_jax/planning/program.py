@@ -26,10 +26,10 @@ class Program:
     """How often each Pallas kernel runs, by name."""
 
 
-def read_program(text: str, unknown_trips: float = 1.0) -> Program:
+def read_program(text: str, unknown_trips: float = 1.0, taken: float = 1.0) -> Program:
     """The work of a program, from `jax.stages.Compiled.as_text()`.
 
-    Each branch of a conditional counts once; a loop whose trip count depends on data counts as
+    Each branch of a conditional counts as taken `taken` times; a loop whose trip count depends on data counts as
     `unknown_trips` trips.
     """
     program = parse(text)
@@ -37,7 +37,7 @@ def read_program(text: str, unknown_trips: float = 1.0) -> Program:
     hbm_bytes = 0.0
     collectives = []
     kernels = Counter()
-    for name, times in run_counts(program, unknown_trips).items():
+    for name, times in run_counts(program, unknown_trips, taken).items():
         if not times:
             continue
         computation = program[name]
