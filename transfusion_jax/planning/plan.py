@@ -7,8 +7,8 @@ three overlapped. That is a lower bound, not a forecast.
 """
 
 import dataclasses
-import re
 import math
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass

@@ -29,8 +29,8 @@ class Program:
 def read_program(text: str, unknown_trips: float = 1.0, taken: float = 1.0) -> Program:
     """The work of a program, from `jax.stages.Compiled.as_text()`.
 
-    Each branch of a conditional counts as taken `taken` times; a loop whose trip count depends on data counts as
-    `unknown_trips` trips.
+    Each branch of a conditional counts as taken `taken` times; a loop whose trip count depends on
+    data counts as `unknown_trips` trips.
     """
     program = parse(text)
     total_flops = 0.0
