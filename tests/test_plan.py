@@ -225,7 +225,8 @@ def test_work_of_rows_is_counted_from_their_intervals():
 )
 def test_logits_are_planned_for_chunks_that_hold_targets(image, targets, share):
     """Rows of 4,096 in chunks of 512, and four images of 256 patches in each."""
-    model = ModelConfig(family="chameleon" if image.codes else "transfusion")
+    tokens = dict(family="chameleon", image_attention="causal") if image.codes else {}
+    model = ModelConfig(**tokens)
     experiment = Experiment("x", model=model, image=image, data=DataConfig(row_length=4096))
     assert used_chunks(experiment, Work(images=4, targets=targets, pairs=0)) == share
 
