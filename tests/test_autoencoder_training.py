@@ -256,6 +256,7 @@ def test_steps_draw_anew_and_are_skipped_unless_loss_and_gradients_are_finite(ti
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.long
 def test_vq_logs_its_codes_and_revives_dead_ones(tiny, tmp_path):
     loss = replace(tiny.loss, revive_codes=True, gan=0.0)
     experiment = replace(tiny, model=replace(tiny.model, kind="vq"), loss=loss, mesh=ONE)

@@ -187,6 +187,7 @@ def step_flops(experts: str, remat: str) -> float:
 
 
 @pytest.mark.long
+@pytest.mark.long
 @pytest.mark.parametrize(
     "remat", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "minimal")), "full"]
 )

@@ -27,8 +27,8 @@ FAULTS = (
     Fault(
         "nested loops add",
         "planning/loop_counts.py",
-        "times[name] += times[caller.name] * (",
-        "times[name] += (",
+        "times[name] += times[caller.name] * count",
+        "times[name] += count",
         "program",
     ),
     Fault(
