@@ -14,4 +14,10 @@ from transfusion_jax.config import Experiment, MeshConfig, paper
 
 
 def config() -> Experiment:
-    return replace(paper("0.16B"), mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:4x4"))
+    base = paper("0.16B")
+    return replace(
+        base,
+        model=replace(base.model, remat="none"),
+        train=replace(base.train, accumulation=8),
+        mesh=MeshConfig(data=1, fsdp=-1, topology="v5e:4x4"),
+    )
