@@ -150,7 +150,6 @@ def answers(out: Path) -> list:
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_every_phase_gives_the_bits_of_the_model(left, experiment, tmp_path):
     """Three rows of other lengths, two with images, another capacity than that of the runner."""
     given, rng = three_rows(experiment), np.random.default_rng(1)

@@ -187,7 +187,6 @@ def step_flops(experts: str, remat: str) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.long
 @pytest.mark.parametrize(
     "remat", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "minimal")), "full"]
 )

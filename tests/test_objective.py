@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import packings
 import pytest
+from flax import nnx
 
 from transfusion_jax.config import (
     DiffusionConfig,
@@ -21,6 +22,7 @@ from transfusion_jax.model.build import build
 from transfusion_jax.model.interface import Model
 from transfusion_jax.model.losses import image_loss, token_losses
 from transfusion_jax.parallel.mesh import make_mesh
+from transfusion_jax.parallel.rules import on_rows
 from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.pretraining.objective import batch_losses
 from transfusion_jax.pretraining.state import blueprint
@@ -55,8 +57,9 @@ def test_positions_without_a_weight_have_no_loss_and_no_logits(chunk):
     hidden = jax.random.normal(jax.random.key(0), (3, 36, 8))
     kernel = jax.random.normal(jax.random.key(1), (8, 50))
     target = jax.random.randint(jax.random.key(2), (3, 36), 0, 50)
-    places = np.random.default_rng(0).permutation(3 * 36)[: 3 * chunk]
-    weight = jnp.zeros(3 * 36).at[places].set(0.5).reshape(3, 36)
+    places = np.random.default_rng(0).permutation(3 * 36)[: 6 * chunk]
+    values = jnp.asarray(np.resize([0.2, -1.0], len(places)), jnp.float32)
+    weight = jnp.zeros(3 * 36).at[places].set(values).reshape(3, 36)
 
     def ours(hidden, kernel):
         found = token_losses(hidden, target, weight, kernel, chunk)
@@ -67,18 +70,36 @@ def test_positions_without_a_weight_have_no_loss_and_no_logits(chunk):
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         return jnp.sum(weight * (loss + jnp.square(jax.nn.logsumexp(logits, axis=-1)))), loss
 
-    unread = jnp.where(weight[..., None] > 0, hidden, jnp.nan)
+    unread = jnp.where(weight[..., None] != 0, hidden, jnp.nan)
     (got, found), of_hidden = jax.value_and_grad(ours, has_aux=True)(unread, kernel)
     (expected, loss), of_all_hidden = jax.value_and_grad(whole, has_aux=True)(hidden, kernel)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     np.testing.assert_allclose(
-        found.cross_entropy_BL, jnp.where(weight > 0, loss, 0.0), rtol=1e-5, atol=1e-6
+        found.cross_entropy_BL, jnp.where(weight != 0, loss, 0.0), rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(of_hidden, of_all_hidden, rtol=1e-4, atol=1e-5)
     of_kernel = jax.grad(ours, 1, has_aux=True)(unread, kernel)[0]
     np.testing.assert_allclose(
         of_kernel, jax.grad(whole, 1, has_aux=True)(hidden, kernel)[0], rtol=1e-4, atol=1e-4
     )
+
+
+def test_each_device_makes_the_logits_of_its_own_targets():
+    """As above, with rows over four devices, each of which has targets for one chunk of two."""
+    hidden = jnp.where(jnp.arange(8)[None, :, None] % 2 == 0, jnp.ones((8, 8, 4)), jnp.nan)
+    weight = jnp.where(jnp.isnan(hidden[..., 0]), 0.0, 1.0)
+    kernel = nnx.Param(jnp.ones((4, 16)), out_sharding=("embed", "vocab"), eager_sharding=False)
+
+    def loss(kernel, hidden):
+        def local(kernel_DV, *rows):
+            return token_losses(*rows, kernel_DV, 4).cross_entropy_BL
+
+        target = jnp.zeros(weight.shape, jnp.int32)
+        return on_rows(local, kernel, jnp.float32, hidden, target, weight).sum()
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])):
+        gradient = jax.jit(jax.grad(loss))(kernel, hidden)
+    assert np.isfinite(gradient[...]).all()
 
 
 class Known(Model):

@@ -220,7 +220,6 @@ def test_a_step_computes_again_what_is_not_kept(experiment):
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_layers_that_are_written_out_are_in_no_loop(experiment):
     def loops(layer_loop):
         # Dense attention has no loops of its own.

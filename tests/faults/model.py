@@ -102,6 +102,13 @@ FAULTS = (
         "objective",
     ),
     Fault(
+        "devices with their own rows make all logits",
+        "parallel/rules.py",
+        " or mesh.are_all_axes_manual",
+        "",
+        "objective",
+    ),
+    Fault(
         "parts of rows are taken for whole ones",
         "parallel/rules.py",
         "mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual",
