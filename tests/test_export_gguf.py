@@ -19,6 +19,7 @@ def exported(tmp_path, run: Experiment, *flags: str) -> tuple[int, dict]:
     return main([*words, *flags]), parameters
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_logits_and_ids_equal_those_of_transformers(kv_heads, tmp_path):
     torch = pytest.importorskip("torch")

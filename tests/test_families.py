@@ -299,6 +299,7 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
     assert first + second == whole
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weight", [1.0, 2.5])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_codes_are_drawn_one_by_one_from_the_uncached_model(weight, temperature):

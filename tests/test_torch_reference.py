@@ -135,6 +135,7 @@ def compared(experiment, path):
     return theirs, Engine(experiment, a_tokenizer(), planned(experiment).graph, parameters)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", DIFFUSIONS)
 def test_an_image_and_what_follows_it_are_ours_from_the_same_noise(case, tmp_path):
     theirs, engine = compared(an_experiment(*DIFFUSIONS[case]), tmp_path)
