@@ -50,7 +50,7 @@ def test_chunked_text_loss_equals_cross_entropy(chunk):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 36])
+@pytest.mark.parametrize("chunk", [1, 5, 12])
 def test_positions_without_a_weight_have_no_loss_and_no_logits(chunk):
     """Their hidden states are NaN here, and as many have a weight as fill chunks: one NaN in the
     kernel's gradient and some logits of theirs were computed."""

@@ -28,14 +28,14 @@ def token_losses(
     The logits of `chunk` positions of each row exist at one time, computed once for the losses and
     once more for the gradients; those of all positions, [B, L, V], never do.
 
-    Where a device holds its rows whole, positions with a weight come first, and chunks that have
-    none are skipped: no logits for patches. Elsewhere all are computed, and of C chunks, chunk c is
-    the positions c, c + C, c + 2C, ...: devices that each hold a part of a row (mesh axis
-    `sequence`) have an equal share of every chunk.
+    Where a device holds its rows whole, in several chunks, positions with a weight come first, and
+    chunks that have none are skipped: no logits for patches. Elsewhere all are computed, and of C
+    chunks, chunk c is the positions c, c + C, c + 2C, ...: devices that each hold a part of a row
+    (mesh axis `sequence`) have an equal share of every chunk.
     """
     B, L, _ = hidden_BLD.shape
     chunk = min(chunk, L)
-    if holds_whole_rows():
+    if holds_whole_rows() and chunk < L:
         count, size = B * L, B * chunk
         order_N = jnp.argsort(weight_BL.reshape(count) == 0, stable=True)
         used = -(-jnp.count_nonzero(weight_BL) // size)
