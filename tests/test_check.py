@@ -411,6 +411,7 @@ def test_an_experiment_that_one_process_lacks_is_bad_input_of_both(tmp_path):
         assert "process 1: there is no experiment file here.py" in line
 
 
+@pytest.mark.long
 def test_check_looks_at_the_devices_that_train_would_use(capsys, tmp_path):
     """A lone process on CPUs makes one for each core, so in a process of its own."""
     command = [sys.executable, "-m", "transfusion_jax", "check", str(DIGITS)]

@@ -192,6 +192,7 @@ def code_loss(engine: Engine, rows: Iterable[Batch]) -> float:
     return float(np.mean(losses))
 
 
+@pytest.mark.long
 def test_a_code_is_measured_once_whatever_the_timestep(chameleon, tmp_path):
     found = likelihood(chameleon, tmp_path, None)
     assert set(found) == {"text_perplexity", "code_loss", "likelihood_rows"}
@@ -211,6 +212,7 @@ def test_a_code_is_measured_once_whatever_the_timestep(chameleon, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_drawn_codes_are_compared_by_what_they_stand_for(chameleon, tmp_path, monkeypatch):
     """Code 7 is no nearer to code 8 than to code 30."""
     compared = []

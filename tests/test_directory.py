@@ -146,6 +146,7 @@ def test_each_kind_of_experiment_says_what_may_change(experiment):
     assert differences(one, other) == ["train.batch: 256 -> 8"]
 
 
+@pytest.mark.long
 def test_a_resumed_pretraining_run_has_the_new_sampler_and_counts_once(
     experiment, tmp_path, monkeypatch
 ):

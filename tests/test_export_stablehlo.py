@@ -197,6 +197,7 @@ def check_bits(left, path: Path, to_export: dict, to_ours: dict) -> None:
         np.testing.assert_array_equal(theirs[name], ours[name])
 
 
+@pytest.mark.long
 def test_the_runner_answers_as_generate_does_without_this_package(left, tmp_path):
     run, out = left
     (tmp_path / "alone.py").write_text(ALONE)

@@ -114,6 +114,7 @@ def test_frozen_parameters_and_their_average_keep_their_bits(kind):
             assert same == (name in planned.frozen), name
 
 
+@pytest.mark.long
 def test_the_others_take_the_step_that_they_would_take_anyway():
     """One step, without clipping, whose norm is of all gradients."""
     found = {}

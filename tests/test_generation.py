@@ -224,6 +224,7 @@ def test_a_request_does_not_depend_on_the_batch_around_it(engine, tokenizer):
                 np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.long
 def test_equal_requests_draw_apart(engine, drawing):
     """Text and images of one batch, and two images of one request, have random numbers of their
     own."""
@@ -253,6 +254,7 @@ def test_temperature_divides_the_logits(temperature, share):
     assert (choose(logits, rows, 0) == 1).all()
 
 
+@pytest.mark.long
 def test_seeds_and_settings_matter(engine, drawing):
     drawing = drawing.using(max_tokens=20)
 
@@ -269,6 +271,7 @@ def test_seeds_and_settings_matter(engine, drawing):
         engine.check([("zebra " * 100,)])
 
 
+@pytest.mark.long
 def test_an_image_fits_into_the_least_max_tokens(engine, experiment, drawing):
     """BOI, the patches and EOI; one position less is refused."""
     span = experiment.image.span

@@ -181,6 +181,7 @@ def a_run(exported, **changes) -> Experiment:
     return changed(base, "optimizer", warmup_steps=0)
 
 
+@pytest.mark.long
 def test_a_new_run_starts_from_weights_and_a_resumed_one_does_not_read_them(exported, tmp_path):
     source = shutil.copytree(exported, tmp_path / "weights")
     experiment, said = a_run(source), []

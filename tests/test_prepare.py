@@ -305,6 +305,7 @@ def test_the_held_out_split_follows_content_not_order_or_names(tmp_path):
 # --- killed, in parts, with a full disk ---
 
 
+@pytest.mark.long
 def test_a_killed_run_is_finished_to_the_byte(settings, uninterrupted, tmp_path):
     out, rng = tmp_path / "out", np.random.default_rng(0)
     for at in (1, 4, 8):

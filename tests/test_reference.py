@@ -206,6 +206,7 @@ def check_steps(experiment: Experiment, steps: int, clipped: bool):
                 assert_close(ours[name], value, f"{what} of {name} after step {n}", 5e-5)
 
 
+@pytest.mark.long
 def test_steps_through_warm_up_and_decay():
     """Losses, gradients of every parameter, clipping, AdamW, rate, decay mask and average."""
     check_steps(tiny.small(**VARIANTS[0]), steps=5, clipped=True)

@@ -225,6 +225,7 @@ def test_text_beside_a_picture_counts_as_wrong(measure):
         assert set(drawn(scores).values()) == {0} and scores["edit_accuracy"] == 0
 
 
+@pytest.mark.long
 def test_captions_are_true_and_alone(measure):
     oracle = Oracle()
     right = lambda image: oracle.read(image)[0]  # noqa: E731

@@ -93,6 +93,7 @@ class Torch:
         return self.conv(p.conv_out, F.silu(self.norm(p.norm_out, x)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_encoder_and_decoder_are_those_of_torch(blocks):
     patches = made(blocks)
