@@ -1,6 +1,7 @@
 """Bad input: one clear line, exit code 2, nothing written. In this process, for speed."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -262,3 +263,14 @@ def test_unreadable_images(tmp_path):
             read_image(tmp_path / name, 8, 8, 1)
     with pytest.raises(ValueError, match="8 channels are no pixels"):
         read_image(truncated, 8, 8, 8)
+
+
+def test_commands_start_without_what_they_may_not_need():
+    """scikit-learn, and torch where it is installed, take a second each to import."""
+    code = (
+        "import sys, transfusion_jax.generation.engine, transfusion_jax.evaluation.suite,"
+        " transfusion_jax.training.loop;"
+        " print({'sklearn', 'torch', 'tensorboardX'} & {*sys.modules})"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"

@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
-from sklearn.svm import SVC
 
 from transfusion_jax.data.sources.digits import NUMBERS, captions, label_of, load
 from transfusion_jax.evaluation.answers import only_picture, only_text
 from transfusion_jax.evaluation.variety import Pictures, variety
 from transfusion_jax.figures import ACCENT, INK, frame, save, show, wrapped
 from transfusion_jax.generation.engine import Engine
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 SHAPE = (8, 8, 1)
 DRAWN = 500
@@ -65,15 +68,17 @@ def digits(engine: Engine, samples: Path, rows: int | None) -> dict:
     }
 
 
-def judge() -> tuple[SVC, float]:
+def judge() -> tuple["SVC", float]:
     """A support-vector classifier of real training digits, and its accuracy on held-out ones."""
+    from sklearn.svm import SVC
+
     images, labels = load("train")
     classifier = SVC(C=10.0, gamma=0.05).fit(images.reshape(len(images), -1), labels)
     images, labels = load("held_out")
     return classifier, float(classifier.score(images.reshape(len(images), -1), labels))
 
 
-def draw(engine: Engine, classifier: SVC, count: int = DRAWN, seed: int = 0) -> Drawings:
+def draw(engine: Engine, classifier: "SVC", count: int = DRAWN, seed: int = 0) -> Drawings:
     """Draws every digit equally often, its wordings in turn; the answer must be one picture."""
     labels = np.arange(count) % 10
     wordings = [captions(label) for label in labels]

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transfusion_jax.training.board import Board
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.lines import Lines
 from transfusion_jax.training.observation import Observation
@@ -34,6 +33,8 @@ class MetricsLog:
                 _cut_back(path, step)
         self._rows = Lines(self.path)
         self._events = Lines(run_dir / EVENTS)
+        from transfusion_jax.training.board import Board  # tensorboardX imports torch, if there
+
         self._board = Board(run_dir / "tensorboard", step)
         self._mirror = mirror
         self._report = report

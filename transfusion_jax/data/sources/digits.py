@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import Document, pair_document, pair_length
@@ -30,6 +29,8 @@ def load(split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Split "train" has 1,500, "held_out" the other 297.
     """
+    from sklearn.datasets import load_digits  # a second, which other data should not cost
+
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.images))
     chosen = order[:TRAIN] if split == "train" else order[TRAIN:]
