@@ -18,6 +18,7 @@ from transfusion_jax.config import (
     Experiment,
     ImageConfig,
     SourceConfig,
+    TokenizerConfig,
 )
 
 
@@ -27,23 +28,33 @@ def config() -> Experiment:
         base,
         name="scenes",
         image=ImageConfig(height=32, width=32, channels=3, patch=8),
-        model=replace(base.model, width=192, mlp_width=512, attention_block=192),
+        model=replace(base.model, width=192, mlp_width=512, attention_block=96, vocab_size=512),
         # Captions say little about a picture with little noise, and much about one that is nearly
-        # all noise.
-        diffusion=DiffusionConfig(prediction="x", loss="x", snr_scale=0.1, noise_limit=200),
+        # all noise; about one that is all noise, little again.
+        diffusion=DiffusionConfig(
+            prediction="x",
+            loss="x",
+            snr_scale=0.1,
+            timesteps="logit_normal",
+            timestep_mean=0.5,
+            timestep_std=0.8,
+            noise_limit=200,
+        ),
         # Half of the pairs come image first: reading is what is learned last.
         data=DataConfig(
             sources=(SourceConfig("scenes"),),
-            row_length=192,
-            batch_rows=12,
+            row_length=96,
+            batch_rows=24,
             image_first=0.5,
             max_epochs=100.0,
         ),
+        # Each word is one piece.
+        tokenizer=TokenizerConfig(vocab_size=480),
         train=replace(
             base.train,
             steps=3000,
             image_loss_weight=25.0,
-            vocab_chunk=192,
+            vocab_chunk=96,
             ema_decay=0.998,
             checkpoint_every=500,
         ),

@@ -21,6 +21,6 @@ def config() -> Experiment:
         base,
         name="scenes_large",
         model=replace(base.model, layers=8, width=384, heads=8, mlp_width=1024),
-        data=replace(base.data, batch_rows=24),
+        data=replace(base.data, batch_rows=48),
         train=replace(base.train, steps=4500),
     )

@@ -276,6 +276,25 @@ def test_training_noise_is_standard_and_keeps_the_limit():
     np.testing.assert_array_equal(again, t[:7])  # a row's draws do not depend on the rows around it
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.8), (-1.0, 0.3), (0.0, 1.0)])
+def test_logits_of_timesteps_are_normal(mean, std):
+    count = 4000
+    limit = jnp.broadcast_to(jnp.asarray([500, 1000, 1], jnp.int32), (count, 3))
+    config = DiffusionConfig(timesteps="logit_normal", timestep_mean=mean, timestep_std=std)
+    t, _ = draw_training_noise(jax.random.key(0), limit, jnp.zeros((count, 3, 1, 1, 1)), config)
+    assert t.dtype == jnp.int32 and t.min() >= 0 and not t[:, 2].any()
+    for slot, most in enumerate((500, 1000)):
+        share = (np.asarray(t[:, slot]) + 0.5) / most
+        logits = np.sort(np.log(share / (1 - share)))
+        assert abs(logits.mean() - mean) < 5 * std / np.sqrt(count)
+        assert abs(logits.std() - std) < 5 * std / np.sqrt(2 * count)
+        middle = logits[count // 4 : 3 * count // 4]  # the middle half of a normal distribution
+        assert middle[-1] - middle[0] == pytest.approx(2 * 0.6745 * std, rel=0.1)
+    far = DiffusionConfig(timesteps="logit_normal", timestep_mean=50.0)
+    t, _ = draw_training_noise(jax.random.key(0), limit, jnp.zeros((count, 3, 1, 1, 1)), far)
+    np.testing.assert_array_equal(t, limit - 1)
+
+
 def test_each_image_has_its_own_training_noise():
     """Rows, slots and keys draw apart from each other; of 1,000 timesteps, few of 1,600 are drawn
     for all slots alike."""

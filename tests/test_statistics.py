@@ -18,7 +18,8 @@ from flax import nnx
 from transfusion_jax.autoencoder import config as autoencoder_config
 from transfusion_jax.autoencoder.codec import save_codec
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
-from transfusion_jax.config import DataConfig, DiffusionConfig, SourceConfig
+from transfusion_jax.batch import Batch
+from transfusion_jax.config import DataConfig, DiffusionConfig, Experiment, SourceConfig
 from transfusion_jax.data.documents import Document, Image, Text, sequence
 from transfusion_jax.data.packing import pack
 from transfusion_jax.data.pipeline import Data, stack
@@ -99,22 +100,29 @@ def test_noise_is_standard_normal_and_nowhere_the_same(drawn):
         assert_uncorrelated(noise[..., h, 0, 0], t, "noise and timesteps")
 
 
-def test_steps_draw_anew_and_a_seed_repeats():
-    """The image loss of one batch and the same weights, at different steps."""
+def shallow() -> Experiment:
     experiment = tiny.small()
-    experiment = replace(
+    return replace(
         experiment,
         model=replace(experiment.model, layers=1, attention="dense"),
         train=replace(experiment.train, accumulation=1),
     )
-    plan = tiny.planned(experiment)
-    step = compiled_step(plan)
+
+
+def rows_with_an_image(limit: int) -> Batch:
+    """Four of them, one image each, whose timesteps are below the limit."""
     pixels = np.random.default_rng(0).uniform(-1, 1, (4, *tiny.IMAGE.shape)).astype(np.float32)
     rows = []
     for image in pixels:
-        made = sequence(Document((Text([1]), Image(image, 100), Text([2]))), tiny.TOKENIZER, 4)
+        made = sequence(Document((Text([1]), Image(image, limit), Text([2]))), tiny.TOKENIZER, 4)
         rows.append(pack([(made, 0, len(made.tokens))], 48, tiny.IMAGE))
-    batch = jax.tree.map(jnp.asarray, stack(rows))
+    return jax.tree.map(jnp.asarray, stack(rows))
+
+
+def test_steps_draw_anew_and_a_seed_repeats():
+    """The image loss of one batch and the same weights, at different steps."""
+    plan = tiny.planned(shallow())
+    step, batch = compiled_step(plan), rows_with_an_image(100)
 
     def image_loss(n: int) -> float:
         state = tiny.fresh_state(plan, tiny.random_parameters(plan))
@@ -124,6 +132,21 @@ def test_steps_draw_anew_and_a_seed_repeats():
     found = [image_loss(n) for n in (0, 1, 2, 3, 1000)]
     assert len(set(found)) == len(found)
     assert image_loss(1) == found[1]
+
+
+def test_steps_draw_timesteps_as_the_config_says():
+    """Logits far below 0 are the timestep 0, as a limit of 1 is."""
+    uniform = shallow()
+    low = replace(uniform.diffusion, timesteps="logit_normal", timestep_mean=-50.0)
+
+    def image_loss(experiment: Experiment, limit: int) -> float:
+        plan = tiny.planned(experiment)
+        state = tiny.fresh_state(plan, tiny.random_parameters(plan))
+        return float(compiled_step(plan)(state, rows_with_an_image(limit))[1]["image_loss"])
+
+    drawn = image_loss(replace(uniform, diffusion=low), 100)
+    assert drawn == image_loss(uniform, 1)
+    assert drawn != image_loss(uniform, 100)
 
 
 def test_the_seed_draws_the_weights():

@@ -26,6 +26,14 @@ class DiffusionConfig:
     snr_scale: float = 1.0
     """Multiplies the schedule's signal-to-noise ratio (`diffusion/schedule.py`). Below 1 there is
     more noise, for large pictures; above 1 there is less, for pictures of few pixels."""
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """How timesteps are drawn in training: all alike (the paper), or more often where they teach
+    most: a share of their limit whose logit is normal (Esser et al. 2024, arXiv 2403.03206,
+    section 3.1)."""
+    timestep_mean: float = 0.0
+    """Of the logit of `logit_normal`: above 0 there is more noise."""
+    timestep_std: float = 1.0
+    """Its standard deviation: the smaller, the fewer are near 0 or the limit."""
     noise_limit: int = 0
     """Timesteps of an image that something follows, as its caption does, are drawn below this (500
     in Table 8). 0 and T switch it off, as in the controlled setting of section 4.1."""
@@ -37,7 +45,7 @@ class DiffusionConfig:
             f"diffusion.noise_limit={self.noise_limit} must be in 0..diffusion.steps={self.steps}",
         )
 
-        for name in ("snr_scale", "min_snr_gamma"):
+        for name in ("snr_scale", "min_snr_gamma", "timestep_std"):
             value = getattr(self, name)
             require(value > 0, f"diffusion.{name}={value} must be positive")
 

@@ -76,8 +76,11 @@ class Noise(NamedTuple):
     noise_BMhwc: BMhwc
 
 
-def draw_training_noise(key: Array, limit_BM: BM, latents_BMhwc: BMhwc) -> Noise:
-    """Timesteps, uniform in [0, limit), and noise of the latents' shape.
+def draw_training_noise(
+    key: Array, limit_BM: BM, latents_BMhwc: BMhwc, config: DiffusionConfig | None = None
+) -> Noise:
+    """Timesteps in [0, limit), drawn as `config.timesteps` says (uniformly without a config), and
+    noise of the latents' shape.
 
     Row b's draws depend on (key, b) alone, so splitting the batch over devices does not change
     them.
@@ -85,7 +88,17 @@ def draw_training_noise(key: Array, limit_BM: BM, latents_BMhwc: BMhwc) -> Noise
 
     def row(b, limit_M, latents_Mhwc):
         t_key, noise_key = jax.random.split(jax.random.fold_in(key, b))
-        t_M = jax.random.randint(t_key, limit_M.shape, 0, limit_M)
+        t_M = _timesteps(t_key, limit_M, config)
         return t_M, jax.random.normal(noise_key, latents_Mhwc.shape, jnp.float32)
 
     return Noise(*jax.vmap(row)(jnp.arange(limit_BM.shape[0]), limit_BM, latents_BMhwc))
+
+
+def _timesteps(key: Array, limit: Array, config: DiffusionConfig | None) -> Array:
+    """One for each limit."""
+    if config is None or config.timesteps == "uniform":
+        return jax.random.randint(key, limit.shape, 0, limit)
+    normal = jax.random.normal(key, limit.shape, jnp.float32)
+    share = jax.nn.sigmoid(config.timestep_mean + config.timestep_std * normal)
+    t = (share * limit.astype(jnp.float32)).astype(limit.dtype)
+    return jnp.minimum(t, limit - 1)  # the share may have been rounded to 1

@@ -90,7 +90,8 @@ def _gradients(
         return losses.total, losses
 
     key = step_key(settings.seed, step)
-    noise = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc)
+    diffusion = blueprint.experiment.diffusion
+    noise = draw_training_noise(key, batch.image_limit_BM, batch.latents_BMhwc, diffusion)
     trained = without(parameters, blueprint.frozen)
     differentiate = functools.partial(jax.grad(loss, has_aux=True), trained, batch)
     zero = jax.tree.map(jnp.zeros_like, trained), Losses(*jnp.zeros(3))
