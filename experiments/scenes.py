@@ -2,10 +2,9 @@
 
     transfusion-jax train experiments/scenes.py
 
-Hardware: two CPU cores; 7.7e13 FLOPs, twenty minutes of training.
-Expected: captions 90 % (of pairs of colour and kind never seen in training, 50 %), 15 % of prompts
-drawn as asked (single objects 32 %), edits 3 %; with `--train.steps 9000` 94 % (58 %), 35 % (50 %)
-and 16 %. docs/scenes.md has more.
+Hardware: two CPU cores; 7.7e13 FLOPs, nineteen minutes of training.
+Expected: captions 87 % (of pairs of colour and kind never seen in training, 37 %), 25 % of prompts
+drawn as asked (single objects 41 %, colours 51 %), edits 11 %. docs/scenes.md has more.
 """
 
 from dataclasses import replace

@@ -5,7 +5,7 @@
 Hardware: a GPU; 1.8e15 FLOPs, five minutes of training on an H100 that seven small runs shared,
 with `--model.attention dense`.
 Expected: what is asked for drawn in 56 % of prompts (single objects 86 %, colours 95 %), captions
-98 %, edits 55 %: docs/scenes.md.
+98 %, edits 55 %, measured with the earlier settings of scenes.py: docs/scenes.md.
 """
 
 from dataclasses import replace
