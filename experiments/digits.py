@@ -3,9 +3,9 @@
     transfusion-jax train experiments/digits.py
 
 Hardware: two CPU cores, five minutes in all.
-Expected: generation 100 %, captions 98 %; sums of training 100 %, held out 15 to 23 % (the best
-constant answer gives 15 %); comparisons of training 99 %, held out 90 % (a guess between the two
-numbers gives 50 %).
+Expected: generation 99.8 to 100 %, captions 98 %; sums of training 100 %, held out 15 to 23 % (the
+best constant answer gives 15 %); comparisons of training 99 %, held out 90 % (a guess between the
+two numbers gives 50 %).
 """
 
 from transfusion_jax.config import (

@@ -1,6 +1,7 @@
 """`check`: finds what would fail on this machine or pod, before any compile."""
 
 import argparse
+import importlib
 import shlex
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.preflight.judgement import Asked, judge, table
     from transfusion_jax.training.watchdog import AGAIN
 
+    for late in ("sklearn.svm", "transfusion_jax.training.board"):
+        importlib.import_module(late)  # imported where it is needed, which is too late to find out
     with user_input():
         experiment = _joined(arguments)
     directory = arguments.run_dir or Path("runs") / experiment.name

@@ -1,6 +1,7 @@
 """`train`: trains an experiment or resumes it, then evaluates it."""
 
 import argparse
+import importlib
 from pathlib import Path
 
 from transfusion_jax.commands.bad_input import local, user_input
@@ -40,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.training.watchdog import AGAIN, Watch
 
     with Watch() as watch:
+        # Imported late otherwise, after the compilation: what is wrong with it should show now.
+        importlib.import_module("transfusion_jax.training.board")
         with user_input():
             experiment = asked_experiment(arguments)
             check_experiment(experiment)

@@ -29,7 +29,8 @@ class DiffusionConfig:
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
     """How timesteps are drawn in training: all alike (the paper), or more often where they teach
     most: a share of their limit whose logit is normal (Esser et al. 2024, arXiv 2403.03206,
-    section 3.1)."""
+    section 3.1). Then few finished images are almost clean, which `sampler.context_timestep` should
+    allow for."""
     timestep_mean: float = 0.0
     """Of the logit of `logit_normal`: above 0 there is more noise."""
     timestep_std: float = 1.0
