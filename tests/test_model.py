@@ -9,10 +9,12 @@ import numpy as np
 import packings
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from transfusion_jax.config import TABLE_2, Experiment, ImageConfig, ModelConfig, RopeScaling
 from transfusion_jax.model.attention.intervals import Intervals, row_intervals
 from transfusion_jax.model.build import abstract_model, build
+from transfusion_jax.model.layers import product
 from transfusion_jax.model.patches.grid import patchify, unpatchify
 from transfusion_jax.model.patches.linear import LinearPatches
 from transfusion_jax.model.patches.timestep import sinusoid
@@ -178,6 +180,31 @@ def test_rope_turns_pairs_by_the_angles_of_llama():
     turned = pairs * np.exp(1j * angle)
     got = rotate(x, *rotation(position, H, theta, RopeScaling()))
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-4)
+
+
+def test_rope_of_bfloat16_rounds_once():
+    """As in float32, then rounded."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16)).astype(jnp.bfloat16)
+    turns = rotation(jnp.arange(10, dtype=jnp.int32).reshape(2, 5), 16, 100.0, RopeScaling())
+    got = rotate(x, *turns)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, rotate(x.astype(jnp.float32), *turns).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("platform", "dimensions"), [("cpu", 2), ("cuda", 2), ("tpu", 3)])
+def test_products_keep_their_dimensions_on_tpus(platform, dimensions):
+    """There flattening costs copies; elsewhere flat products are faster. Either gives the same."""
+    device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    x, kernel = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 5, 8), (8, 3, 4)])
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.make_jaxpr(product)(x, kernel)
+    (dot,) = (e for e in traced.eqns if e.primitive.name == "dot_general")
+    assert dot.invars[0].aval.ndim == dimensions
+    (got,) = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, x, kernel)
+    np.testing.assert_allclose(got, np.einsum("bld,dnh->blnh", x, kernel), atol=1e-5)
 
 
 def test_attention_depends_on_distances_alone():

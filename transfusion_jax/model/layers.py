@@ -88,9 +88,12 @@ def product(
 
     Done as a product of two matrices: XLA's CPU backend takes twice as long over the gradient of
     the same product with its dimensions kept apart. They are kept apart where positions are
-    sharded, or every device would compute all of them.
+    sharded, or every device would compute all of them, and on TPUs, where XLA would copy arrays to
+    flatten them.
     """
-    if jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    on_tpu = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    if on_tpu or mesh.shape.get("sequence", 1) > 1:
         return jnp.tensordot(x, kernel, contracted, preferred_element_type=dtype)
     lead, tail = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     inner = math.prod(kernel.shape[:contracted])
