@@ -3,8 +3,8 @@
     transfusion-jax train experiments/scenes.py
 
 Hardware: two CPU cores; 4.7e13 FLOPs, nineteen minutes of training.
-Expected: captions 85 % (of pairs of colour and kind never seen in training, 42 %), EXPECTED
-docs/scenes.md has more.
+Expected: captions 85 % (of pairs of colour and kind never seen in training, 42 %), 34 % of prompts
+drawn as asked (single objects 69 %, colours 74 %), edits 13 %. docs/scenes.md has more.
 """
 
 from dataclasses import replace

@@ -3,6 +3,9 @@
 transfusion-jax train experiments/scenes.py
 transfusion-jax export runs/scenes --format safetensors --out exported/scenes
 transfusion-jax train experiments/scenes_edit.py
+
+Hardware: two CPU cores; seven minutes of training.
+Expected: edits 20 % (before, 13), 35 % of prompts drawn as asked, captions 86 %.
 """
 
 from dataclasses import replace
@@ -20,9 +23,10 @@ def config() -> Experiment:
     return replace(
         base,
         name="scenes_edit",
+        # With more edits than this, what follows a picture is an instruction, and captions are lost.
         data=replace(
-            base.data, sources=(SourceConfig("scene_edits", 3.0), SourceConfig("scenes", 1.0))
+            base.data, sources=(SourceConfig("scene_edits", 1.0), SourceConfig("scenes", 1.0))
         ),
         tokenizer=TokenizerConfig(path=f"{SCENES}/tokenizer.model"),
-        train=replace(base.train, steps=750, initial=SCENES, checkpoint_every=250),
+        train=replace(base.train, steps=2000, initial=SCENES, checkpoint_every=500),
     )
