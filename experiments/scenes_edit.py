@@ -23,7 +23,7 @@ def config() -> Experiment:
     return replace(
         base,
         name="scenes_edit",
-        # With more edits than this, what follows a picture is an instruction, and captions are lost.
+        # With more edits, what follows a picture is an instruction, and captions are lost.
         data=replace(
             base.data, sources=(SourceConfig("scene_edits", 1.0), SourceConfig("scenes", 1.0))
         ),
