@@ -27,7 +27,7 @@ def config() -> Experiment:
         base,
         name="scenes",
         image=ImageConfig(height=32, width=32, channels=3, patch=8),
-        # Narrow, for as many pictures as the time allows.
+        # Narrow, for as many steps as the time allows.
         model=replace(
             base.model,
             width=96,

@@ -88,8 +88,8 @@ def product(
 
     Done as a product of two matrices: XLA's CPU backend takes twice as long over the gradient of
     the same product with its dimensions kept apart. They are kept apart where positions are
-    sharded, or every device would compute all of them, and on TPUs, where XLA would copy arrays to
-    flatten them.
+    sharded, or every device would compute all of them, and on a mesh of TPUs, where XLA would copy
+    arrays to flatten them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     on_tpu = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
