@@ -6,7 +6,7 @@
         --tokenizer data/speeches/tokenizer.model
     transfusion-jax train experiments/emoji.py
 
-Hardware: two CPU cores; 8.0e13 FLOPs, some twenty minutes (83 beside other work; not timed alone).
+Hardware: two CPU cores; 8.0e13 FLOPs, 83 minutes beside much other work (not timed alone).
 Expected: held-out text perplexity 84; most emoji can be recognised, and belong to the group that
 was asked for in 62 % of drawings, 5.6 times chance (emoji_groups.py, docs/data.md).
 """
