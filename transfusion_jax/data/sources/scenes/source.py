@@ -67,6 +67,7 @@ class Pair:
     captions: tuple[str, ...]
 
 
+@functools.cache  # to draw one takes longer than all else that is done for it; 54 MiB for "train"
 def example(split: str, index: int, edit_share: float = EDIT_SHARE) -> Pair | Edit:
     """Document `index` of a split; both scenes of an edit belong to the split.
 
