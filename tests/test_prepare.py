@@ -343,6 +343,20 @@ def test_killed_at_any_moment_of_the_start(settings, uninterrupted, tmp_path):
     assert content(out) == content(uninterrupted)
 
 
+def test_pixels_are_prepared_without_jax(inputs, tmp_path):
+    program = (
+        "import sys\n"
+        "from transfusion_jax.commands.main import main\n"
+        "code = main(sys.argv[1:])\n"
+        "assert 'jax' not in sys.modules  # which takes a second to import, in every process\n"
+        "sys.exit(code)\n"
+    )
+    flags = "--height 16 --width 16 --vocab-size 400 --shard-bytes 6700 --reject-limit 0.5".split()
+    command = ["prepare", str(inputs / "photos"), *flags, "--out", str(tmp_path / "out")]
+    run = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("order", [(3, 1, 2), (2, 3, 1)])
 def test_parts_in_any_order_make_what_one_process_makes(settings, uninterrupted, tmp_path, order):
     for i in order:

@@ -29,6 +29,8 @@ from transfusion_jax.preparation.readers.raw import Picture, Raw, Reader, Reject
 from transfusion_jax.preparation.splits import split_of
 
 ENCODED = 64  # pictures in one batch of the autoencoder
+WRITER = "group_size:1,uncompressed,max_parallelism:1"
+"""Options of ArrayRecord: a record is read alone; more threads would take cores from decoding."""
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """Pictures, float32 [n, H, W, C] in [-1, 1], to posteriors, float16 [n, 2, h, w, c], or to codes,
@@ -155,7 +157,7 @@ def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
     """An ArrayRecord writer, closed at the end; raises OSError if the disk is full or fails."""
     writer = None  # the constructor creates the file, and may find the disk full
     try:
-        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        writer = ArrayRecordWriter(str(path), WRITER)
         yield writer
         writer.close()
     except BaseException as error:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from transfusion_jax.config import ImageConfig
-from transfusion_jax.data.packing import plan
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.shards import Shards
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -82,6 +81,8 @@ class Dataset:
         Raises:
           ValueError: no training document has an image; then rows of any length are full.
         """
+        from transfusion_jax.data.packing import plan  # loads JAX, which `prepare` does without
+
         found = self._training_images
         require(found.images > 0, f"{self.path} has no images, so any row length suits it")
         longest = max(text + n * image.span + 2 for n, text in found.longest)

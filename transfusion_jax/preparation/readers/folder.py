@@ -5,6 +5,7 @@ anywhere, and a name may belong to a device that never ends. Only regular files 
 are opened, and only items of a bounded size are read.
 """
 
+import functools
 import os
 import stat
 from dataclasses import dataclass
@@ -68,8 +69,12 @@ class Folder:
         path = os.path.realpath(os.path.join(self.root, name))
         if self.chosen and name == self.chosen:
             return path
-        root = os.path.realpath(self.root)
-        return path if os.path.commonpath([root, path]) == root else None
+        return path if os.path.join(path, "").startswith(self._real_root) else None
+
+    @functools.cached_property
+    def _real_root(self) -> str:
+        """With a separator at its end."""
+        return os.path.join(os.path.realpath(self.root), "")
 
 
 def read_at(file: BinaryIO, begin: int, size: int, max_bytes: int, item: str) -> bytes:

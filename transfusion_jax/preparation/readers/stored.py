@@ -29,7 +29,7 @@ def save_inputs(inputs: Sequence[Input], stamps: dict[str, str], folder: Path) -
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         fields["arrays"] = list(found.arrays)
         fields["columns"] = dataclasses.asdict(found.columns)
-        fields["folder"] = {**vars(found.folder), "root": str(found.folder.root)}
+        fields["folder"] = {**dataclasses.asdict(found.folder), "root": str(found.folder.root)}
         entries.append(fields)
     content = json.dumps({"stamps": stamps, "inputs": entries}, indent=1)
     write_atomic(folder / "inputs.json", content.encode())
