@@ -285,6 +285,7 @@ def test_images_in_a_prompt_are_read(left, experiment, tokenizer):
     assert str in compared(*left, tokenizer, [image])
 
 
+@pytest.mark.long
 def test_a_model_of_text_alone_leaves_without_a_phase_for_images(experiment, tokenizer, tmp_path):
     model = replace(experiment.model, family="llama", image_attention="causal")
     run, out = exported(tmp_path, replace(experiment, model=model), tokenizer)

@@ -422,7 +422,7 @@ def test_query_key_norm_heeds_no_scale_of_queries_and_keys():
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("patch", [2, 4])
+@pytest.mark.parametrize("patch", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_the_work_of_a_unet_is_what_xla_counts(patch):
     """Multiplications of one image, against the FLOPs of the compiled encoder and decoder."""
     widths = (16, 32, 48)[: patch.bit_length()]

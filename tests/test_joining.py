@@ -136,7 +136,7 @@ def say_who(settings: list[dict[str, str]]) -> list:
 @pytest.mark.parametrize(
     "place",
     [
-        on_gke_in_slices,
+        pytest.param(on_gke_in_slices, marks=pytest.mark.long),
         on_tpu_vms,
         pytest.param(on_gke, marks=pytest.mark.slow),
         pytest.param(on_tpu_vms_in_slices, marks=pytest.mark.slow),
