@@ -72,8 +72,8 @@ class Core:
 
 CORES = {"v5e": Core(1, 4, 128, 1), "v5p": Core(2, 4, 128, 1), "v6e": Core(1, 2, 256, 2)}
 """With clocks of 1.5, 1.75 and 1.75 GHz this is the published peak of the chips."""
-SLOTS = "MXU XLU VALU VPOP EUP VLOAD VLOAD:FILL VSTORE VSTORE:SPILL SALU".split()
-"""Of a bundle; fills and spills are among the loads and stores."""
+MATRIX_SLOTS = {"MXU", "MATMUL", "MATPUSH"}
+"""Slots of a bundle for the matrix units, by versions of libtpu."""
 PRODUCTS = {"": 2, "_dq": 3, "_dkv": 4, "_dqkv": 5}
 """Products of each kernel, per score, of H multiplications and additions."""
 LENGTH = 4096
@@ -91,7 +91,8 @@ class Part:
     busy: float
     """Cycles in which a matrix unit is busy, mean of all."""
     full: dict[str, float]
-    """Cycles that a kind of slot is used for, if all of its kind are."""
+    """Cycles that a kind of slot is used for, if all of its kind are. Fills and spills are among
+    the loads and stores."""
 
 
 def parts(bundles: str, utilisation: str, core: Core) -> list[Part]:
@@ -103,8 +104,10 @@ def parts(bundles: str, utilisation: str, core: Core) -> list[Part]:
                 marks.append((len(units), found[2]))
             units.append(re.findall(r"vmatmul\.(\S*)\.mxu(\d)", line))
     lines = utilisation.splitlines()
-    capacity = list(map(int, lines[lines.index("== UTILIZATION:") - 1].split()))
-    used = [list(map(int, x.split())) for x in lines[lines.index("== UTILIZATION:") + 1 :] if x]
+    at = lines.index("== UTILIZATION:")
+    slots = lines[at - 2].split(", ")
+    capacity = list(map(int, lines[at - 1].split()))
+    used = [list(map(int, x.split())) for x in lines[at + 1 :] if x]
     if len(used) != len(units):
         raise ValueError(f"{len(units)} bundles, and the slots of {len(used)}")
     result = []
@@ -115,7 +118,7 @@ def parts(bundles: str, utilisation: str, core: Core) -> list[Part]:
             for bundle in units[begin:end]
         ]
         busy = sum(time for bundle in products for _, time in bundle) / core.units
-        full = dict(zip(SLOTS, map(float, total), strict=True))
+        full = dict(zip(slots, map(float, total), strict=True))
         result.append(Part(mark, end - begin, waited(products), busy, full))
     return result
 
@@ -276,7 +279,8 @@ def compiled(args: argparse.Namespace, block: str) -> dict[str, Kernel] | str:
 def print_kernels(block: str, kernels: dict[str, Kernel]) -> None:
     for name, kernel in kernels.items():
         full = kernel.full
-        slot, cycles = max(list(full.full.items())[1:], key=lambda item: item[1])
+        others = [(slot, x) for slot, x in full.full.items() if slot not in MATRIX_SLOTS]
+        slot, cycles = max(others, key=lambda item: item[1])
         print(
             f"{block:13} {name[1:] or 'forward':7} {full.cycles:6} {kernel.masked.cycles:6}"
             f" {kernel.step:5} {kernel.first:5} {kernel.last:5}"
