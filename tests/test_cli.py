@@ -1,6 +1,7 @@
 """Bad input: one clear line, exit code 2, nothing written. In this process, for speed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from transfusion_jax.commands.experiments import load_experiment
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import stored as stored_config
+from transfusion_jax.files import write_json
 from transfusion_jax.images import read_image, write_image
 
 DIGITS = str(Path(__file__).parent.parent / "experiments" / "digits.py")
@@ -187,12 +189,13 @@ RUN = "{}"
         ("evaluate {} --max-rows some", "--max-rows some must be"),
         ("evaluate {} --out {}", "is a directory, not a file"),
         ("evaluate {} --out {}/none/x.json", "none is not a directory"),
+        ("evaluate {} --out {}/pipe", "pipe is not a regular file"),
         ("evaluate {} --seed 3", "unknown arguments: --seed 3"),
         (f"evaluate {'x' * 300}", "File name too long"),
         ("train", "name an experiment file (see transfusion-jax train --help)"),
         ("inspect", "name an experiment file (see transfusion-jax inspect --help)"),
         (f"inspect {DIGITS} --row -1", "--row -1 must be in"),
-        (f"inspect {DIGITS} --row {10**30}", "must be in"),
+        (f"inspect {DIGITS} --row {10**15}", "must be in 0..10^15 - 1"),
         (f"inspect {DIGITS} --out {{}}/x.txt", "x.txt must end in one of"),
         (f"inspect {DIGITS} --out {{}}/none/x.png", "none is not a directory"),
         (f"inspect {DIGITS} --out {{}}", "is a directory, not a file"),
@@ -233,8 +236,17 @@ RUN = "{}"
 def test_bad_input_of_every_command(capsys, tmp_path, monkeypatch, line, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
     assert message in fails(capsys, *(word.replace(RUN, str(tmp_path)) for word in line.split()))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_is_written_through_a_link_stays_behind_it(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_json(tmp_path / "link", 1)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "1\n"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_images_survive_a_file_and_are_cropped_and_resized(tmp_path):

@@ -17,6 +17,7 @@ from transfusion_jax.config import (
     ImageConfig,
     OptimizerConfig,
     SamplerConfig,
+    SourceConfig,
     TrainConfig,
     paper,
 )
@@ -161,10 +162,25 @@ def test_what_is_not_finite_is_refused(name, value):
         SamplerConfig(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["guidance", "clip", "temperature", "image_temperature"])
+@pytest.mark.parametrize("value", [1e-45, 1e300])
+def test_what_float32_cannot_compute_with_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"sampler.{name}=.* must be 0 or in 1e-06..1e"):
+        SamplerConfig(**{name: value})
+
+
+def test_a_source_is_named_once():
+    with pytest.raises(ValueError, match="data.sources names 'data/a' twice"):
+        DataConfig(
+            sources=(SourceConfig("data/a"), SourceConfig("data/b"), SourceConfig("data/a/"))
+        )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--optimizer.learning-rate", "inf"],
+        ["--sampler.max-tokens", "3000000000"],
         ["--optimizer.epsilon", "inf"],
         ["--train.image-loss-weight", "inf"],
         ["--data.sources.0.weight", "inf"],

@@ -99,6 +99,11 @@ def next_logits(engine, rows):
     return model.logits(rows.hidden_BD[:, None])[:, 0]
 
 
+def test_a_prompt_that_is_no_unicode_is_refused(engine):
+    with pytest.raises(ValueError, match=r"a text is not valid UTF-8: 'a\\udcff'"):
+        engine.check([("a\udcff",)])
+
+
 def test_an_image_in_the_prompt_is_seen_as_in_training(engine, experiment):
     image = np.random.default_rng(0).uniform(-1, 1, experiment.image.shape).astype(np.float32)
     got = next_logits(engine, prefilled(engine, [(image, "the digit")]))[0]

@@ -29,7 +29,7 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.dataset import open_dataset
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
-from transfusion_jax.preparation import shards
+from transfusion_jax.preparation import directory, shards
 from transfusion_jax.preparation.encoder import encoder_of
 from transfusion_jax.preparation.ledger import ShardLedger, add_up, index_entries
 from transfusion_jax.preparation.prepare import Preparation, PreparationFailed, parse_part, prepare
@@ -278,6 +278,27 @@ def test_ledgers_add_up(tmp_path):
     index = np.concatenate(list(index_entries(tmp_path / str(k) for k in range(3))))
     assert index[:, 0].tolist() == [*range(10)] * 3 and index[:, 1].tolist()[::10] == [0, 1, 2]
     assert len(got.rejections) == 18 and sum(bool(content) for *_, content in got.rejections) == 5
+
+
+def test_names_of_files_may_be_no_unicode(inputs, tmp_path):
+    """As where they were written in Latin-1."""
+    folder = tmp_path / "\udce9"
+    folder.mkdir()
+    (folder / "caf\udce9.jsonl").write_text('{"text": "one"}\n{"file": "gone.jpg", "caption": "b"}')
+    (folder / "1.jpg").write_bytes((inputs / "photos" / "1.jpg").read_bytes())
+    (folder / "1.txt").write_text("a picture")
+    settings = Preparation((str(folder),), height=16, width=16, vocab_size=400, reject_limit=0.5)
+    run(settings, tmp_path / "out")
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())["total"]
+    assert (ledger["items"], ledger["written"], ledger["rejected"]) == (3, 2, 1)
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        run(settings, tmp_path / "\udcff")
+
+
+def test_what_is_inside_an_input_is_no_place_for_its_data(tmp_path):
+    for root in ("/", str(tmp_path)):
+        with pytest.raises(ValueError, match="is inside the input"):
+            directory.check_out(tmp_path / "out", (root,))
 
 
 def test_the_held_out_split_follows_content_not_order_or_names(tmp_path):

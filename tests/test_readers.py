@@ -85,6 +85,7 @@ def test_captions_of_one_picture_are_merged_wherever_they_stand(tmp_path):
         {"file": "\0.png", "caption": "six"},
         [1],
         {"file": "\ud800.png", "caption": "seven"},
+        {"file": "a.png/", "caption": "eight"},
     )
     reader = the_reader(tmp_path)
     assert items(reader) == [
@@ -98,9 +99,10 @@ def test_captions_of_one_picture_are_merged_wherever_they_stand(tmp_path):
         "missing file",
         "not a document",
         "missing file",
+        "missing file",
     ]
     (found,) = find_inputs(str(tmp_path), PLAIN, MAX_BYTES)
-    assert found.missing == (3, ("\0.png", "gone.png", "\ud800.png"))
+    assert found.missing == (4, ("\0.png", "a.png/", "gone.png", "\ud800.png"))
 
 
 def test_json_lines_of_every_kind(tmp_path):

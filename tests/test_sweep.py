@@ -14,7 +14,7 @@ from test_cli import fails
 from test_end_to_end import EXPERIMENT, wait_for_step
 
 from transfusion_jax.commands import sweep as sweep_command
-from transfusion_jax.commands.experiments import load_sweep
+from transfusion_jax.commands.experiments import load_experiment, load_sweep
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import stored
 from transfusion_jax.evaluation.summary import trained_flops
@@ -192,6 +192,36 @@ def test_overrides_hold_for_every_point(place):
         (place.path / f"{name}.json").write_text(stored.dumps(experiment))
     assert main(("sweep", "three.py", "--train.steps", "7", "--data.batch-rows", "4")) == 0
     assert place.started() == [f"{name} --train.steps 7 --data.batch-rows 4" for name in "abc"]
+
+
+def test_points_that_overrides_make_one_are_refused(place, capsys):
+    rate = ("--optimizer.learning-rate", "1e-3")
+    assert main(("sweep", "three.py", *rate)) == 2
+    expected = "a and c are one experiment with --optimizer.learning-rate 1e-3"
+    assert capsys.readouterr().err == f"error: {expected}\n"
+    assert place.started() == []
+
+
+def test_a_folder_may_have_a_colon_in_its_name(place):
+    folder = place.path / "a:b"
+    folder.mkdir()
+    (folder / "three.py").write_text(SWEEP)
+    assert load_experiment("a:b/three.py:b").model.layers == 2
+    assert load_experiment("a:b/three.py").name == load_experiment("three.py").name
+    with pytest.raises(ValueError, match="there is no experiment file a:b/none.py"):
+        load_experiment("a:b/none.py")
+
+
+@pytest.mark.parametrize("content", ["3", "[]", "{}", "null"])
+def test_a_summary_without_numbers_is_named(place, capsys, content):
+    assert main(("sweep", "three.py", "--only", "a")) == 0
+    file = Path("runs", "three", "a", "summary.json")
+    file.write_text(content)
+    assert main(("sweep", "three.py", "--table")) == 2
+    assert capsys.readouterr().err == f"error: {file} holds no numbers of a run\n"
+    (file.parent / "config.json").write_bytes(b"\xff")
+    assert main(("sweep", "three.py", "--table")) == 2
+    assert "a/config.json does not hold an experiment" in capsys.readouterr().err
 
 
 def test_another_sampler_evaluates_again_and_keeps_no_number_of_the_one_before(place, capsys):

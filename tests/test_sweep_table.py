@@ -13,7 +13,7 @@ from PIL import Image
 from transfusion_jax.config import Experiment, SourceConfig, stored
 from transfusion_jax.sweeps.figure import draw
 from transfusion_jax.sweeps.points import Point, changes, make_points, varying, written
-from transfusion_jax.sweeps.table import as_csv, as_markdown, groups, make_rows, markdown
+from transfusion_jax.sweeps.table import as_csv, as_markdown, groups, make_rows, markdown, title
 
 
 def named(base: Experiment, name: str, seed: int = 0, **model) -> Experiment:
@@ -153,7 +153,8 @@ def test_numbers_of_another_sampler_are_not_those_of_the_point(points):
 
 
 def test_a_bar_in_a_cell_does_not_end_it():
-    assert markdown({"a": ["x|y"], "b": [1]}).splitlines()[-1] == r"| x\|y | 1 |"
+    head, _, row = markdown({"a|b": ["x|y"], "b": [1]}).splitlines()
+    assert (head, row) == (r"| a\|b | b |", r"| x\|y | 1 |")
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -193,6 +194,20 @@ def test_seeds_are_named_by_what_their_names_have_in_common(points, monkeypatch,
     named = [replace(row, name=f"wide_{i}") for i, row in enumerate(rows)]
     draw(named, tmp_path / "x.png")
     assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == ["wide"]
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (("seed_10", "seed_11"), "seed"),
+        (("wide_256_10", "wide_256_12"), "wide_256"),
+        (("128_a", "128_b"), "128"),
+        (("a", "b"), "a"),
+    ],
+)
+def test_a_title_does_not_end_within_a_number(points, names, shared):
+    rows = make_rows(points[:2], {})
+    assert title([replace(row, name=n) for row, n in zip(rows, names, strict=True)]) == shared
 
 
 def test_metrics_are_drawn_over_flops_where_these_vary(points, monkeypatch, tmp_path):

@@ -36,7 +36,9 @@ def temporary_of(path: Path) -> Path:
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to; on success it is synced to disk and renamed to `path`,
-    else removed."""
+    or to what `path` leads to if it is a link, else removed."""
+    if path.is_symlink():
+        path = path.resolve()
     temporary = temporary_of(path)
     try:
         yield temporary

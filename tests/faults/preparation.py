@@ -90,8 +90,8 @@ FAULTS = (
     Fault(
         "files of a neighbouring folder read",
         "preparation/readers/folder.py",
-        "os.path.commonpath([root, path]) == root",
-        "path.startswith(root)",
+        'os.path.join(path, "").startswith(self._real_root)',
+        'path.startswith(self._real_root.rstrip("/"))',
         "untrusted_inputs",
     ),
     Fault(

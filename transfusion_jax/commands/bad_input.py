@@ -32,6 +32,8 @@ def check_file(flag: str, path: Path | None) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a directory, not a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{flag} {path} is not a regular file")
     if not path.parent.is_dir():
         raise ValueError(f"{flag} {path}: {path.parent} is not a directory")
 

@@ -8,7 +8,7 @@ import re
 import runpy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transfusion_jax.config import Experiment
@@ -43,7 +43,7 @@ def load_experiment(spec: str, overrides: Sequence[str] = (), kind: type = Exper
     Raises:
       ValueError: the file, the point or an override is wrong, or the experiment is of another kind.
     """
-    path, _, point = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
+    path, _, point = (spec, "", "") if os.path.exists(spec) else _parts(spec)
     local_path(spec)  # of a URL, what stands before the colon is no path
     names = _names(path)
     if point:
@@ -55,6 +55,12 @@ def load_experiment(spec: str, overrides: Sequence[str] = (), kind: type = Exper
         found = _call(path, names, "config")
     _check_kind(path, "sweep" if point else "config", found, kind)
     return override(found, overrides)
+
+
+def _parts(spec: str) -> tuple[str, str, str]:
+    """FILE:NAME in its parts; a folder may have a colon in its name."""
+    path, colon, point = spec.rpartition(":")
+    return (path, colon, point) if colon and "/" not in point else (spec, "", "")
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,12 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
     experiments = tuple(override(point, overrides) for point in points.values())
     if [experiment.name for experiment in experiments] != list(points):
         raise ValueError("--name cannot be set for the points of a sweep: each has its own")
+    first: dict[Experiment, str] = {}
+    for experiment in experiments:
+        same = first.setdefault(replace(experiment, name=""), experiment.name)
+        if same != experiment.name:
+            how = f" with {' '.join(overrides)}" if overrides else ""
+            raise ValueError(f"{same} and {experiment.name} are one experiment{how}")
     return Sweep(experiments, published)
 
 

@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     with user_input():
         experiment = asked_experiment(arguments)
-        if not 0 <= arguments.row < 2**63:
-            raise ValueError(f"--row {arguments.row} must be in 0..2^63 - 1")
+        if not 0 <= arguments.row < 10**15:
+            raise ValueError(f"--row {arguments.row} must be in 0..10^15 - 1")
         out = arguments.out or Path(f"{experiment.name}_row_{arguments.row}.png")
         check_file("--out", out)
         check_format(out)

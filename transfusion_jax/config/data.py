@@ -1,5 +1,6 @@
 """What is trained on: sources, their weights, and the rows that their documents are packed into."""
 
+import os
 from dataclasses import dataclass
 
 from transfusion_jax.errors import require
@@ -67,6 +68,11 @@ class DataConfig:
 
     def __post_init__(self):
         require(len(self.sources) > 0, "data.sources must name at least one source")
+        names = [os.path.normpath(source.name) for source in self.sources]
+        for name in names:
+            require(
+                names.count(name) == 1, f"data.sources names {name!r} twice: give it one weight"
+            )
         self._check_weights()
         require(self.max_epochs > 0, f"data.max_epochs={self.max_epochs} must be positive")
         require(

@@ -6,6 +6,10 @@ from typing import Literal
 
 from transfusion_jax.errors import require
 
+LEAST, MOST = 1e-6, 1e6
+"""Of settings of the sampler that are not 0; float32 computes with such numbers."""
+MOST_TOKENS = 1 << 20
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:
@@ -87,4 +91,12 @@ class SamplerConfig:
             value = getattr(self, name)
             require(math.isfinite(value), f"sampler.{name}={value} must be a finite number")
             require(value >= 0, f"sampler.{name}={value} must not be negative")
+            require(
+                value == 0 or LEAST <= value <= MOST,
+                f"sampler.{name}={value} must be 0 or in {LEAST:g}..{MOST:g}",
+            )
         require(self.max_tokens > 0, f"sampler.max_tokens={self.max_tokens} must be positive")
+        require(
+            self.max_tokens <= MOST_TOKENS,
+            f"sampler.max_tokens={self.max_tokens} must be at most {MOST_TOKENS:,}",
+        )

@@ -30,7 +30,7 @@ def dumps(experiment: Experiment) -> str:
 
 
 def loads(
-    text: str,
+    text: str | bytes,
     name: str,
     kind: type = Experiment,
     report: Callable[[str], None] | None = None,

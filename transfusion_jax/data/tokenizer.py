@@ -30,8 +30,11 @@ class Tokenizer:
         return Tokenizer, (self.model,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without BOS and EOS."""
-        return self._processor.encode(text)
+        """Ids of `text`, without BOS and EOS; raises ValueError if it cannot be UTF-8."""
+        try:
+            return self._processor.encode(text)
+        except RuntimeError as error:
+            raise ValueError(f"a text is not valid UTF-8: {ascii(text[:80])}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; the image marks are left out."""

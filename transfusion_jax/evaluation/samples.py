@@ -21,7 +21,8 @@ def sampler(experiment: Experiment, directory: Path, mesh: Mesh, report: Report)
     """What answers `train.sample_prompts` every `train.sample_every` steps, on the run's devices.
 
     The answer to prompt n is the text `samples/n`, in which `[image]` stands for each picture, and
-    the pictures `samples/n/0`, `samples/n/1`, ... It is what `generate` answers to these prompts.
+    the pictures `samples/n/0`, `samples/n/1`, ... The prompts are one batch of the engine, and row
+    n has random draws of its own, so only the first answer is what `generate` gives alone.
 
     Raises:
       ValueError: a prompt is longer than a row.

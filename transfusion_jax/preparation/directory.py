@@ -19,10 +19,16 @@ LOCK = ".lock"
 
 def check_out(out: Path, inputs: tuple[str, ...]) -> None:
     """Raises ValueError for a directory that is not one of ours, or that is inside an input."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:  # ArrayRecord cannot write there
+        raise ValueError(
+            f"{ascii(str(out))} is not UTF-8, as the path of a data set must be"
+        ) from error
     require(not out.exists() or out.is_dir(), f"{out} is a file, not a directory")
     for path in inputs:
         place = os.path.realpath(path)
-        inside = os.path.isdir(place) and os.path.realpath(out).startswith(place + os.sep)
+        inside = os.path.isdir(place) and os.path.realpath(out).startswith(os.path.join(place, ""))
         require(not inside, f"{out} is inside the input {path}, and would be read as a part of it")
     ours = (out / "identity.json").exists() or (out / "dataset.json").exists()
     if out.exists() and not ours:

@@ -73,7 +73,8 @@ class ShardLedger:
                 for name in COUNTERS
             },
         }
-        write_atomic(path, msgpack.packb(packed))
+        # Names of inputs may be invalid Unicode.
+        write_atomic(path, msgpack.packb(packed, unicode_errors="surrogatepass"))
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ class Totals:
         return sum(shard["documents"] for shard in self.shards)
 
 
+def _load(path: Path) -> dict[str, Any]:
+    return msgpack.unpackb(path.read_bytes(), unicode_errors="surrogatepass")
+
+
 def add_up(paths: Iterable[Path]) -> Totals:
     """Reads the ledgers of the shards, in their order, one at a time."""
     by_input: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
@@ -100,7 +105,7 @@ def add_up(paths: Iterable[Path]) -> Totals:
     rejections = []
     kept = Counter()
     for path in paths:
-        shard = msgpack.unpackb(path.read_bytes())
+        shard = _load(path)
         for name in COUNTERS:
             for source, reason, n in shard[name]:
                 by_input[source][name][reason] += n
@@ -115,7 +120,7 @@ def add_up(paths: Iterable[Path]) -> Totals:
 def index_entries(paths: Iterable[Path]) -> Iterator[np.ndarray]:
     """The index of every shard, in their order: int32 [documents, 3] of text, images and split."""
     for path in paths:
-        yield np.frombuffer(msgpack.unpackb(path.read_bytes())["index"], "<i4").reshape(-1, 3)
+        yield np.frombuffer(_load(path)["index"], "<i4").reshape(-1, 3)
 
 
 def _ledger(by_input: dict[str, dict[str, Counter]]) -> dict[str, Any]:

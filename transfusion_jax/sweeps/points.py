@@ -37,12 +37,14 @@ class Point:
         if not file.exists():
             return None
         config = self.directory / CONFIG
-        if loads(config.read_text(), str(config)).sampler != self.experiment.sampler:
+        if loads(config.read_bytes(), str(config)).sampler != self.experiment.sampler:
             return None
         try:
-            return json.loads(file.read_text())
+            summary = json.loads(file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
+        require(isinstance(summary, dict) and summary, f"{file} holds no numbers of a run")
+        return summary
 
     def status(self) -> str:
         if self.summary() is not None:

@@ -93,7 +93,10 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def title(rows: Sequence[Row]) -> str:
     """What the names of points that differ in their seed only have in common."""
     names = [row.name for row in rows]
-    return os.path.commonprefix(names).rstrip("_-. ") or names[0]
+    shared = os.path.commonprefix(names)
+    if any(name[len(shared) :][:1].isdigit() for name in names):  # of 10 and 11 not the 1
+        shared = shared.rstrip("0123456789")
+    return shared.rstrip("_-. ") or names[0]
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -168,7 +171,7 @@ def _spread(values: Sequence[float]) -> str | None:
 def markdown(columns: Columns) -> str:
     """A Markdown table whose columns are aligned in plain text as well."""
     cells = [
-        [title, *(shown(value).replace("|", "\\|") for value in values)]
+        [shown(value).replace("|", "\\|") for value in (title, *values)]
         for title, values in columns.items()
     ]
     widths = [max(map(len, column)) for column in cells]

@@ -22,7 +22,7 @@ def check_owner(experiment: Any, directory: Path) -> None:
     """
     stored = directory / CONFIG
     if stored.exists():
-        earlier = loads(stored.read_text(), str(stored), type(experiment))
+        earlier = loads(stored.read_bytes(), str(stored), type(experiment))
         if changed := differences(earlier, experiment):
             raise ValueError(
                 f"{directory} holds a run of another config; what differs: {'; '.join(changed)}"

@@ -66,6 +66,8 @@ class Folder:
 
     def _locate(self, name: str) -> str | None:
         """The real path of a file; None if it is outside the folder."""
+        if name.endswith(os.sep):
+            raise NotADirectoryError(name)
         path = os.path.realpath(os.path.join(self.root, name))
         if self.chosen and name == self.chosen:
             return path
