@@ -192,4 +192,11 @@ FAULTS = (
         "document",
         "data",
     ),
+    Fault(
+        "a source named twice",
+        "config/data.py",
+        "names.count(name) == 1",
+        "True",
+        "config::test_a_source_is_named_once",
+    ),
 )

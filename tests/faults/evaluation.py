@@ -303,4 +303,18 @@ FAULTS = (
         "    return override(found, ())",
         "cli",
     ),
+    Fault(
+        "an output instead of a pipe",
+        "commands/bad_input.py",
+        "if path.exists() and not path.is_file():",
+        "if False:",
+        "cli",
+    ),
+    Fault(
+        "an output instead of a link",
+        "files.py",
+        "if path.is_symlink():",
+        "if False:",
+        "cli",
+    ),
 )

@@ -143,4 +143,18 @@ FAULTS = (
         "return range(int(self.bounds[k]), int(self.bounds[k + 1]) - 1)",
         "prepare",
     ),
+    Fault(
+        "a name that is no Unicode in a ledger",
+        "preparation/ledger.py",
+        ', unicode_errors="surrogatepass"))',
+        "))",
+        "prepare::test_names_of_files_may_be_no_unicode",
+    ),
+    Fault(
+        "data inside the root of all inputs",
+        "preparation/directory.py",
+        'startswith(os.path.join(place, ""))',
+        "startswith(place + os.sep)",
+        "prepare::test_what_is_inside_an_input_is_no_place_for_its_data",
+    ),
 )

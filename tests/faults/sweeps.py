@@ -120,4 +120,18 @@ FAULTS = (
         "",
         "sweep::test_flops_of_a_run_are_those_of_all_its_steps",
     ),
+    Fault(
+        "one experiment twice",
+        "commands/experiments.py",
+        "if same != experiment.name:",
+        "if False:",
+        "sweep::test_points_that_overrides_make_one_are_refused",
+    ),
+    Fault(
+        "a title that ends within a number",
+        "sweeps/table.py",
+        'shared = shared.rstrip("0123456789")',
+        "pass",
+        "sweep_table::test_a_title_does_not_end_within_a_number",
+    ),
 )
