@@ -9,7 +9,7 @@ from transfusion_jax.data.mixture import Mixture, first_step
 
 def mixture(weights, phases=(), steps=100, batch_rows=8) -> Mixture:
     """Phases are (start, weights)."""
-    sources = tuple(SourceConfig("synthetic", weight) for weight in weights)
+    sources = tuple(SourceConfig(f"source_{i}", weight) for i, weight in enumerate(weights))
     phases = tuple(PhaseConfig(start, tuple(later)) for start, later in phases)
     return Mixture(DataConfig(sources=sources, phases=phases, batch_rows=batch_rows), steps)
 
