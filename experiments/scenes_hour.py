@@ -1,0 +1,26 @@
+"""Scenes for an hour on two cores: wider than scenes.py, with two and a half times the steps.
+
+    transfusion-jax train experiments/scenes_hour.py
+
+Hardware: two CPU cores; 2.0e14 FLOPs. 106 minutes of training beside other work; a step takes
+0.184 s at best, so about fifty minutes alone.
+Expected: what is asked for drawn in 68 % of prompts (single objects 96 %, colours 97 %), in 82 % of
+those with pairs of colour and kind never seen in training, captions 95 %, edits 66 %:
+docs/scenes.md.
+"""
+
+from dataclasses import replace
+
+from scenes import config as scenes
+
+from transfusion_jax.config import Experiment
+
+
+def config() -> Experiment:
+    base = scenes()
+    return replace(
+        base,
+        name="scenes_hour",
+        model=replace(base.model, width=128, mlp_width=384),
+        train=replace(base.train, steps=16_000),
+    )
