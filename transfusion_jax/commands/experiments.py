@@ -43,7 +43,7 @@ def load_experiment(spec: str, overrides: Sequence[str] = (), kind: type = Exper
     Raises:
       ValueError: the file, the point or an override is wrong, or the experiment is of another kind.
     """
-    path, _, point = (spec, "", "") if os.path.exists(spec) else _parts(spec)
+    path, point = (spec, "") if os.path.exists(spec) else _parts(spec)
     local_path(spec)  # of a URL, what stands before the colon is no path
     names = _names(path)
     if point:
@@ -57,10 +57,10 @@ def load_experiment(spec: str, overrides: Sequence[str] = (), kind: type = Exper
     return override(found, overrides)
 
 
-def _parts(spec: str) -> tuple[str, str, str]:
-    """FILE:NAME in its parts; a folder may have a colon in its name."""
+def _parts(spec: str) -> tuple[str, str]:
+    """The file, and the point of FILE:NAME; a folder may have a colon in its name."""
     path, colon, point = spec.rpartition(":")
-    return (path, colon, point) if colon and "/" not in point else (spec, "", "")
+    return (path, point) if colon and "/" not in point else (spec, "")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
     """The points of a file's sweep, overrides applied to each.
 
     Raises:
-      ValueError: the file, a point or an override is wrong.
+      ValueError: the file, a point or an override is wrong, or two points are one experiment.
     """
     names = _names(path)
     points = _points(path, names)

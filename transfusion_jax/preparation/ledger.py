@@ -94,6 +94,7 @@ class Totals:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """What `ShardLedger.save` wrote."""
     return msgpack.unpackb(path.read_bytes(), unicode_errors="surrogatepass")
 
 
