@@ -26,6 +26,7 @@ import re
 import struct
 import sys
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -160,13 +161,13 @@ class Model:
             taken_over = (3, 4) if name == "decode" else ()  # the cache, of which it gives the next
             setattr(self, name, jax.jit(exported.call, donate_argnums=taken_over))
 
-    def cache(self, length: int):
+    def cache(self, length: int) -> tuple:
         """An empty cache for a row of so many positions."""
         length = max(length, self.about["least_capacity"])
         shape = (self.about["layers"], 1, length, *self.about["cache"])
         return tuple(jnp.zeros(shape, self.about["dtype"]) for _ in "kv")
 
-    def read(self, tokens: list[int], images: list[np.ndarray], cache):
+    def read(self, tokens: list[int], images: list[np.ndarray], cache: Sequence) -> tuple:
         """A document, at each BOI of which one of the images [h, w, c] follows: the logits at its
         end, its length, and the cache that holds it."""
         about, ids, starts = self.about, [], []
@@ -192,7 +193,15 @@ class Model:
             return [0] * self.about["patches"]
         return (self.about["vocabulary"] + image_hwc.reshape(-1).astype(int)).tolist()
 
-    def generate(self, prompt, images=(), seed=0, row=0, draw=False, **asked):
+    def generate(
+        self,
+        prompt: Sequence[int],
+        images: Sequence[np.ndarray] = (),
+        seed: int = 0,
+        row: int = 0,
+        draw: bool = False,
+        **asked: float,
+    ) -> Iterator[str | np.ndarray]:
         """Continues a document of text ids and images; yields texts and images [h, w, c].
 
         Args:
@@ -232,7 +241,7 @@ class Model:
                 length += about["patches"]
                 logits, length, cache = self._add(about["eoi"], length, cache)
 
-    def denoised(self, context, key, about: dict):
+    def denoised(self, context: tuple, key: jax.Array, about: dict) -> tuple:
         """An image [h, w, c] after a context (logits, length and cache) that ends in BOI; and the
         cache that holds it, as what follows is to see it."""
 
@@ -252,7 +261,7 @@ class Model:
         _, *cache = predict(x, about["context_timestep"], *context)
         return np.asarray(x[0]), cache
 
-    def write_codes(self, context, key, about: dict):
+    def write_codes(self, context: tuple, key: jax.Array, about: dict) -> tuple:
         """As `denoised`, where an image is codes, written one after another."""
         contexts, codes = self._contrasted(context, about), []
         for i in range(about["patches"]):
