@@ -61,7 +61,7 @@ def config(data: str = DATA) -> Experiment:
             kind="ddim",
             steps=50,
             guidance=2.0,
-            clip=1.0,
+            clip=1.0 if dataset.stored == "pixels" else SamplerConfig.clip,
             context_timestep=10,
             max_tokens=image.span + 64,
         ),

@@ -235,11 +235,11 @@ def prepared(tmp_path) -> Path:
     return target
 
 
-def test_prepared_data_is_told_apart_and_damage_is_found(experiment, prepared):
+def test_prepared_data_is_told_apart_and_damage_is_found(experiment, prepared, tmp_path):
     def found() -> dict[str, str]:
         sources = (SourceConfig("digits"), SourceConfig(str(prepared)))
         asked = replace(experiment, data=replace(experiment.data, sources=sources))
-        facts = data_facts(asked)
+        facts = data_facts(asked, tmp_path)
         assert facts["digits"] == {"digest": "built in"}
         return facts[str(prepared)]
 
@@ -259,12 +259,32 @@ def test_prepared_data_is_told_apart_and_damage_is_found(experiment, prepared):
         open_dataset(prepared)
 
 
+def test_sources_that_do_not_fit_together_are_a_problem(experiment, prepared, tmp_path):
+    def problem(*names: Path | str, **model) -> str | None:
+        sources = tuple(SourceConfig(str(name)) for name in names)
+        asked = replace(
+            experiment,
+            data=replace(experiment.data, sources=sources),
+            model=replace(experiment.model, **model),
+        )
+        facts = data_facts(asked, tmp_path / "run")
+        return facts[str(names[0])].get("problem")
+
+    assert problem(prepared) is None
+    assert "more than model.vocab_size=8" in problem(prepared, vocab_size=8)
+    again = tmp_path / "again"
+    (tmp_path / "others.txt").write_text("words of another kind " * 50)
+    inputs = (str(tmp_path / "others.txt"),)
+    prepare(Preparation(inputs=inputs), again, None, False, 1, lambda line: None)
+    assert "were prepared with different tokenizers" in problem(prepared, again)
+
+
 def test_a_tokenizer_that_is_missing_is_a_problem(experiment, tmp_path):
     path = str(tmp_path / "x.model")
     asked = replace(experiment, tokenizer=TokenizerConfig(path=path))
-    assert path in data_facts(asked)[path]["problem"]
+    assert path in data_facts(asked, tmp_path)[path]["problem"]
     Path(path).write_text("x")
-    assert data_facts(asked)[path]["digest"].startswith("2d711642")
+    assert data_facts(asked, tmp_path)[path]["digest"].startswith("2d711642")
 
 
 def test_the_directory_is_left_as_it_was(experiment, tmp_path):

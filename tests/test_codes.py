@@ -20,7 +20,7 @@ from transfusion_jax.batch import Batch
 from transfusion_jax.commands.experiments import override
 from transfusion_jax.config import Experiment, ImageConfig, MeshConfig, SourceConfig
 from transfusion_jax.config.stored import dumps, loads
-from transfusion_jax.data.pipeline import Data, stack
+from transfusion_jax.data.pipeline import Data, fitting_sources, stack
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.dataset import Dataset, open_dataset
 from transfusion_jax.evaluation.likelihood import likelihood
@@ -145,7 +145,7 @@ def test_codes_of_two_autoencoders_are_not_mixed(prepared, chameleon):
     both = tuple(SourceConfig(str(prepared(name).path)) for name in ("vq", "other"))
     asked = replace(asked, data=replace(asked.data, sources=both))
     with pytest.raises(ValueError, match="differ in autoencoder"):
-        latent_space(Data(asked, chameleon.tokenizer))
+        latent_space(fitting_sources(asked, chameleon.tokenizer, "train"))
 
 
 def test_latents_that_an_earlier_version_made_are_not_taken_for_codes(prepared, folder):

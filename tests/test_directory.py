@@ -170,9 +170,15 @@ def test_a_resumed_pretraining_run_has_the_new_sampler_and_counts_once(
     run.directory.close()
 
     del counted[:]
+    numbers = tmp_path / "run" / "summary.json"
+    numbers.write_text("{}")
+    open_run(experiment, tmp_path / "run", lambda said: None).directory.close()
+    assert numbers.exists()
+    del counted[:]
     changed = replace(experiment, sampler=replace(experiment.sampler, steps=2, temperature=0.5))
     again = open_run(changed, tmp_path / "run", lambda said: None)
     again.directory.close()
+    assert not numbers.exists()  # it was of the other sampler
     assert counted == ["fingerprints"]
     assert again.directory.start == 1 and again.directory.train_seconds == 2.0
     assert again.description().splitlines()[1] == data

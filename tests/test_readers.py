@@ -306,6 +306,17 @@ def test_folders_without_pairs(tmp_path, content, message):
         open_input(str(folder), PLAIN)
 
 
+def test_a_stray_picture_is_counted_beside_what_can_be_read(tmp_path):
+    (tmp_path / "banner.png").write_bytes(png())
+    tar(tmp_path / "a.tar", *SAMPLES)
+    (_, pictures), (_, pairs) = open_input(str(tmp_path), PLAIN)
+    assert items(pictures) == ["no caption"] and len(items(pairs)) == 5
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "a.txt").write_text("a text")
+    (_, pictures), (_, texts) = open_input(str(tmp_path), PLAIN)
+    assert items(pictures) == ["no caption"] and items(texts) == [((), ("a text",))]
+
+
 def test_files_of_unknown_kind(tmp_path):
     for name, message in (
         ("a.csv", "none of"),
@@ -619,6 +630,31 @@ def test_digests_tell_changed_inputs_apart(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["dogs"]}), tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text("dogs")
     assert not set(digests()) & set(before)
+
+
+def test_digests_tell_texts_of_one_size_apart(tmp_path):
+    def digests() -> list[str]:
+        return [
+            found.digest
+            for path in sorted(tmp_path.iterdir())
+            for found in find_inputs(str(path), PLAIN, MAX_BYTES)
+        ]
+
+    def write(caption: str) -> None:
+        (tmp_path / "pairs" / "a.txt").write_text(caption)
+        tar(tmp_path / "b.tar", ("1.png", png()), ("1.txt", caption.encode()))
+        (tmp_path / "c.txt").write_text(caption)
+        (tmp_path / "long.txt").write_text((caption + "\n") * 200_000)
+
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "a.png").write_bytes(png())
+    write("a red cat")
+    before = digests()
+    assert len(before) == 4 and digests() == before
+    write("a red dog")
+    assert not set(digests()) & set(before)
+    write("a red cat")
+    assert digests() == before
 
 
 # --- pictures ---

@@ -139,11 +139,12 @@ def test_a_point_that_asks_for_it_or_was_killed_is_started_again(place, capsys):
     assert "a: exit code 137, started again" in found.out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_the_point_that_runs_and_ends_the_sweep_with_42(place, number):
     place.ends_with(b=["until stopped", 0])
     program = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # which nohup ignores
         "from transfusion_jax.commands import sweep\n"
         "from transfusion_jax.commands.main import main\n"
         "sweep.PROGRAM = (sys.executable, 'stand_in.py')\n"
@@ -157,7 +158,8 @@ def test_a_signal_reaches_the_point_that_runs_and_ends_the_sweep_with_42(place, 
         time.sleep(0.01)
     run.send_signal(number)
     _, err = run.communicate(timeout=60)
-    assert (place.path / "stopped").read_text() == number.name
+    passed_on = signal.SIGTERM if number == signal.SIGHUP else number
+    assert (place.path / "stopped").read_text() == passed_on.name
     assert run.returncode == 42, err
     assert err == f"error: stopped by {number.name}; the same command does the rest\n"
     assert place.started() == ["a", "b"]
@@ -229,7 +231,10 @@ def test_another_sampler_evaluates_again_and_keeps_no_number_of_the_one_before(p
     place.ends_with(a=[0, 1])
     assert main(("sweep", "three.py", "--only", "a", "--sampler.guidance", "9")) == 1
     assert place.started() == ["a", "a --sampler.guidance 9"]
-    assert not (place.path / "runs" / "three" / "a" / "summary.json").exists()
+    capsys.readouterr()
+    assert main(("sweep", "three.py", "--table", "--sampler.guidance", "9")) == 0
+    (row,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| a ")]
+    assert "not finished" in row
 
 
 def test_list_dry_run_and_table_run_nothing(place, capsys):

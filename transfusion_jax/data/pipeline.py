@@ -55,31 +55,17 @@ class Data:
     """
 
     def __init__(self, experiment: Experiment, tokenizer: Tokenizer, split: str = "train"):
-        if tokenizer.size > experiment.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.size} ids with BOI and EOI, more than "
-                f"model.vocab_size={experiment.model.vocab_size}"
-            )
         self.experiment, self.tokenizer = experiment, tokenizer
         self.mixture = Mixture(experiment.data, experiment.train.steps)
         self.sources = []
         row_length = experiment.data.row_length
-        for config, source in zip(
-            experiment.data.sources, load_sources(experiment, split), strict=True
-        ):
-            brought = source.assets.tokenizer
-            if brought is not None and brought.model != tokenizer.model:
-                raise ValueError(
-                    f"the run's tokenizer is not the one that {config.name} was prepared with"
-                )
-            _check_images(config.name, source, experiment)
+        for name, source in fitting_sources(experiment, tokenizer, split):
             packed, fingerprint = plan_of(source, tokenizer, row_length)
             if len(packed) == 0 and split == "train":
                 raise ValueError(
-                    f"source {config.name!r} has no document that fits {split} rows: "
-                    f"{packed.ledger()}"
+                    f"source {name!r} has no document that fits {split} rows: {packed.ledger()}"
                 )
-            self.sources.append(PlannedSource(config.name, source, packed, fingerprint))
+            self.sources.append(PlannedSource(name, source, packed, fingerprint))
 
     def rows(self) -> grain.MapDataset:
         """The endless stream of training rows; item i is row i."""
@@ -145,6 +131,30 @@ class Data:
         """A digest of each source's documents and plan: another means that the data changed under a
         run."""
         return [source.fingerprint for source in self.sources]
+
+
+def fitting_sources(
+    experiment: Experiment, tokenizer: Tokenizer | None, split: str
+) -> list[tuple[str, Source]]:
+    """The sources of a split by name, checked against the model, and against the run's tokenizer if
+    there is one yet.
+
+    Raises:
+      ValueError: the tokenizer does not fit the model, or a source fits one of the two no better.
+    """
+    if tokenizer and tokenizer.size > experiment.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} ids with BOI and EOI, more than "
+            f"model.vocab_size={experiment.model.vocab_size}"
+        )
+    names = [source.name for source in experiment.data.sources]
+    named = list(zip(names, load_sources(experiment, split), strict=True))
+    for name, source in named:
+        brought = source.assets.tokenizer
+        if tokenizer and brought is not None and brought.model != tokenizer.model:
+            raise ValueError(f"the run's tokenizer is not the one that {name} was prepared with")
+        _check_images(name, source, experiment)
+    return named
 
 
 def _check_images(name: str, source: Source, experiment: Experiment) -> None:

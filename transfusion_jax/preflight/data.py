@@ -4,16 +4,22 @@ import hashlib
 from pathlib import Path
 
 from transfusion_jax.config import Experiment
+from transfusion_jax.data.pipeline import fitting_sources
 from transfusion_jax.data.sources.dataset import file_digest
 from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.data.sources.registry import SOURCES
 from transfusion_jax.files import local_path
 from transfusion_jax.pretraining.initial import open_weights
+from transfusion_jax.pretraining.run import latent_space, tokenizer_of
 from transfusion_jax.training.checkpoint import stored_steps
 
 
-def data_facts(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """`digest` or `problem` of every source, and of the tokenizer's file if there is one."""
+def data_facts(experiment: Experiment, directory: Path) -> dict[str, dict[str, str]]:
+    """`digest` or `problem` of every source, and of the tokenizer's file if there is one.
+
+    What is wrong with sources together, or with their tokenizer and the model, is a problem of the
+    first.
+    """
     facts = {}
     for source in experiment.data.sources:
         try:
@@ -25,7 +31,22 @@ def data_facts(experiment: Experiment) -> dict[str, dict[str, str]]:
             facts[path] = {"digest": file_digest(local_path(path))}
         except (OSError, ValueError) as error:
             facts[path] = {"problem": str(error)}
+    if not any("problem" in fact for fact in facts.values()):
+        try:
+            _check_together(experiment, directory)
+        except ValueError as error:
+            facts[experiment.data.sources[0].name] = {"problem": str(error)}
     return facts
+
+
+def _check_together(experiment: Experiment, directory: Path) -> None:
+    """Raises ValueError where sources, tokenizer and model do not fit; a tokenizer that is yet to
+    be trained is not asked."""
+    sources = fitting_sources(experiment, None, "train")
+    latent_space(sources)
+    known = experiment.tokenizer.path or (directory / "tokenizer.model").exists()
+    if known or any(source.assets.tokenizer for _, source in sources):
+        fitting_sources(experiment, tokenizer_of(experiment, directory), "train")
 
 
 def initial_facts(experiment: Experiment, directory: Path) -> dict[str, dict[str, str]]:

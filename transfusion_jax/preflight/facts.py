@@ -75,7 +75,7 @@ def collect(experiment: Experiment, directory: Path) -> list[Facts]:
         "devices": len(devices),
         "needs": needs_of(experiment),
         "memory": _memory(devices),
-        "data": data_facts(experiment) | initial_facts(experiment, directory),
+        "data": data_facts(experiment, directory) | initial_facts(experiment, directory),
         "directory": problem,
         "free": _free(directory),
         "held": _held(directory / "checkpoints"),

@@ -13,7 +13,7 @@ import numpy as np
 
 from transfusion_jax.data.sources.records import HELD_OUT, STRADDLING, TRAIN
 
-HASHED_ROWS = 8  # of a picture, every eighth row tells it from others
+MOST_ROWS = 8  # from one row of a picture that tells it from others to the next
 
 
 def split_of(spans: Sequence[str | np.ndarray], share: float) -> int:
@@ -21,8 +21,14 @@ def split_of(spans: Sequence[str | np.ndarray], share: float) -> int:
     pictures = [span for span in spans if isinstance(span, np.ndarray)]
     if not pictures:
         return _side([span.encode() for span in spans], share)
-    sides = {_side([np.ascontiguousarray(x[::HASHED_ROWS])], share) for x in pictures}
+    sides = {_side([_telling(x)], share) for x in pictures}
     return sides.pop() if len(sides) == 1 else STRADDLING
+
+
+def _telling(picture_hwc: np.ndarray) -> np.ndarray:
+    """Rows of a picture that tell it from others: at least eight, or all that it has."""
+    step = min(max(len(picture_hwc) // 8, 1), MOST_ROWS)
+    return np.ascontiguousarray(picture_hwc[::step])
 
 
 def _side(content: Sequence[bytes | np.ndarray], share: float) -> int:

@@ -55,7 +55,7 @@ def begin(
     shards; the others load what it left.
     """
     identity = _settings_identity(preparation, codec, tokenizer)
-    inputs, found = _inputs(preparation, out, stamps, identity, workers)
+    inputs, found = _inputs(preparation, out, stamps, identity, workers, report)
     if directory.finished(out) is not None:
         return None
     readers = [(one.name, one.open()) for one in inputs]
@@ -88,8 +88,11 @@ def _inputs(
     stamps: dict[str, str],
     identity: dict[str, Any],
     workers: int,
+    report: Report,
 ) -> tuple[list[Input], bool]:
     """What is in the inputs, and whether they were looked through to know; completes `identity`.
+
+    Says so where files have other times than before, and may have changed unseen.
 
     Raises:
       ValueError: `out` belongs to another preparation, or its inputs have changed.
@@ -112,6 +115,11 @@ def _inputs(
         ]
     identity["inputs"] = {one.name: f"{one.items} items, {one.digest[:16]}" for one in inputs}
     directory.check_identity(out, identity)
+    if claimed and stored is None:
+        report(
+            f"input files have other times than when {out} was begun; their names, sizes and texts "
+            "are the same, and pictures and tables were not compared"
+        )
     return inputs, stored is None
 
 

@@ -11,7 +11,7 @@ goodput.json      where the time went           profile/        traces of `--pro
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transfusion_jax.batch import Batch
@@ -20,7 +20,7 @@ from transfusion_jax.config import stored as stored_config
 from transfusion_jax.data.mixture import first_step
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources.registry import load_sources
-from transfusion_jax.data.sources.source import LatentSpace
+from transfusion_jax.data.sources.source import LatentSpace, Source
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.files import local_path, write_atomic
 from transfusion_jax.model.work import batch_work, model_flops
@@ -60,7 +60,7 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     check_directory(experiment, directory)
     tokenizer = tokenizer_of(experiment, directory)
     data = Data(experiment, tokenizer)
-    latents = latent_space(data)
+    latents = latent_space([(source.name, source.source) for source in data.sources])
     feed = _feed(data, planned)
     validators = (validator(planned, mesh, tokenizer),) if experiment.train.validate_every else ()
     initialise = planned.initialise
@@ -198,14 +198,14 @@ def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:
     return experiment, tokenizer_of(experiment, directory)
 
 
-def latent_space(data: Data) -> LatentSpace | None:
-    """The latent space of the sources; None where images are pixels.
+def latent_space(sources: Sequence[tuple[str, Source]]) -> LatentSpace | None:
+    """The latent space of sources, given by name; None where images are pixels.
 
     Raises:
       ValueError: sources have latents of different autoencoders, or at different scales.
     """
-    spaces = [(source.name, source.source.assets.latents) for source in data.sources]
-    spaces = [(name, space) for name, space in spaces if space is not None]
+    named = [(name, source.assets.latents) for name, source in sources]
+    spaces = [(name, space) for name, space in named if space is not None]
     for field in ("autoencoder", "scale", "shift"):
         names = {getattr(space, field): name for name, space in spaces}
         if len(names) > 1:

@@ -11,9 +11,7 @@ from transfusion_jax.config import Experiment
 from transfusion_jax.config.fields import flattened
 from transfusion_jax.config.stored import loads
 from transfusion_jax.errors import require
-from transfusion_jax.training.owner import CONFIG, check_owner
-
-SUMMARY = "summary.json"
+from transfusion_jax.training.owner import CONFIG, SUMMARY, check_owner
 
 Changes = dict[str, Any]
 """Values of fields by dotted name; None for a field that a point lacks, such as a second source."""

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from transfusion_jax.errors import AGAIN, ComeAgain
-from transfusion_jax.sweeps.points import SUMMARY, Point
+from transfusion_jax.sweeps.points import Point
 
 RESTARTS = 5
 """How often a point is started again that asks for it, or was killed."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What stops a sweep: a job's end, Ctrl-C, a terminal that was closed (unless it is ignored, as
+under nohup)."""
 
 Command = Callable[[Point], list[str]]
 """What runs a point, or resumes it."""
@@ -23,7 +25,8 @@ class Child:
     def __enter__(self) -> "Child":
         self.stopped_by: str | None = None
         self._process: subprocess.Popen | None = None
-        self._previous = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._pass_on) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,7 +36,7 @@ class Child:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = signal.Signals(number).name
         if self._process is not None:
-            self._process.send_signal(number)
+            self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def run(self, command: Sequence[str]) -> int:
         """Runs a command to its end; its exit code, 128 + signal where it was killed."""
@@ -91,8 +94,6 @@ def _run(
     point: Point, command: Command, child: Child, restarts: int, report: Callable[[str], None]
 ) -> int:
     """Runs a point to its end, started again where that helps; its last exit code."""
-    # Numbers of another sampler, if any: they would pass for those of this one after a kill.
-    (point.directory / SUMMARY).unlink(missing_ok=True)
     for left in range(restarts, -1, -1):
         code = child.run(command(point))
         _check_stop(child)

@@ -17,7 +17,7 @@ from transfusion_jax.files import write_atomic
 from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.checkpoint import Checkpoints, Report
 from transfusion_jax.training.lock import Lock
-from transfusion_jax.training.owner import CONFIG, check_owner
+from transfusion_jax.training.owner import CONFIG, SUMMARY, check_owner
 from transfusion_jax.training.storage_errors import STORAGE
 
 Fingerprints = tuple[tuple[str, str], ...]
@@ -152,6 +152,8 @@ def _opened(
     if is_leader():
         try:
             if config.read_text() != text:
+                # Its numbers are of the other config: they would pass for this one's after a kill.
+                (path / SUMMARY).unlink(missing_ok=True)
                 write_atomic(config, text.encode())
         except OSError as error:
             problem = _problem(error, path)

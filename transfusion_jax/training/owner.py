@@ -7,6 +7,7 @@ from typing import Any
 from transfusion_jax.config.stored import differences, loads
 
 CONFIG = "config.json"
+SUMMARY = "summary.json"  # of a finished run: its numbers
 # What an interrupted start can leave behind, before there is a config.
 STARTED = ("tokenizer.model", "ledger.json", "autoencoder", "lock")
 

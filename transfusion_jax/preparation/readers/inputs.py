@@ -150,15 +150,15 @@ def _in_folder(path: str, folder: Folder, columns: Columns, each: Each) -> list[
     pictures = _uncaptioned(listing, [*inputs, *files], folder)
     found = {caption_file(listing.names[number]) for number in pictures.tolist()}
     beside = found.intersection(listing.names)
+    texts = [i for i, n in enumerate(listing.names) if n.endswith(".txt") and n not in beside]
     if len(pictures):
-        if not inputs and not beside and not any(file.kind == ".jsonl" for file in files):
+        if not (inputs or files or beside or texts):
             raise ValueError(
                 f"no pair found in {path}: {len(pictures)} pictures, no {CAPTIONS} and no .txt "
                 "beside one"
             )
         name = f"{path} (pictures)" if inputs else path
         inputs.append(_pictures(name, folder, listing, pictures, beside, columns))
-    texts = [i for i, n in enumerate(listing.names) if n.endswith(".txt") and n not in beside]
     if texts:
         names = [listing.names[i] for i in texts]
         name = f"{path} (text)" if inputs else path
@@ -220,17 +220,13 @@ def _pictures(
     columns: Columns,
 ) -> Input:
     names = [listing.names[number] for number in numbers.tolist()]
-    beside = [caption_file(name) for name in names]
-    arrays = SideBySide.scan(names, [file in captions for file in beside])
-    sizes = dict(zip(listing.names, listing.sizes.tolist(), strict=True)) if captions else {}
-    texts = [sizes.get(file, -1) for file in beside]
-    digest = digest_of(arrays["names"], listing.sizes[numbers], texts)
-    return Input(name, "pictures", folder, columns, arrays, len(names), digest)
+    captioned = [caption_file(name) in captions for name in names]
+    arrays, items, digest = SideBySide.scan(folder, names, captioned)
+    digest = digest_of(digest, listing.sizes[numbers])
+    return Input(name, "pictures", folder, columns, arrays, items, digest)
 
 
 def _texts(
     name: str, folder: Folder, files: Sequence[str], sizes: Sequence[int], columns: Columns
 ) -> Input:
-    arrays = TextFiles.scan(folder, files, sizes)
-    digest = digest_of(arrays["names"], arrays["file"], arrays["begin"], arrays["end"])
-    return Input(name, "texts", folder, columns, arrays, len(arrays["file"]), digest)
+    return Input(name, "texts", folder, columns, *TextFiles.scan(folder, files, sizes))

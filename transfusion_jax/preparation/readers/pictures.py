@@ -1,11 +1,13 @@
 """Reader of a folder of pictures, the caption of `a.jpg` in `a.txt`."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
 
 import numpy as np
 
+from transfusion_jax.preparation.readers.collection import Scanned
 from transfusion_jax.preparation.readers.folder import Folder
 from transfusion_jax.preparation.readers.names import Names
 from transfusion_jax.preparation.readers.raw import (
@@ -27,14 +29,21 @@ class SideBySide:
         self._captioned = arrays["captioned"]
 
     @staticmethod
-    def scan(pictures: Sequence[str], captioned: Sequence[bool]) -> dict[str, np.ndarray]:
-        """The index of pictures, and whether each has a caption beside it."""
+    def scan(folder: Folder, pictures: Sequence[str], captioned: Sequence[bool]) -> Scanned:
+        """The index of pictures, and whether each has a caption beside it.
+
+        The digest is that of names and captions.
+        """
         names = Names.of(pictures)
-        return {
+        digest = hashlib.sha256(names.content)
+        for name, has_caption in zip(pictures, captioned, strict=True):
+            digest.update(_caption_digest(folder, caption_file(name)) if has_caption else b"none")
+        arrays = {
             "names": names.content,
             "name_starts": names.starts,
             "captioned": np.asarray(captioned, bool),
         }
+        return Scanned(arrays, len(pictures), digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self._names)
@@ -48,6 +57,13 @@ class SideBySide:
         caption = text_of(self._folder.read(caption_file(name), name), name)
         load = functools.partial(self._folder.read, name, name)
         return Raw(name, (Picture(load, name),), (caption,))
+
+
+def _caption_digest(folder: Folder, file: str) -> bytes:
+    try:
+        return hashlib.sha256(folder.read(file, file)).digest()
+    except Rejected:
+        return b"unreadable"
 
 
 def caption_file(picture: str) -> str:

@@ -63,6 +63,8 @@ class WebDataset:
                     samples.append(latest[stem][1])
                 latest[stem][0].add(ending)
                 latest[stem][1].append(member.offset)
+                if ending in CAPTIONS:
+                    digest.update(_caption_digest(opened, member, folder.max_bytes))
         digest.update(repr(damaged).encode())
         if not samples:
             raise ValueError(
@@ -129,6 +131,14 @@ class WebDataset:
         if member.size < 0:
             raise Rejected("bad tar member", name)
         return read_at(file, member.offset_data, member.size, self._folder.max_bytes, name)
+
+
+def _caption_digest(file: BinaryIO, member: tarfile.TarInfo, max_bytes: int) -> bytes:
+    try:
+        content = read_at(file, member.offset_data, max(member.size, 0), max_bytes, member.name)
+    except Rejected:
+        return b"unreadable"
+    return hashlib.sha256(content).digest()
 
 
 def _parts(name: str) -> tuple[str, str]:

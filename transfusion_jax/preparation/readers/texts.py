@@ -1,9 +1,11 @@
 """Reader of text files, a document each; a long one becomes several."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from transfusion_jax.preparation.readers.collection import Scanned
 from transfusion_jax.preparation.readers.folder import Folder
 from transfusion_jax.preparation.readers.lines import line_starts
 from transfusion_jax.preparation.readers.names import Names
@@ -23,25 +25,28 @@ class TextFiles:
         self._end = arrays["end"]
 
     @staticmethod
-    def scan(folder: Folder, files: Sequence[str], sizes: Sequence[int]) -> dict[str, np.ndarray]:
+    def scan(folder: Folder, files: Sequence[str], sizes: Sequence[int]) -> Scanned:
         """The index of files of these sizes: where the pieces of each begin and end.
 
         A file that cannot be read is one piece, so that it is counted.
         """
         names = Names.of(files)
         owner, begin, end = [], [], []
+        digest = hashlib.sha256(names.content)
         for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
-            cuts = _cuts(folder, file, size) if size > TEXT_PIECE else [0, size]
+            cuts, content = _cuts(folder, file, size)
+            digest.update(f"{cuts} {content}".encode())
             owner += [number] * (len(cuts) - 1)
             begin += cuts[:-1]
             end += cuts[1:]
-        return {
+        arrays = {
             "names": names.content,
             "name_starts": names.starts,
             "file": np.asarray(owner, np.int64),
             "begin": np.asarray(begin, np.int64),
             "end": np.asarray(end, np.int64),
         }
+        return Scanned(arrays, len(owner), digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self._file)
@@ -53,11 +58,14 @@ class TextFiles:
         return Raw(name, (text_of(self._folder.read_part(file, begin, end, name), name),))
 
 
-def _cuts(folder: Folder, file: str, size: int) -> list[int]:
-    """Where a large file is cut, its begin and end included."""
+def _cuts(folder: Folder, file: str, size: int) -> tuple[list[int], str]:
+    """Where a file is cut, its begin and end included; and a digest of its content."""
     try:
-        starts, _ = line_starts(folder, file)
+        if size <= TEXT_PIECE:
+            content = folder.read_part(file, 0, size, file)
+            return [0, size], hashlib.sha256(content).hexdigest()
+        starts, digest = line_starts(folder, file)
     except Rejected:
-        return [0, size]
+        return [0, size], ""
     wanted = np.arange(0, starts[-1], TEXT_PIECE)
-    return np.unique([*starts[np.searchsorted(starts, wanted)], starts[-1]]).tolist()
+    return np.unique([*starts[np.searchsorted(starts, wanted)], starts[-1]]).tolist(), digest
