@@ -11,7 +11,7 @@ from flax import nnx
 from transfusion_jax.config import Experiment, SamplerConfig
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.generation.devices import Devices
-from transfusion_jax.generation.engine import nothing
+from transfusion_jax.generation.engine import Engine, nothing
 from transfusion_jax.images import read_image
 
 
@@ -46,6 +46,8 @@ class FakeEngine:
     devices: Devices = Devices()
     moved: Callable[[], None] = nothing
     graph: Any = field(default_factory=lambda: nnx.split(NoModel())[0])
+    codec: None = None
+    require_pictures = Engine.require_pictures
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:

@@ -148,6 +148,14 @@ def test_codes_of_two_autoencoders_are_not_mixed(prepared, chameleon):
         latent_space(fitting_sources(asked, chameleon.tokenizer, "train"))
 
 
+def test_held_out_codes_of_another_autoencoder_are_refused(prepared, chameleon):
+    check_suites(chameleon, ["likelihood"])
+    sources = (SourceConfig(str(prepared("other").path)),)
+    asked = replace(chameleon.experiment, data=replace(chameleon.experiment.data, sources=sources))
+    with pytest.raises(ValueError, match="holds latents of another autoencoder"):
+        check_suites(replace(chameleon, experiment=asked), ["likelihood"])
+
+
 def test_latents_that_an_earlier_version_made_are_not_taken_for_codes(prepared, folder):
     """Versions without codes stored the latents of a VQ autoencoder."""
     dataset = prepared("vq")

@@ -21,6 +21,7 @@ from transfusion_jax.commands import main as command_line
 from transfusion_jax.commands.help import flags, sections
 from transfusion_jax.commands.main import COMMANDS, main
 from transfusion_jax.commands.terminal import table
+from transfusion_jax.config import ImageConfig
 from transfusion_jax.data.sources.sums import problems
 from transfusion_jax.errors import WorkFailed
 from transfusion_jax.generation import engine as engine_module
@@ -229,6 +230,24 @@ def test_a_setting_that_cannot_work_is_bad_input(engine, tmp_path, capsys):
         assert f"sampler.{field}=0" in capsys.readouterr().err
     assert main((*line, "--image", str(tmp_path / "none.png"))) == 2
     assert "cannot read the image" in capsys.readouterr().err
+    assert engine.calls == [] and not (tmp_path / "out").exists()
+
+
+def test_latents_without_an_autoencoder_are_no_pictures(engine, tmp_path, capsys, monkeypatch):
+    line = ("generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"))
+    model = engine.experiment.model
+    chameleon = replace(model, family="chameleon", image_attention="causal")
+    for family, image, said in (
+        (model, ImageConfig(4, 4, 8), "images of 8 channels are no pixels"),
+        (chameleon, ImageConfig(4, 4, 1, 1, 64), "images of 64 codes are no pixels"),
+    ):
+        experiment = replace(engine.experiment, model=family, image=image)
+        latents = replace(engine, experiment=experiment)
+        monkeypatch.setattr(engine_module, "load_engine", lambda *_, found=latents: (found, 40))
+        assert main(line) == 2
+        assert said in capsys.readouterr().err
+        assert main(("evaluate", str(tmp_path), "--suite", "pairs")) == 2
+        assert said in capsys.readouterr().err
     assert engine.calls == [] and not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """Settings of the host process."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from transfusion_jax.host import cache_compiled, process_start
+from transfusion_jax.host import cache_compiled, core_quota, process_start
 
 CACHED = """
 import sys
@@ -87,6 +88,17 @@ def test_the_start_of_this_process_is_known():
         check=True,
     )
     assert abs(time.time() - process_start() - int(stat.stdout)) < 2
+
+
+@pytest.mark.parametrize(
+    ("said", "cores"),
+    [("max 100000", math.inf), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1),
+     (None, math.inf)],
+)  # fmt: skip
+def test_a_container_has_the_cores_of_its_quota(tmp_path, said, cores):
+    if said:
+        (tmp_path / "cpu.max").write_text(said + "\n")
+    assert core_quota(tmp_path / "cpu.max") == cores
 
 
 CORES = """

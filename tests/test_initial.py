@@ -166,6 +166,18 @@ def test_what_may_differ_is_said(exported):
     same(start(exported, tiny_experiment(), said=[])[0].parameters, weights(tiny_experiment(), 3))
 
 
+def test_weights_without_a_tokenizer_need_one_with_their_special_tokens(exported, tmp_path):
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    (moved / "tokenizer.model").unlink()
+    start(moved, tiny_experiment())
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(
+        json.dumps(config | {"boi_token_id": config["boi_token_id"] + 1})
+    )
+    with pytest.raises(ValueError, match="came without a tokenizer; BOI is token 299 of theirs"):
+        start(moved, tiny_experiment())
+
+
 # A whole run
 
 

@@ -100,6 +100,23 @@ def test_a_bound_on_rows_takes_some_of_every_part(experiment, tokenizer):
     assert abs(np.mean(images) - share) <= 1 / 51 and not all(images)
 
 
+class TellsDraws(TellsLosses):
+    """An image loss of the timestep and of the noise."""
+
+    def losses(self, batch, noise, vocab_chunk):
+        drawn_BM = noise.noise_BMhwc[..., 0, 0, 0]
+        return {"text": batch.text_weight_BL, "image": drawn_BM + noise.t_BM / 1000}
+
+
+def test_a_likelihood_does_not_depend_on_seed_or_batch(experiment, measure_likelihood, monkeypatch):
+    alone = measure_likelihood(experiment, 24, TellsDraws)["image_loss_by_timestep"]
+    seeded = replace(experiment, train=replace(experiment.train, seed=7))
+    assert measure_likelihood(seeded, 24, TellsDraws)["image_loss_by_timestep"] == alone
+    monkeypatch.setattr("transfusion_jax.evaluation.likelihood.BATCH", 5)
+    by_five = measure_likelihood(experiment, 24, TellsDraws)["image_loss_by_timestep"]
+    assert by_five == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.parametrize("steps", [1000, 25, 13, 10, 4, 2])
 def test_buckets_cover_every_timestep_once(steps):
     edges = bucket_edges(steps)

@@ -176,11 +176,12 @@ def test_muon_lets_decay_what_adamw_lets_decay():
 @pytest.mark.parametrize(
     ("mesh_config", "deals"),
     [
-        (MeshConfig(data=2, fsdp=1, sequence=4), True),
-        (MeshConfig(data=1, fsdp=2, sequence=4), True),
-        (MeshConfig(data=2, fsdp=2, sequence=2), False),  # four do not divide two layers
-        (MeshConfig(data=2, fsdp=1, tensor=4), False),  # they share each product already
-        (MeshConfig(data=1, fsdp=1, sequence=8), False),  # every one would do all
+        (MeshConfig(data=2, fsdp=1, sequence=4), "data"),
+        (MeshConfig(data=1, fsdp=2, sequence=4), "fsdp"),
+        (MeshConfig(data=4, fsdp=2, sequence=1), "fsdp"),  # copies of the parameters do the same
+        (MeshConfig(data=1, fsdp=4, sequence=2), None),  # four do not divide two layers
+        (MeshConfig(data=2, fsdp=1, tensor=4), None),  # they share each product already
+        (MeshConfig(data=1, fsdp=1, sequence=8), None),  # every one would do all
     ],
     ids=str,
 )
@@ -189,6 +190,7 @@ def test_devices_have_whole_layers_of_muon_where_that_saves_work(mesh_config, de
     with jax.set_mesh(make_mesh(mesh_config)):
         traced = str(jax.make_jaxpr(lambda g: _in_layers(matrices(parameters), g))(gradient))
     assert traced.count("sharding_constraint") == (3 if deals else 0)
+    assert traced.count(f"('{deals}',)") == (3 if deals else 0)
 
 
 def test_muon_is_refused_where_there_are_no_layers():

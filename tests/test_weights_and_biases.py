@@ -87,6 +87,22 @@ def test_a_service_that_refuses_is_one_line(told, tmp_path):
         shown(tmp_path / "run", "closed")
 
 
+def test_a_service_that_fails_later_is_told_and_training_goes_on(told, tmp_path, monkeypatch):
+    def failing(self, row):
+        raise ConnectionError("gone")
+
+    import wandb
+
+    monkeypatch.setattr(wandb.Run, "log", failing)
+    monkeypatch.setattr(wandb.Run, "finish", lambda self: failing(self, {}))
+    said = []
+    instruments = Instruments(project=Project("digits", "mine", {}))
+    run = line.open_run(line.Line(), tmp_path / "run", said.append)
+    outcome = train(replace(run, instruments=instruments), said.append)
+    assert int(outcome.state.step) == 12
+    assert len([text for text in said if "to Weights & Biases (gone)" in text]) == 1
+
+
 def test_without_the_package_a_project_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"train.wandb_project='digits' needs"):

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,22 @@ def local_path(text: str) -> Path:
             "all hosts share; mount a bucket, for example with gcsfuse"
         )
     return Path(text)
+
+
+def appears(path: Path, patience: float) -> bool:
+    """Whether a file or directory that another host made is seen here, in so many seconds.
+
+    NFS remembers what was missing, for up to a minute, unless the directory around it is read anew.
+    """
+    deadline = time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        for parent in reversed(path.parents):
+            with contextlib.suppress(OSError), os.scandir(parent) as entries:
+                next(entries, None)
+        time.sleep(0.2)
+    return True
 
 
 def temporary_of(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import re
 import sys
@@ -20,8 +21,17 @@ M_MMAP_MAX = -4
 def cores() -> int:
     """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return min(len(os.sched_getaffinity(0)), core_quota())
     return os.cpu_count() or 1
+
+
+def core_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """Cores whose time a container may take, rounded up; infinity where that is not limited."""
+    try:
+        quota, period = map(float, file.read_text().split())
+    except (OSError, ValueError):  # there is none, or it says "max"
+        return math.inf
+    return max(math.ceil(quota / period), 1)
 
 
 def keep_freed_memory() -> bool:

@@ -180,8 +180,8 @@ FAULTS = (
     Fault(
         "a bucket's last timestep is never drawn",
         LIKELIHOOD,
-        "clean.shape, low, high)",
-        "clean.shape, low, high - 1)",
+        "(M,), low, high)",
+        "(M,), low, high - 1)",
         "likelihood",
     ),
     Fault(
@@ -316,5 +316,19 @@ FAULTS = (
         "if path.is_symlink():",
         "if False:",
         "cli",
+    ),
+    Fault(
+        "what a likelihood is measured with depends on the size of a batch",
+        LIKELIHOOD,
+        "number * B + jnp.arange(B, dtype=number.dtype)",
+        "number + jnp.arange(B, dtype=number.dtype)",
+        "likelihood::test_a_likelihood_does_not_depend_on_seed_or_batch",
+    ),
+    Fault(
+        "latents of another autoencoder are measured",
+        "evaluation/suite.py",
+        "latents.autoencoder == engine.codec.digest,",
+        "True,",
+        "codes::test_held_out_codes_of_another_autoencoder_are_refused",
     ),
 )

@@ -150,4 +150,11 @@ FAULTS = (
         "pictures = 1",
         "commands::test_outputs_of_several_answers_number_their_pictures_on",
     ),
+    Fault(
+        "latents without an autoencoder are drawn as pictures",
+        "generation/engine.py",
+        "pixels = image.channels in MODES and not image.codes",
+        "pixels = True",
+        "commands::test_latents_without_an_autoencoder_are_no_pictures",
+    ),
 )

@@ -76,9 +76,16 @@ FAULTS = (
     Fault(
         "any directory is the run directory",
         "preflight/run_directory.py",
-        "        if time.monotonic() > deadline:\n            return f",
-        "        if time.monotonic() > deadline:\n            return None and f",
+        "    if not appears(token_file(directory, token), PATIENCE):\n        return f",
+        "    if not appears(token_file(directory, token), PATIENCE):\n        return None and f",
         "check",
+    ),
+    Fault(
+        "sources that do not fit together pass the check",
+        "preflight/data.py",
+        "            _check_together(experiment, directory)\n",
+        "            pass\n",
+        "check::test_sources_that_do_not_fit_together_are_a_problem",
     ),
     Fault(
         "the check leaves a directory behind",

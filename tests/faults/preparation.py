@@ -157,4 +157,32 @@ FAULTS = (
         "startswith(place + os.sep)",
         "prepare::test_what_is_inside_an_input_is_no_place_for_its_data",
     ),
+    Fault(
+        "texts of one size are taken for the same",
+        "preparation/readers/texts.py",
+        'digest.update(f"{cuts} {content}".encode())',
+        'digest.update(f"{cuts}".encode())',
+        "readers::test_digests_tell_texts_of_one_size_apart",
+    ),
+    Fault(
+        "captions of one size are taken for the same",
+        "preparation/readers/pictures.py",
+        "hashlib.sha256(folder.read(file, file)).digest()",
+        "str(len(folder.read(file, file))).encode()",
+        "readers::test_digests_tell_texts_of_one_size_apart",
+    ),
+    Fault(
+        "captions in a tar are not looked at",
+        "preparation/readers/tars.py",
+        "if ending in CAPTIONS:\n                    digest",
+        "if ending in PICTURES:\n                    digest",
+        "readers::test_digests_tell_texts_of_one_size_apart",
+    ),
+    Fault(
+        "of a small picture one row is looked at",
+        "preparation/splits.py",
+        "step = min(max(len(picture_hwc) // 8, 1), MOST_ROWS)",
+        "step = MOST_ROWS",
+        "prepare::test_pictures_that_differ_in_few_rows_are_on_both_sides",
+    ),
 )

@@ -139,4 +139,11 @@ FAULTS = (
         "    error = None\n    if True:",
         "export_processes::test_two_processes_write_what_one_does_and_refuse_together",
     ),
+    Fault(
+        "weights that came without a tokenizer start a run with any",
+        "pretraining/initial.py",
+        "theirs.exists() or boi == tokenizer.boi,",
+        "True,",
+        "initial::test_weights_without_a_tokenizer_need_one_with_their_special_tokens",
+    ),
 )

@@ -53,8 +53,8 @@ FAULTS = (
     Fault(
         "signals end the sweep but not its point",
         RUNNER,
-        "            self._process.send_signal(number)\n",
-        "            pass\n",
+        "self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)",
+        "pass",
         "sweep::test_a_signal_reaches_the_point_that_runs_and_ends_the_sweep_with_42",
     ),
     Fault(
@@ -65,11 +65,11 @@ FAULTS = (
         "sweep::test_a_signal_reaches_the_point_that_runs_and_ends_the_sweep_with_42",
     ),
     Fault(
-        "numbers of another sampler survive a point that fails",
+        "a closed terminal leaves a point behind",
         RUNNER,
-        "    (point.directory / SUMMARY).unlink(missing_ok=True)\n",
-        "",
-        "sweep",
+        "signal.SIGINT, signal.SIGHUP)",
+        "signal.SIGINT)",
+        "sweep::test_a_signal_reaches_the_point_that_runs_and_ends_the_sweep_with_42",
     ),
     Fault(
         "points that were killed are given up",

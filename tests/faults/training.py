@@ -221,4 +221,18 @@ FAULTS = (
         "2.0 * n",
         "freeze::test_gradients_of_what_is_frozen_are_not_computed",
     ),
+    Fault(
+        "numbers of another sampler survive",
+        "training/directory.py",
+        "                (path / SUMMARY).unlink(missing_ok=True)\n",
+        "",
+        "directory::test_a_resumed_pretraining_run_has_the_new_sampler_and_counts_once",
+    ),
+    Fault(
+        "copies of the parameters on other slices do layers of Muon",
+        "training/update.py",
+        'axis = "fsdp" if mesh.shape["fsdp"] > 1 else "data"',
+        'axis = "data"',
+        "update",
+    ),
 )

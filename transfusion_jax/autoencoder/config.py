@@ -187,6 +187,7 @@ class AutoencoderExperiment:
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.failed_save",
+        "train.max_skipped_steps",
         "train.sample_every",
     )
     """Prefixes of the fields that may change when a run is resumed."""

@@ -109,11 +109,7 @@ def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
     engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
     if arguments.draw and engine.experiment.model.images == "none":
         raise ValueError(f"--draw: the model of {arguments.run_dir} is of text alone")
-    if engine.experiment.image.codes and engine.codec is None:
-        raise ValueError(
-            f"{arguments.run_dir} has no autoencoder that turns codes into pictures: those that it "
-            "was trained on were made up"
-        )
+    engine.require_pictures()
     image = (engine.read(arguments.image),) if arguments.image else ()
     request = (*image, arguments.prompt) if text else image
     engine.check([request])

@@ -37,6 +37,7 @@ class Experiment:
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.failed_save",
+        "train.max_skipped_steps",
         "train.validate_every",
         "train.validation_rows",
         "train.sample_every",

@@ -87,18 +87,16 @@ class Data:
     def once(self, batch_rows: int, most: int | None = None) -> Iterator[Batch]:
         """Every row of every source once, in order; empty rows fill up the last batch.
 
-        With `most`, at most so many rows, evenly spaced over all of them.
+        With `most`, at most so many rows, evenly spaced over all of them. What is random in a row
+        is the same whatever the run's seed and the size of a batch.
         """
-        rng = np.random.default_rng(self.experiment.train.seed)
         total = sum(len(source) for source in self.sources)
         count = total if most is None else min(most, total)
         ends = np.cumsum([len(source) for source in self.sources])
         places = (total * (2 * i + 1) // (2 * count) for i in range(count))
         found = ((place, int(np.searchsorted(ends, place, side="right"))) for place in places)
-        rows = (
-            self.row(self.sources[at], place - int(ends[at]) + len(self.sources[at]), rng)
-            for place, at in found
-        )
+        numbered = ((at, place - int(ends[at]) + len(self.sources[at])) for place, at in found)
+        rows = (self.row(self.sources[at], r, np.random.default_rng((at, r))) for at, r in numbered)
         empty = pack([], self.experiment.data.row_length, self.experiment.image)
         while batch := list(itertools.islice(rows, batch_rows)):
             yield stack(batch + [empty] * (batch_rows - len(batch)))

@@ -10,17 +10,20 @@ from transfusion_jax.training.metrics import read_metrics
 
 
 def curves(run_dir: Path, path: Path) -> None:
-    """Text and image loss over the steps, smoothed line over the raw one."""
+    """Text and image loss over the steps, smoothed line over the raw one; of a model that has no
+    loss of a name, nothing."""
     rows = read_metrics(run_dir)
     steps = np.asarray([row["step"] for row in rows])
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axes, name, title in zip(
-        panels, ("text_loss", "image_loss"), ("text (nats)", "image (MSE of noise)"), strict=True
+        panels, ("text_loss", "image_loss"), ("text loss (nats)", "image loss"), strict=True
     ):
         values = np.asarray([row[name] for row in rows], float)
-        axes.plot(steps, values, color=MUTED, linewidth=0.6, alpha=0.6)
-        axes.plot(steps, _smooth(values), color=INK, linewidth=1.6)
-        axes.set(title=title, xlabel="step", yscale="log")
+        axes.set(title=title, xlabel="step")
+        if values.any():
+            axes.plot(steps, values, color=MUTED, linewidth=0.6, alpha=0.6)
+            axes.plot(steps, _smooth(values), color=INK, linewidth=1.6)
+            axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
     save(figure, path, 150)
 

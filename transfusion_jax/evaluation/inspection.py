@@ -13,10 +13,11 @@ from matplotlib.colors import ListedColormap
 
 from transfusion_jax.autoencoder.codec import load_codec
 from transfusion_jax.batch import Batch
-from transfusion_jax.config import Experiment
+from transfusion_jax.config import Experiment, ImageConfig
 from transfusion_jax.config.stored import differences
 from transfusion_jax.data.pipeline import Data, stack
 from transfusion_jax.figures import INK, save, show, wrapped
+from transfusion_jax.images import MODES
 from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.pretraining.run import stored
 
@@ -44,7 +45,10 @@ def inspect_row(data: Data, number: int, path: Path) -> str:
     latents = source.source.assets.latents
     pictures = list(row.latents_BMhwc[: len(starts)])
     if latents is not None:
-        pictures = [load_codec(latents.directory).picture(x) for x in pictures]
+        codec = load_codec(latents.directory)
+        pictures = [codec.picture(x) for x in pictures]
+    else:
+        pictures = [_shown(x, experiment.image) for x in pictures]
     lines = [f"{i:4}  {_words(data, row, i)}" for i in range(1, documents + 1)]
     texts = [_text(data, row, int(row.segment_BL[start])) for start in starts]
     filled = float((row.segment_BL > 0).mean())
@@ -52,8 +56,15 @@ def inspect_row(data: Data, number: int, path: Path) -> str:
         f"row {number}, from {source.name}: {documents} documents, {len(starts)} images, "
         f"{filled:.1%} filled"
     )
-    row_picture(row, interval, texts, pictures, title, path)
+    row_picture(row, interval, experiment.image.patches, texts, pictures, title, path)
     return "\n".join([title, *lines])
+
+
+def _shown(image_hwc: np.ndarray, image: ImageConfig) -> np.ndarray:
+    """Pixels; of codes and latents that no autoencoder makes pictures of, something in grey."""
+    if image.codes:
+        return 2 * image_hwc / image.codes - 1
+    return image_hwc if image.channels in MODES else image_hwc.mean(-1, keepdims=True)
 
 
 def _words(data: Data, row: Batch, document: int) -> str:
@@ -110,6 +121,7 @@ def totals(data: Data) -> str:
 def row_picture(
     row: Batch,
     interval: tuple[np.ndarray, np.ndarray],
+    patches: int,
     texts: Sequence[str],
     pictures: Sequence[np.ndarray],
     title: str,
@@ -120,14 +132,14 @@ def row_picture(
     Left, the interval mask, query i down and keys [start, end) across. Right, the row's positions
     in reading order, coloured by document, patches darker, padding white, and below where text is
     learned. Under both, the images with the text of their documents and their noise limits.
-    `interval` holds k_start [L] and k_end [L].
+    `interval` holds k_start [L] and k_end [L]; an image takes so many `patches`.
     """
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     figure.suptitle(title, color=INK)
     grid = figure.add_gridspec(3, 2, height_ratios=(2, 1, 2.2))
     _draw_mask(figure.add_subplot(grid[:2, 0]), row, interval)
     positions = figure.add_subplot(grid[0, 1])
-    _draw_documents(positions, row, interval[1])
+    _draw_documents(positions, row, patches)
     _draw_learned(figure.add_subplot(grid[1, 1], sharex=positions), row)
     below = figure.add_subfigure(grid[2, :])
     for number, axes in enumerate(below.subplots(max(-(-len(pictures) // 8), 1), 8).flat):
@@ -151,13 +163,13 @@ def _draw_mask(axes: plt.Axes, row: Batch, interval: tuple[np.ndarray, np.ndarra
     axes.set(title="who sees whom", xlabel="keys", ylabel="queries")
 
 
-def _draw_documents(axes: plt.Axes, row: Batch, end: np.ndarray) -> None:
-    patches = np.zeros(len(row.tokens_BL))
-    for start in row.image_start_BM[row.image_start_BM < len(patches)]:
-        patches[start : end[start]] = 1
+def _draw_documents(axes: plt.Axes, row: Batch, patches: int) -> None:
+    of_images = np.zeros(len(row.tokens_BL))
+    for start in row.image_start_BM[row.image_start_BM < len(of_images)]:
+        of_images[start : start + patches] = 1
     shade = np.where(row.segment_BL > 0, 1 + row.segment_BL % 9, 0)
     axes.imshow(_lines(shade), aspect="auto", **_DOCUMENTS)
-    axes.imshow(_lines(patches), cmap="gray_r", alpha=0.45 * _lines(patches), aspect="auto")
+    axes.imshow(_lines(of_images), cmap="gray_r", alpha=0.45 * _lines(of_images), aspect="auto")
     axes.set(title="documents (patches darker)", yticks=[])
 
 

@@ -1,6 +1,7 @@
 """Suite `likelihood`: held-out text perplexity, and the loss of images: by timestep where they are
 diffused, of a code where they are tokens."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,7 @@ def _losses(
     Images are clean, but where they are diffused: then their loss is one of every bucket.
     """
     experiment = engine.experiment
-    chunk, seed = experiment.train.vocab_chunk, experiment.train.seed
+    chunk = experiment.train.vocab_chunk
     edges = jnp.asarray(bucket_edges(experiment.diffusion.steps))
     diffused = experiment.model.images == "latents"
 
@@ -91,8 +92,12 @@ def _losses(
     def losses(parameters, batch, number):
         model = nnx.merge(engine.graph, parameters)
         weights = model.weights(batch)
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        noise = jax.random.normal(key, batch.latents_BMhwc.shape)
+        # Those of a row are its own, whatever the run's seed and the size of a batch.
+        B, M, *image = batch.latents_BMhwc.shape
+        key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(
+            number * B + jnp.arange(B, dtype=number.dtype)
+        )
+        noise = jax.vmap(lambda key: jax.random.normal(key, (M, *image)))(key_B)
         clean = jnp.zeros_like(batch.image_start_BM)
 
         def total(name, noise):
@@ -100,7 +105,9 @@ def _losses(
 
         def bucket(i):
             low, high = edges[i], edges[i + 1]
-            t_BM = jax.random.randint(jax.random.fold_in(key, i), clean.shape, low, high)
+            t_BM = jax.vmap(
+                lambda key: jax.random.randint(jax.random.fold_in(key, i), (M,), low, high)
+            )(key_B)
             return total("image", Noise(t_BM, noise))
 
         without_noise = Noise(clean, jnp.zeros_like(noise))

@@ -25,11 +25,12 @@ def sampler(experiment: Experiment, directory: Path, mesh: Mesh, report: Report)
     n has random draws of its own, so only the first answer is what `generate` gives alone.
 
     Raises:
-      ValueError: a prompt is longer than a row.
+      ValueError: a prompt is longer than a row, or what the model draws are no pictures.
     """
     prompts = [[prompt] for prompt in experiment.train.sample_prompts]
     tokenizer = tokenizer_of(experiment, directory)
     engine = engine_without_weights(experiment, tokenizer, directory, mesh, report)
+    engine.require_pictures()
     engine.check(prompts)
 
     def look(step: int, state: Any, moved: Moved) -> Observation:

@@ -64,8 +64,21 @@ def check_suites(engine: Engine, names: Sequence[str]) -> None:
     check_names(names)
     _check_draws(engine.experiment, names)
     _check_pictures(names, engine.picture_shape)
+    if any(SUITES[name].draws for name in names):
+        engine.require_pictures()
     if any(SUITES[name].held_out for name in names):
-        Data(engine.experiment, engine.tokenizer, "held_out")
+        _check_data(engine)
+
+
+def _check_data(engine: Engine) -> None:
+    """Raises ValueError for held-out data that is not what the model was trained for."""
+    data = Data(engine.experiment, engine.tokenizer, "held_out")
+    for source in data.sources:
+        latents = source.source.assets.latents
+        require(
+            latents is None or engine.codec is None or latents.autoencoder == engine.codec.digest,
+            f"{source.name} holds latents of another autoencoder than that of the run",
+        )
 
 
 def check_names(names: Sequence[str]) -> None:

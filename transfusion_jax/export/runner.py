@@ -334,6 +334,10 @@ def main() -> None:
     except (EOFError, OSError, ValueError) as error:
         parser.error(f"--image {image}: {error}")
     codes = model.about["codes"]
+    if "picture" not in model.about["programs"] and (
+        codes or model.about["image"][-1] not in (1, 3)
+    ):
+        parser.error("the model's images are no pixels, and it came without an autoencoder")
     if codes and not all(np.isin(x, np.arange(codes)).all() for x in images):
         parser.error(f"--image {image}: codes are from 0 to {codes - 1}")
     ids = model.tokenizer.encode(text) if ids is None else ids

@@ -25,7 +25,7 @@ from transfusion_jax.generation.images import draw_images
 from transfusion_jax.generation.requests import Request, read_requests
 from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, start
 from transfusion_jax.generation.text import write_text
-from transfusion_jax.images import read_image
+from transfusion_jax.images import MODES, read_image
 from transfusion_jax.model.attention.platforms import for_platform
 from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.mesh import make_mesh, whole_rows
@@ -126,6 +126,18 @@ class Engine:
         factor = self.codec.config.downsampling
         return image.height * factor, image.width * factor, self.codec.config.channels
 
+    def require_pictures(self) -> None:
+        """Raises ValueError if its images are latents or codes, and no autoencoder makes pictures
+        of them."""
+        image = self.experiment.image
+        pixels = image.channels in MODES and not image.codes
+        require(
+            self.codec is not None or pixels or self.experiment.model.images == "none",
+            f"images of {f'{image.codes} codes' if image.codes else f'{image.channels} channels'} "
+            "are no pixels, and the run has no autoencoder that makes pictures of them: those of "
+            "its data were made up",
+        )
+
     def read(self, path: Path) -> np.ndarray:
         """A picture file, cropped and resized to `picture_shape`.
 
@@ -143,6 +155,8 @@ class Engine:
         """The same model with other sampler settings; raises ValueError for those that cannot
         work."""
         changed = replace(self.experiment.sampler, **changes)
+        if changed == self.experiment.sampler:
+            return self  # with what it has compiled
         return replace(self, experiment=replace(self.experiment, sampler=changed))
 
     def with_weights(self, parameters: dict, moved: Moved | None = None) -> "Engine":

@@ -2,17 +2,14 @@
 
 import contextlib
 import secrets
-import time
 from pathlib import Path
 
 import jax
 
 from transfusion_jax.config import Experiment
+from transfusion_jax.files import appears
 from transfusion_jax.parallel.processes import gathered, is_leader
-from transfusion_jax.training.directory import check_directory
-
-PATIENCE = 10.0
-"""Seconds until a file that another host wrote must be visible (NFS remembers missing files)."""
+from transfusion_jax.training.directory import PATIENCE, check_directory
 
 
 def directory_problem(experiment: Experiment, directory: Path) -> str | None:
@@ -56,11 +53,8 @@ def _write(directory: Path, token: str) -> str | None:
 
 def _read(directory: Path, token: str) -> str | None:
     """Reads the leader's file, and writes and removes one of this process."""
-    deadline = time.monotonic() + PATIENCE
-    while not token_file(directory, token).exists():
-        if time.monotonic() > deadline:
-            return f"{directory.absolute()} is not the directory that process 0 writes to"
-        time.sleep(0.2)
+    if not appears(token_file(directory, token), PATIENCE):
+        return f"{directory.absolute()} is not the directory that process 0 writes to"
     own = token_file(directory, f"{token}-{jax.process_index()}")
     try:
         if token_file(directory, token).read_text() != token:

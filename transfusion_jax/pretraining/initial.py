@@ -163,7 +163,13 @@ def _compare(directory: str, theirs: dict[str, Any], ours: dict[str, Any]) -> li
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     """Raises ValueError if the weights were trained with another one."""
-    theirs = path / "tokenizer.model"
+    theirs, stored = path / "tokenizer.model", _stored_config(path)
+    boi = stored.get("boi_token_id", tokenizer.boi)
+    require(
+        theirs.exists() or boi == tokenizer.boi,
+        f"the weights in train.initial={path} came without a tokenizer; BOI is token {boi} of "
+        f"theirs and {tokenizer.boi} of this run's tokenizer, which is therefore another",
+    )
     require(
         not theirs.exists() or theirs.read_bytes() == tokenizer.model,
         f"train.initial={path} was trained with another tokenizer; its own is "

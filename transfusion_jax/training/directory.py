@@ -13,7 +13,7 @@ from typing import Any
 
 from transfusion_jax.config.stored import dumps
 from transfusion_jax.errors import ComeAgain, require
-from transfusion_jax.files import write_atomic
+from transfusion_jax.files import appears, write_atomic
 from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.checkpoint import Checkpoints, Report
 from transfusion_jax.training.lock import Lock
@@ -22,6 +22,8 @@ from transfusion_jax.training.storage_errors import STORAGE
 
 Fingerprints = tuple[tuple[str, str], ...]
 """Name and digest of each source of data."""
+PATIENCE = 70.0
+"""Seconds until what another host wrote must be seen."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _opened(
     lock: Lock | None,
 ) -> RunDirectory:
     config, text = path / CONFIG, dumps(experiment)
-    seen = gathered(config.exists())
+    seen = gathered(appears(config, PATIENCE))
     require(
         all(seen),
         f"process {seen.index(False) if False in seen else 0} does not see {config}: all processes "

@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,7 @@ class MetricsLog:
     What cannot be written is lost; that is reported, once for as long as it lasts.
     """
 
-    def __init__(
-        self, run_dir: Path, step: int, report: Report = print, mirror: Mirror | None = None
-    ):
+    def __init__(self, run_dir: Path, step: int, report: Report = print):
         self.path = run_dir / METRICS
         for path in (self.path, run_dir / EVENTS):
             if path.exists():
@@ -36,9 +34,13 @@ class MetricsLog:
         from transfusion_jax.training.board import Board  # tensorboardX imports torch, if there
 
         self._board = Board(run_dir / "tensorboard", step)
-        self._mirror = mirror
+        self._mirror: Mirror | None = None
         self._report = report
-        self._failing = False
+        self._failing = self._unsent = False
+
+    def copy_to(self, mirror: Mirror) -> None:
+        """Sends what is logged from now on there as well."""
+        self._mirror = mirror
 
     def write(self, row: dict[str, float]) -> None:
         """Writes numbers with all digits of their float32 values, and null for non-finite ones."""
@@ -52,8 +54,7 @@ class MetricsLog:
         with self._reporting(f"the metrics of step {step}"):
             self._rows.append(row)
             self._board.scalars(step, shown)
-        if self._mirror:
-            self._mirror.write(row)
+        self._send(f"the metrics of step {step}", lambda mirror: mirror.write(row))
 
     def note(self, event: dict[str, Any]) -> None:
         """Appends an event, which has a `step`."""
@@ -67,16 +68,16 @@ class MetricsLog:
                 self._board.picture(step, name, picture)
             for name, text in seen.texts.items():
                 self._board.text(step, name, text)
-        if self._mirror and seen.pictures:
-            self._mirror.show(step, dict(seen.pictures))
+        if seen.pictures:
+            pictures = dict(seen.pictures)
+            self._send(f"the samples of step {step}", lambda mirror: mirror.show(step, pictures))
 
     def close(self) -> None:
         self._rows.close()
         self._events.close()
         with self._reporting("the last events"):
             self._board.close()
-        if self._mirror:
-            self._mirror.close()
+        self._send("the last of the metrics", lambda mirror: mirror.close())
 
     @contextlib.contextmanager
     def _reporting(self, what: str) -> Iterator[None]:
@@ -87,6 +88,17 @@ class MetricsLog:
             if not self._failing:
                 self._report(f"could not write {what} to {self.path.parent} ({error.strerror})")
             self._failing = True
+
+    def _send(self, what: str, send: Callable[[Mirror], None]) -> None:
+        if self._mirror is None:
+            return
+        try:
+            send(self._mirror)
+            self._unsent = False
+        except Exception as error:  # of every kind; training goes on without
+            if not self._unsent:
+                self._report(f"could not send {what} to Weights & Biases ({error})")
+            self._unsent = True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

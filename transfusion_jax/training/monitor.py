@@ -10,7 +10,7 @@ import jax
 from tqdm import tqdm
 
 from transfusion_jax.errors import Stopped
-from transfusion_jax.parallel.processes import is_leader
+from transfusion_jax.parallel.processes import is_leader, leader_does
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.feed import Feed
 from transfusion_jax.training.gauges import Gauges
@@ -52,8 +52,9 @@ class Monitor:
         leader = is_leader()
         self._log = None
         if leader:
-            mirror = Mirror(instruments.project, directory) if instruments.project else None
-            self._log = MetricsLog(directory, start, report, mirror)
+            self._log = MetricsLog(directory, start, report)
+        if instruments.project:  # which may refuse the run; then no process starts it
+            leader_does(lambda: self._log.copy_to(Mirror(instruments.project, directory)))
         self._gauges = Gauges(feed, devices)
         self._profiler = Profiler(instruments.profile, directory / "profile", report)
         self._watcher = LossWatcher(instruments.loss_watch) if instruments.loss_watch else None

@@ -14,10 +14,11 @@ import optax
 import optax.contrib
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from transfusion_jax.config import OptimizerConfig
 from transfusion_jax.errors import require
-from transfusion_jax.parallel.rules import constrain, divided
+from transfusion_jax.parallel.rules import constrain
 from transfusion_jax.training.frozen import like, merged, without
 from transfusion_jax.training.state import AnyState
 
@@ -136,22 +137,23 @@ def matrices(parameters: nnx.State) -> dict:
 
 
 def _in_layers(axes: dict, gradients: dict) -> dict:
-    """The gradients of `matrices`, those of whole layers on each device, dealt out as the rows of a
-    batch are, where that divides the layers and nothing else cuts their matrices.
+    """The gradients of `matrices`, those of whole layers on each device, dealt out to those that
+    share the parameters (`fsdp`) or, where none do, to the copies (`data`); where that divides the
+    layers and nothing else cuts their matrices. So with `fsdp` no update crosses between slices.
 
     Muon's products take whole matrices. So a device does them for its layers alone, as in Liu et
     al. 2025 (arXiv 2502.16982, section 2.3), instead of every device for all of them. Devices along
     `tensor` share each product already, and along `sequence` they would all do the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["tensor"] > 1 or mesh.shape["data"] * mesh.shape["fsdp"] == 1:
+    if mesh.empty or mesh.shape["tensor"] > 1:
         return gradients
+    axis = "fsdp" if mesh.shape["fsdp"] > 1 else "data"
 
     def cut(axes: optax.contrib.MuonDimensionNumbers | None, gradient: Array) -> Array:
-        whole = ("batch", *[None] * (gradient.ndim - 1))
-        if axes is None or divided(whole, gradient.shape)[0] is None:
+        if axes is None or mesh.shape[axis] == 1 or len(gradient) % mesh.shape[axis]:
             return gradient
-        return constrain(gradient, *whole)
+        return jax.lax.with_sharding_constraint(gradient, PartitionSpec(axis))
 
     leaf = (optax.contrib.MuonDimensionNumbers, type(None))
     return jax.tree.map(cut, axes, gradients, is_leaf=lambda x: isinstance(x, leaf))

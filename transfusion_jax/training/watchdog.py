@@ -106,6 +106,7 @@ def check_finite(step: int, skipped_in_a_row: int, limit: int) -> None:
     if skipped_in_a_row >= limit:
         raise TrainingFailed(
             f"stopped at step {step}: {skipped_in_a_row} steps in a row had gradients that are "
-            "not finite; a smaller optimizer.learning_rate or a longer optimizer.warmup_steps "
-            "usually helps"
+            "not finite. In a new run a smaller optimizer.learning_rate or a longer "
+            "optimizer.warmup_steps usually helps; this one stops here again, unless "
+            "train.max_skipped_steps is larger"
         )

@@ -40,6 +40,8 @@ def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
     else:
         implementation, block = automatic(platform, model.attention_block)
         model = replace(model, attention=implementation, attention_block=block)
+    if model.attention == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        raise ValueError("model.attention='tokamax': pip install 'transfusion-jax[gpu]'")
     if model.layer_loop == "auto":
         unrolls = platform in ("gpu", "cuda") and model.remat in ("none", "minimal")
         model = replace(model, layer_loop="unroll" if unrolls else "scan")
