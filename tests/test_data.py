@@ -267,3 +267,15 @@ def test_source_and_vocabulary_errors(experiment, tokenizer):
     small = replace(experiment, model=replace(experiment.model, vocab_size=64))
     with pytest.raises(ValueError, match=r"model\.vocab_size=64"):
         Data(small, tokenizer)
+
+
+def test_rows_for_a_model_of_text_have_no_room_for_many_images(experiment, tokenizer):
+    text = replace(
+        experiment,
+        model=replace(experiment.model, family="llama", image_attention="causal"),
+        data=replace(experiment.data, sources=(SourceConfig("sums"),)),
+    )
+    row = Data(text, tokenizer).rows()[0]
+    assert len(row.latents_BMhwc) == len(row.image_start_BM) == 1 == text.image_slots
+    (whole,) = Data(text, tokenizer).once(1, 1)
+    assert whole.latents_BMhwc.shape[:2] == (1, 1)

@@ -118,5 +118,7 @@ class Experiment:
 
     @property
     def image_slots(self) -> int:
-        """M: the most images that fit into one row."""
-        return self.data.row_length // self.image.span
+        """M: images that a row has room for, as many as fit; of text alone, the one that a batch
+        must have."""
+        fit = self.data.row_length // self.image.span
+        return 1 if self.model.images == "none" else max(fit, 1)

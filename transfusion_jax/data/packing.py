@@ -259,11 +259,17 @@ def _pattern(count: list[int], left: int, capacity: int) -> dict[int, int]:
 
 
 def pack(
-    pieces: Sequence[tuple[Sequenced, int, int]], row_length: int, image: ImageConfig
+    pieces: Sequence[tuple[Sequenced, int, int]],
+    row_length: int,
+    image: ImageConfig,
+    slots: int | None = None,
 ) -> Batch:
-    """One row, a `Batch` without its leading dimension, from [begin, end) of each document."""
+    """One row, a `Batch` without its leading dimension, from [begin, end) of each document.
+
+    It has so many `slots` for images: as many as fit, unless another number is given.
+    """
     L = row_length
-    M = max(L // image.span, 1)
+    M = slots or max(L // image.span, 1)
     tokens, segment, position, target = (np.zeros(L, np.int32) for _ in range(4))
     weight = np.zeros(L, np.float32)
     latents = np.zeros((M, *image.shape), np.float32)

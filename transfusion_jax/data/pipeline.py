@@ -20,7 +20,7 @@ import numpy as np
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
-from transfusion_jax.data.documents import sequence
+from transfusion_jax.data.documents import Sequenced, sequence
 from transfusion_jax.data.mixture import Mixture
 from transfusion_jax.data.packing import Plan, pack
 from transfusion_jax.data.plans import plan_of
@@ -97,7 +97,7 @@ class Data:
         found = ((place, int(np.searchsorted(ends, place, side="right"))) for place in places)
         numbered = ((at, place - int(ends[at]) + len(self.sources[at])) for place, at in found)
         rows = (self.row(self.sources[at], r, np.random.default_rng((at, r))) for at, r in numbered)
-        empty = pack([], self.experiment.data.row_length, self.experiment.image)
+        empty = self._pack([])
         while batch := list(itertools.islice(rows, batch_rows)):
             yield stack(batch + [empty] * (batch_rows - len(batch)))
 
@@ -110,7 +110,11 @@ class Data:
             (sequence(document, self.tokenizer, self.experiment.image.patches), begin, end)
             for document, (_, begin, end) in zip(documents, planned, strict=True)
         ]
-        return pack(pieces, self.experiment.data.row_length, self.experiment.image)
+        return self._pack(pieces)
+
+    def _pack(self, pieces: Sequence[tuple[Sequenced, int, int]]) -> Batch:
+        experiment = self.experiment
+        return pack(pieces, experiment.data.row_length, experiment.image, experiment.image_slots)
 
     def ledger(self) -> dict[str, dict]:
         """For every source: documents = in rows + rejected, by reason; rows; how full they are."""

@@ -203,7 +203,7 @@ def abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Batch:
     """The shapes of a batch, and the placement of its rows."""
     rows = experiment.data.batch_rows
     sharding = batch_sharding(mesh)
-    row = pack([], experiment.data.row_length, experiment.image)
+    row = pack([], experiment.data.row_length, experiment.image, experiment.image_slots)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding), row
     )

@@ -124,7 +124,7 @@ class Validation:
         # No more rows at a time than in training, and no more than there are.
         most = experiment.data.batch_rows // experiment.train.accumulation
         size = min(most, -(-max(count, 1) // shards) * shards)
-        empty = pack([], experiment.data.row_length, experiment.image)
+        empty = pack([], experiment.data.row_length, experiment.image, experiment.image_slots)
         for begin in range(0, count, size):
             numbers = places[begin : begin + size]
             rows = [self.data.row(source, r, np.random.default_rng((number, r))) for r in numbers]
