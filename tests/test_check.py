@@ -157,6 +157,12 @@ def test_a_full_directory_of_a_run_that_is_there_may_find_room(said, held, passe
     assert finding.passes == passes
 
 
+def test_devices_of_a_cpu_share_the_memory_of_the_machine():
+    devices = jax.local_devices()
+    least = facts_module._memory(devices)
+    assert 0 < least == facts_module._memory(devices[:1]) // len(devices)
+
+
 def test_devices_that_do_not_say_their_memory_hold_any_state():
     facts = [fact(0, memory=None, needs=Needs(mesh="one device", state=10**15))]
     assert failures(facts) == {}

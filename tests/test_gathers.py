@@ -9,9 +9,10 @@ from jax.sharding import NamedSharding
 
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.model.layers import project
-from transfusion_jax.parallel import rules
+from transfusion_jax.parallel import gathers
+from transfusion_jax.parallel.gathers import gather_steps, gathered, on_rows
 from transfusion_jax.parallel.mesh import make_mesh
-from transfusion_jax.parallel.rules import gather_steps, gathered, on_rows, partition_spec
+from transfusion_jax.parallel.rules import partition_spec
 
 
 @pytest.mark.parametrize("devices", [2, 16, 32, 48, 64, 256, 512, 37])
@@ -55,7 +56,7 @@ def test_a_gather_in_steps_is_the_gather_in_one(monkeypatch, mesh, axes):
     placed = jax.device_put(value, NamedSharding(devices, partition_spec(axes)))
     with jax.set_mesh(devices):
         whole = jax.jit(lambda value: gradient(value))(placed)
-        monkeypatch.setattr(rules, "TOGETHER", 2)
+        monkeypatch.setattr(gathers, "TOGETHER", 2)
         stepped = jax.jit(lambda value: gradient(value))
         text = stepped.lower(placed).as_text()
         stepped = stepped(placed)
@@ -77,7 +78,7 @@ def in_one_and_in_steps(monkeypatch, mesh, axes, gradients, value, x):
     rows = jax.device_put(x, NamedSharding(devices, partition_spec(("batch",))))
     with jax.set_mesh(devices):
         whole = jax.jit(lambda *arrays: gradients(*arrays))(placed, rows)
-        monkeypatch.setattr(rules, "TOGETHER", 2)
+        monkeypatch.setattr(gathers, "TOGETHER", 2)
         stepped = jax.jit(lambda *arrays: gradients(*arrays))
         return whole, stepped(placed, rows), stepped.lower(placed, rows).as_text()
 

@@ -21,8 +21,8 @@ from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.model.build import build
 from transfusion_jax.model.interface import Model
 from transfusion_jax.model.losses import image_loss, token_losses
+from transfusion_jax.parallel.gathers import on_rows
 from transfusion_jax.parallel.mesh import make_mesh
-from transfusion_jax.parallel.rules import on_rows
 from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.pretraining.objective import batch_losses
 from transfusion_jax.pretraining.state import blueprint

@@ -11,7 +11,7 @@ from tensorboardX.event_file_writer import EventsWriter
 
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.parallel import rules
+from transfusion_jax.parallel import gathers
 from transfusion_jax.parallel.mesh import make_mesh, process_rows
 from transfusion_jax.parallel.rules import batch_sharding, partition_spec
 from transfusion_jax.planning.hlo import parse
@@ -110,7 +110,7 @@ def test_meshes_train_like_one_device(single, experiment, tokenizer, mesh_config
 @pytest.mark.long
 def test_sums_in_steps_train_like_one_device(single, experiment, tokenizer, monkeypatch):
     """As on more devices than `TOGETHER`."""
-    monkeypatch.setattr(rules, "TOGETHER", 2)
+    monkeypatch.setattr(gathers, "TOGETHER", 2)
     losses, _ = run(experiment, tokenizer, MeshConfig(data=2, fsdp=4), 20)
     np.testing.assert_allclose(losses, single[0], rtol=1e-4)
 
@@ -130,7 +130,7 @@ def test_sums_in_steps_go_with(experiment, tokenizer, monkeypatch, part, changes
     changed = replace(experiment, data=replace(experiment.data, batch_rows=16))
     changed = replace(changed, **{part: replace(getattr(changed, part), **changes)})
     alone, _ = run(changed, tokenizer, ONE, 4)
-    monkeypatch.setattr(rules, "TOGETHER", 2)
+    monkeypatch.setattr(gathers, "TOGETHER", 2)
     stepped, _ = run(changed, tokenizer, MeshConfig(data=1, fsdp=8), 4)
     np.testing.assert_allclose(stepped, alone, rtol=error)
 

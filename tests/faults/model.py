@@ -103,14 +103,14 @@ FAULTS = (
     ),
     Fault(
         "devices with their own rows make all logits",
-        "parallel/rules.py",
+        "parallel/gathers.py",
         " or mesh.are_all_axes_manual",
         "",
         "objective",
     ),
     Fault(
         "parts of rows are taken for whole ones",
-        "parallel/rules.py",
+        "parallel/gathers.py",
         "mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual",
         "True",
         "training",

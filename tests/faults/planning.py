@@ -131,14 +131,14 @@ FAULTS = (
     ),
     Fault(
         "steps of a gather in the wrong order",
-        "parallel/rules.py",
+        "parallel/gathers.py",
         "for groups in gather_steps(jax.sharding.get_abstract_mesh().shape[name]):",
         "for groups in reversed(gather_steps(jax.sharding.get_abstract_mesh().shape[name])):",
         "gathers",
     ),
     Fault(
         "steps of a sum in the wrong order",
-        "parallel/rules.py",
+        "parallel/gathers.py",
         'reversed(gather_steps(mesh.shape["fsdp"]))',
         'gather_steps(mesh.shape["fsdp"])',
         "gathers",

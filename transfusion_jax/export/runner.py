@@ -26,7 +26,6 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -167,7 +166,7 @@ class Model:
         shape = (self.about["layers"], 1, length, *self.about["cache"])
         return tuple(jnp.zeros(shape, self.about["dtype"]) for _ in "kv")
 
-    def read(self, tokens: list[int], images: list[np.ndarray], cache: Sequence) -> tuple:
+    def read(self, tokens: list[int], images: list[np.ndarray], cache: tuple) -> tuple:
         """A document, at each BOI of which one of the images [h, w, c] follows: the logits at its
         end, its length, and the cache that holds it."""
         about, ids, starts = self.about, [], []
@@ -193,15 +192,7 @@ class Model:
             return [0] * self.about["patches"]
         return (self.about["vocabulary"] + image_hwc.reshape(-1).astype(int)).tolist()
 
-    def generate(
-        self,
-        prompt: Sequence[int],
-        images: Sequence[np.ndarray] = (),
-        seed: int = 0,
-        row: int = 0,
-        draw: bool = False,
-        **asked: float,
-    ) -> Iterator[str | np.ndarray]:
+    def generate(self, prompt, images=(), seed=0, row=0, draw=False, **asked):
         """Continues a document of text ids and images; yields texts and images [h, w, c].
 
         Args:
@@ -279,13 +270,12 @@ class Model:
 
     def picture_of(self, image_hwc: np.ndarray) -> np.ndarray:
         """The picture [H, W, C] in [-1, 1] of an image of the model's."""
-        if "picture" not in self.about["programs"]:
-            return image_hwc
-        return np.asarray(self.picture(self.autoencoder, image_hwc[None]))[0]
+        made = "picture" in self.about["programs"]
+        return np.asarray(self.picture(self.autoencoder, image_hwc[None]))[0] if made else image_hwc
 
     def _add(self, token: int, length: int, cache):
         """As `read`, one token after what is in a cache."""
-        row = np.asarray([token], np.int32), np.asarray([length], np.int32)
+        row = np.int32([token]), np.int32([length])
         logits, *cache = self.decode(self.weights, *row, *cache)
         return logits, length + 1, cache
 
@@ -334,9 +324,7 @@ def main() -> None:
     except (EOFError, OSError, ValueError) as error:
         parser.error(f"--image {image}: {error}")
     codes = model.about["codes"]
-    if "picture" not in model.about["programs"] and (
-        codes or model.about["image"][-1] not in (1, 3)
-    ):
+    if not model.about["pictures"]:
         parser.error("the model's images are no pixels, and it came without an autoencoder")
     if codes and not all(np.isin(x, np.arange(codes)).all() for x in images):
         parser.error(f"--image {image}: codes are from 0 to {codes - 1}")

@@ -26,6 +26,7 @@ from transfusion_jax.export.shards import Described, dtype_named, write_shards
 from transfusion_jax.export.trained import Trained
 from transfusion_jax.files import write_json
 from transfusion_jax.generation.text import never_predicted
+from transfusion_jax.images import MODES
 from transfusion_jax.model.build import abstract_model
 from transfusion_jax.training.checkpoint import Report
 
@@ -82,6 +83,9 @@ def _about(trained: Trained, experiment: Experiment, found: list[str]) -> dict[s
         "patches": image.patches,
         "vocabulary": model.vocab_size,
         "codes": image.codes if model.images == "codes" else 0,
+        "pictures": "picture" in found
+        or model.images == "none"
+        or (model.images == "latents" and image.channels in MODES),
         **{name: getattr(tokenizer, name) for name in ("bos", "eos", "boi", "eoi")},
         "never": np.flatnonzero(never_V).tolist(),
         "timesteps": experiment.diffusion.steps,

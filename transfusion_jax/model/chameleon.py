@@ -26,7 +26,7 @@ from transfusion_jax.model.token_model import (
     patch_positions,
 )
 from transfusion_jax.model.transformer import KVCache, Transformer
-from transfusion_jax.parallel.rules import gathered
+from transfusion_jax.parallel.gathers import gathered
 from transfusion_jax.shapes import BLD, BM
 
 

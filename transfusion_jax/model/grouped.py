@@ -27,7 +27,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from transfusion_jax.model.layers import project
-from transfusion_jax.parallel.rules import divided, gathered, mesh_axes
+from transfusion_jax.parallel.gathers import gathered
+from transfusion_jax.parallel.rules import divided, mesh_axes
 
 PRODUCT = "grouped_product"
 """Names the results that `model.remat="minimal"` keeps."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from transfusion_jax.parallel.rules import (
+from transfusion_jax.parallel.gathers import (
     gathered,
     scattered,
     scatters_in_steps,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from transfusion_jax.model.layers import float32_product
-from transfusion_jax.parallel.rules import holds_whole_rows
+from transfusion_jax.parallel.gathers import holds_whole_rows
 from transfusion_jax.shapes import BL, BLD, BMhwc, FloatBL, FloatBM
 
 

@@ -12,7 +12,7 @@ from transfusion_jax.model.interface import Context
 from transfusion_jax.model.layers import float32_product, parameter
 from transfusion_jax.model.losses import TokenLosses, token_losses
 from transfusion_jax.model.transformer import KVCache, Transformer
-from transfusion_jax.parallel.rules import gathered, on_rows
+from transfusion_jax.parallel.gathers import gathered, on_rows
 from transfusion_jax.shapes import BLD
 
 EMBEDDING_SCALE = 0.02  # as in Llama

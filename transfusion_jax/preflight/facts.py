@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import platform
 import shutil
 import socket
@@ -105,7 +106,10 @@ def versions() -> dict[str, str]:
 
 
 def _memory(devices: list[Any]) -> int | None:
-    """The least memory of these devices; None unless all say what they have."""
+    """The least memory of these devices; None unless all say what they have. Those of a CPU share
+    that of the machine."""
+    if all(device.platform == "cpu" for device in devices):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
     stats = [device.memory_stats() or {} for device in devices]
     limits = [found.get("bytes_limit") for found in stats]
     return None if None in limits else min(limits)

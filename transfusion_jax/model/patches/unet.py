@@ -26,7 +26,7 @@ from transfusion_jax.config.model import UNET_WIDTHS
 from transfusion_jax.model.layers import LayerNorm, parameter, project, zeros
 from transfusion_jax.model.patches import timestep
 from transfusion_jax.model.patches.linear import POSITION_SCALE
-from transfusion_jax.parallel.rules import gathered
+from transfusion_jax.parallel.gathers import gathered
 
 
 class Conv(nnx.Module):
