@@ -1,5 +1,6 @@
 import functools
 import importlib.util
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from attention_cases import (
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from transfusion_jax.config import MeshConfig, ModelConfig
+from transfusion_jax.config import DataConfig, Experiment, MeshConfig, ModelConfig
 from transfusion_jax.model import block, transformer
 from transfusion_jax.model.attention import pallas
 from transfusion_jax.model.attention.attention import attention
@@ -34,6 +35,7 @@ from transfusion_jax.model.attention.pallas import pallas_attention
 from transfusion_jax.model.attention.sharded import on_shards
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.planning.topology import find_topology
+from transfusion_jax.pretraining.state import _check_blocks
 
 
 @functools.cache
@@ -348,3 +350,22 @@ def test_memory_is_linear_in_the_row(tpu_mesh):
     for length in (4096, 8192):
         assert temporaries("pallas", length) < 1.2 * (4 // 2 * length * 8 // 2 * 128 * 2)
     assert temporaries("dense", 4096) > 50 * temporaries("pallas", 4096)
+
+
+def test_more_pairs_of_blocks_than_the_list_has_room_for_are_bad_input():
+    def check(row_length: int, block: int = 0, fsdp: int = 64) -> None:
+        experiment = Experiment(
+            "long",
+            model=ModelConfig(attention_block=block),
+            data=DataConfig(row_length=row_length, batch_rows=128),
+        )
+        shape = {"data": 1, "fsdp": fsdp, "sequence": 1, "tensor": 1}
+        _check_blocks(experiment, SimpleNamespace(shape=shape))
+
+    check(4096)
+    check(65536)
+    with pytest.raises(ValueError, match="2 rows on a device in 256 x 256 blocks may make 131072"):
+        check(131072)
+    check(131072, block=1024)
+    with pytest.raises(ValueError, match="128 rows .* take a model.attention_block above 1024"):
+        check(131072, block=1024, fsdp=1)

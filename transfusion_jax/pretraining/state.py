@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from transfusion_jax.config import Experiment
-from transfusion_jax.model.attention.platforms import for_platform
+from transfusion_jax.model.attention.platforms import DEFAULT_BLOCK, for_platform
 from transfusion_jax.model.build import abstract_model, build
 from transfusion_jax.parallel.mesh import check_rows
 from transfusion_jax.parallel.rules import parameter_shardings
@@ -81,6 +81,8 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
         )
     model = for_platform(experiment.model, mesh.devices.flat[0].platform)
     experiment = replace(experiment, model=model)
+    if model.attention == "pallas":
+        _check_blocks(experiment, mesh)
     graph, parameters = abstract_model(experiment)
     names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(parameters)]
     frozen = frozen_names(names, experiment.train.freeze)
@@ -89,6 +91,21 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     shapes = jax.eval_shape(functools.partial(initial_state, experiment, optimizer))
     abstract = place(shapes, parameter_shardings(parameters, mesh), mesh)
     return Blueprint(experiment, graph, optimizer, abstract, frozen)
+
+
+def _check_blocks(experiment: Experiment, mesh: Mesh) -> None:
+    """Raises ValueError if a microbatch may have more pairs of blocks than the kernel's list."""
+    from transfusion_jax.model.attention.block_sums import check_pairs  # imports Pallas
+
+    block = experiment.model.attention_block or DEFAULT_BLOCK["pallas"]
+    length = experiment.data.row_length
+    rows = experiment.data.batch_rows // experiment.train.accumulation
+    check_pairs(
+        rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        -(-length // mesh.shape["sequence"] // block),
+        -(-length // block),
+        block,
+    )
 
 
 def initial_state(experiment: Experiment, optimizer: optax.GradientTransformation) -> State:

@@ -87,15 +87,22 @@ def block_sums(name, by, bounds, operands, results, sums, add, finish, blocks, r
     )(*table, *(bound[:, None, None, :] for bound in bounds), *(x for _, x in operands))
 
 
+def check_pairs(rows: int, queries: int, keys: int, block: int) -> None:
+    """Raises ValueError if so many rows on a device, in so many blocks of queries and of keys, may
+    have more pairs than the list has room for."""
+    pairs = rows * queries * keys
+    if pairs > MOST_PAIRS:
+        raise ValueError(
+            f"{rows} rows on a device in {queries} x {keys} blocks may make {pairs} pairs, and "
+            f"there is room for {MOST_PAIRS}: take a model.attention_block above {block}"
+        )
+
+
 def _table(bounds, by, length, blocks):
     """The pairs of blocks and their number."""
     some, every = visible_blocks(*bounds, blocks.query, blocks.key, length // blocks.key)
-    if some.size > MOST_PAIRS and not blocks.interpret:
-        raise ValueError(
-            f"{len(some)} rows on a device in {some.shape[1]} x {some.shape[2]} blocks may make "
-            f"{some.size} pairs, and there is room for {MOST_PAIRS}: take a model.attention_block "
-            f"above {blocks.query}"
-        )
+    if not blocks.interpret:
+        check_pairs(*some.shape, blocks.query)
     return block_pairs(some, every, by=by)
 
 
