@@ -1,8 +1,12 @@
-"""Scenes for an hour on two cores: the model of scenes.py with three and a half times the steps.
+"""Scenes for an hour on two cores: wider than scenes.py, with two and a half times the steps.
 
     transfusion-jax train experiments/scenes_hour.py
 
-Hardware: two CPU cores; 1.6e14 FLOPs, an hour.
+Hardware: two CPU cores; 2.0e14 FLOPs. 106 minutes of training beside other work; steps of 0.18 to
+0.25 s make 50 to 65 minutes without.
+Expected: what is asked for drawn in 68 % of prompts (single objects 96 %, colours 97 %), in 82 % of
+those with pairs of colour and kind never seen in training, captions 95 %, edits 66 %:
+docs/scenes.md.
 """
 
 from dataclasses import replace
@@ -17,7 +21,6 @@ def config() -> Experiment:
     return replace(
         base,
         name="scenes_hour",
-        # In so many steps reading is learned from fewer pairs, so more are left to draw.
-        data=replace(base.data, image_first=0.25),
-        train=replace(base.train, steps=22_500),
+        model=replace(base.model, width=128, mlp_width=384),
+        train=replace(base.train, steps=16_000),
     )
