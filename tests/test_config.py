@@ -117,16 +117,27 @@ def test_the_presets_are_the_controlled_setting_of_section_4_1():
     assert (experiment.sampler.steps, experiment.sampler.guidance) == (250, 3.0)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("digits", 500), ("emoji", 200), ("own_data", 200)])
-def test_experiments_with_a_noise_limit_say_so(name, limit, monkeypatch):
-    pictures = SimpleNamespace(
-        image_shape=(32, 32, 3),
-        image_config=lambda patch: ImageConfig(32, 32, 3, patch),
+def prepared(stored: str, channels: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        stored=stored,
+        image_shape=(32, 32, channels),
+        image_config=lambda patch: ImageConfig(32, 32, channels, patch),
         row_length=lambda image, images: images * image.span,
         embedding_rows=384,
     )
-    monkeypatch.setattr(dataset, "open_dataset", lambda path: pictures)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("digits", 500), ("emoji", 200), ("own_data", 200)])
+def test_experiments_with_a_noise_limit_say_so(name, limit, monkeypatch):
+    monkeypatch.setattr(dataset, "open_dataset", lambda path: prepared("pixels", 3))
     assert load_experiment(str(EXPERIMENTS / f"{name}.py")).diffusion.noise_limit == limit
+
+
+def test_only_pixels_are_clipped_to_their_range(monkeypatch):
+    for stored, channels, clip in (("pixels", 3, 1.0), ("latents", 8, SamplerConfig().clip)):
+        found = prepared(stored, channels)
+        monkeypatch.setattr(dataset, "open_dataset", lambda path, found=found: found)
+        assert load_experiment(str(EXPERIMENTS / "own_data.py")).sampler.clip == clip > 0
 
 
 def test_the_noise_limit_is_off_at_0_and_whatever_the_steps():
