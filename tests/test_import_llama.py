@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,9 @@ def started(directory: Path, mesh: MeshConfig | None = None, **changes):
     devices = jax.devices()[:1] if mesh is None else jax.devices()[:2]
     planned = blueprint(experiment, make_mesh(mesh or MeshConfig(data=1), devices))
     tokenizer = directory / "tokenizer.model"
-    given = type("Given", (), {"model": tokenizer.read_bytes() if tokenizer.exists() else b""})
+    model = tokenizer.read_bytes() if tokenizer.exists() else b""
+    boi = json.loads((directory / "config.json").read_text())["boi_token_id"]
+    given = SimpleNamespace(model=model, boi=boi)
     state = initialise_from(str(directory), planned, given, lambda line: None)()
     return experiment, planned.graph, state.parameters
 
