@@ -8,7 +8,8 @@
 
 Hardware: two CPU cores; 8.0e13 FLOPs, 83 minutes beside much other work (not timed alone).
 Expected: held-out text perplexity 84; most emoji can be recognised, and belong to the group that
-was asked for in 62 % of drawings, 5.6 times chance (emoji_groups.py, docs/data.md).
+was asked for in 62 % of drawings, 5.6 times chance, by a judge that knew the pictures asked for
+(docs/data.md).
 """
 
 from dataclasses import replace
