@@ -25,7 +25,8 @@ class Child:
     def __enter__(self) -> "Child":
         self.stopped_by: str | None = None
         self._process: subprocess.Popen | None = None
-        heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or not outlives_terminal]
         self._previous = {number: signal.signal(number, self._pass_on) for number in heard}
         return self
 
