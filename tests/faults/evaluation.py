@@ -327,7 +327,7 @@ FAULTS = (
     Fault(
         "latents of another autoencoder are measured",
         "evaluation/suite.py",
-        "latents.autoencoder == engine.codec.digest,",
+        "load_codec(latents.directory).digest == engine.codec.digest,",
         "True,",
         "codes::test_held_out_codes_of_another_autoencoder_are_refused",
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from transfusion_jax.autoencoder.codec import load_codec
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources.registry import SOURCES
@@ -75,8 +76,10 @@ def _check_data(engine: Engine) -> None:
     data = Data(engine.experiment, engine.tokenizer, "held_out")
     for source in data.sources:
         latents = source.source.assets.latents
+        if latents is None or engine.codec is None:
+            continue
         require(
-            latents is None or engine.codec is None or latents.autoencoder == engine.codec.digest,
+            load_codec(latents.directory).digest == engine.codec.digest,
             f"{source.name} holds latents of another autoencoder than that of the run",
         )
 
