@@ -611,35 +611,30 @@ def test_long_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, monkeypatch
     assert items(the_reader(tmp_path / "x.txt")) == ["invalid UTF-8"]
 
 
-def test_digests_tell_changed_inputs_apart(tmp_path):
-    def digests() -> list[str]:
-        return [
-            found.digest
-            for path in sorted(tmp_path.iterdir())
-            for found in find_inputs(str(path), PLAIN, MAX_BYTES)
-        ]
+def digests_in(folder: Path) -> list[str]:
+    """Of every input in a folder."""
+    return [
+        found.digest
+        for path in sorted(folder.iterdir())
+        for found in find_inputs(str(path), PLAIN, MAX_BYTES)
+    ]
 
+
+def test_digests_tell_changed_inputs_apart(tmp_path):
     lines(tmp_path / "a.jsonl", {"text": "cat"})
     tar(tmp_path / "b.tar", *SAMPLES)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["cat"]}), tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text("cat")
-    before = digests()
-    assert digests() == before
+    before = digests_in(tmp_path)
+    assert digests_in(tmp_path) == before
     lines(tmp_path / "a.jsonl", {"text": "dog"})
     tar(tmp_path / "b.tar", *SAMPLES[:-2])
     pyarrow.parquet.write_table(pyarrow.table({"text": ["dogs"]}), tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text("dogs")
-    assert not set(digests()) & set(before)
+    assert not set(digests_in(tmp_path)) & set(before)
 
 
 def test_digests_tell_texts_of_one_size_apart(tmp_path):
-    def digests() -> list[str]:
-        return [
-            found.digest
-            for path in sorted(tmp_path.iterdir())
-            for found in find_inputs(str(path), PLAIN, MAX_BYTES)
-        ]
-
     def write(caption: str) -> None:
         (tmp_path / "pairs" / "a.txt").write_text(caption)
         tar(tmp_path / "b.tar", ("1.png", png()), ("1.txt", caption.encode()))
@@ -649,12 +644,12 @@ def test_digests_tell_texts_of_one_size_apart(tmp_path):
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "a.png").write_bytes(png())
     write("a red cat")
-    before = digests()
-    assert len(before) == 4 and digests() == before
+    before = digests_in(tmp_path)
+    assert len(before) == 4 and digests_in(tmp_path) == before
     write("a red dog")
-    assert not set(digests()) & set(before)
+    assert not set(digests_in(tmp_path)) & set(before)
     write("a red cat")
-    assert digests() == before
+    assert digests_in(tmp_path) == before
 
 
 # --- pictures ---

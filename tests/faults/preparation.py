@@ -181,8 +181,8 @@ FAULTS = (
     Fault(
         "of a small picture one row is looked at",
         "preparation/splits.py",
-        "step = min(max(len(picture_hwc) // 8, 1), MOST_ROWS)",
-        "step = MOST_ROWS",
+        "step = min(max(len(picture_hwc) // 8, 1), MOST_APART)",
+        "step = MOST_APART",
         "prepare::test_pictures_that_differ_in_few_rows_are_on_both_sides",
     ),
 )

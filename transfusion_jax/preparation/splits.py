@@ -13,7 +13,7 @@ import numpy as np
 
 from transfusion_jax.data.sources.records import HELD_OUT, STRADDLING, TRAIN
 
-MOST_ROWS = 8  # from one row of a picture that tells it from others to the next
+MOST_APART = 8  # rows from one that tells a picture from others to the next
 
 
 def split_of(spans: Sequence[str | np.ndarray], share: float) -> int:
@@ -27,7 +27,7 @@ def split_of(spans: Sequence[str | np.ndarray], share: float) -> int:
 
 def _telling(picture_hwc: np.ndarray) -> np.ndarray:
     """Rows of a picture that tell it from others: at least eight, or all that it has."""
-    step = min(max(len(picture_hwc) // 8, 1), MOST_ROWS)
+    step = min(max(len(picture_hwc) // 8, 1), MOST_APART)
     return np.ascontiguousarray(picture_hwc[::step])
 
 
