@@ -109,8 +109,11 @@ def write(path: Path, text: str, dry_run: bool) -> None:
     if dry_run:
         print(f"# {path}\n{text}", end="" if text.endswith("\n") else "\n")
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError as error:
+            fail(f"cannot write {path}: {error.strerror}")
 
 
 def run(command: Sequence[str], dry_run: bool) -> int:

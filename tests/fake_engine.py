@@ -11,8 +11,9 @@ from flax import nnx
 from transfusion_jax.config import Experiment, SamplerConfig
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.generation.devices import Devices
-from transfusion_jax.generation.engine import Engine, nothing
+from transfusion_jax.generation.engine import Engine
 from transfusion_jax.images import read_image
+from transfusion_jax.training.observation import nothing
 
 
 class NoModel(nnx.Module):

@@ -21,9 +21,11 @@ from transfusion_jax.autoencoder.config import (
 from transfusion_jax.autoencoder.training import losses
 from transfusion_jax.autoencoder.training.judges import Judges
 from transfusion_jax.autoencoder.training.pictures import batches, pictures
+from transfusion_jax.autoencoder.training.reconstruction import compare
 from transfusion_jax.autoencoder.training.run import open_run, train_autoencoder
 from transfusion_jax.autoencoder.training.state import blueprint
 from transfusion_jax.autoencoder.training.step import compiled_step
+from transfusion_jax.autoencoder.training.summary import Reconstructed, measure
 from transfusion_jax.autoencoder.vae import LAST_KERNEL
 from transfusion_jax.config import MeshConfig, OptimizerConfig
 from transfusion_jax.data.sources import digits
@@ -315,3 +317,56 @@ def test_experiments_that_ship():
         and held_out[3].shape == (32, 32, 3)
         and held_out[3].dtype == np.float32
     )
+
+
+class Spoken(Exception):
+    """What a watch raises."""
+
+
+def test_scores_are_measured_in_small_batches_and_can_be_stopped(tiny):
+    """A device measures alone what many trained on; one picture has no Frechet distance."""
+    planned = blueprint(tiny, make_mesh(ONE, jax.devices()[:1]))
+    held_out = pictures(tiny, "held_out")[:37]
+    seen, moved = [], []
+
+    def reconstruct(parameters, image):
+        seen.append(len(image))
+        latent = jnp.asarray(image) * 0.5
+        return Reconstructed(jnp.asarray(image), latent, jnp.ones_like(latent), None)
+
+    def measured(pictures, moved=lambda: None):
+        return measure(planned, reconstruct, None, Judges(), pictures, moved)
+
+    found = measured(held_out, lambda: moved.append(0))
+    assert seen == [16, 16, 5] and len(moved) == 3
+    deviation = np.sqrt(np.var(0.5 * np.asarray(held_out)) + 1)
+    np.testing.assert_allclose(found["latent_scale"], 1 / deviation, rtol=1e-5)
+    assert measured(held_out[:1]).keys() == found.keys()
+
+    def stop():
+        raise Spoken
+
+    with pytest.raises(Spoken):
+        measured(held_out, stop)
+
+
+@pytest.mark.parametrize(("count", "distance"), [(1, False), (2, True)])
+def test_one_picture_has_no_frechet_distance(count, distance):
+    image = np.random.default_rng(0).uniform(-1, 1, (count, 16, 16, 3)).astype(np.float32)
+    found = compare(jnp.asarray, [image], lambda x: jnp.mean(x, (1, 2)))
+    assert ("reconstruction_fid_lpips" in found) == distance
+    assert np.isfinite(list(found.values())[1:]).all()
+
+
+def test_codes_are_not_scaled(tiny):
+    """All held-out latents on one code have no variance to divide by."""
+    vq = replace(tiny, model=replace(tiny.model, kind="vq", latent_channels=1))
+    planned = blueprint(vq, make_mesh(ONE, jax.devices()[:1]))
+
+    def reconstruct(parameters, image):
+        latent = jnp.zeros((len(image), 8, 8, 1))
+        codes = jnp.zeros((len(image), 8, 8), jnp.int32)
+        return Reconstructed(jnp.asarray(image), latent, latent, codes)
+
+    found = measure(planned, reconstruct, None, Judges(), pictures(vq, "held_out")[:5])
+    assert found["latent_scale"] == 1.0 and found["codebook_perplexity"] == 1.0

@@ -285,6 +285,26 @@ def test_sources_that_do_not_fit_together_are_a_problem(experiment, prepared, tm
     assert "were prepared with different tokenizers" in problem(prepared, again)
 
 
+def test_validation_without_held_out_rows_is_a_problem(experiment, tmp_path):
+    (tmp_path / "words.txt").write_text("a few words " * 50)
+
+    def problem(held_out: float) -> str | None:
+        out = tmp_path / f"data_{held_out}"
+        inputs = (str(tmp_path / "words.txt"),)
+        prepare(
+            Preparation(inputs=inputs, held_out=held_out), out, None, False, 1, lambda line: None
+        )
+        asked = replace(
+            experiment,
+            data=replace(experiment.data, sources=(SourceConfig(str(out)),)),
+            train=replace(experiment.train, validate_every=5),
+        )
+        return data_facts(asked, tmp_path / "run")[str(out)].get("problem")
+
+    assert "train.validate_every=5: no held-out rows in" in problem(0.0)
+    assert problem(0.9) is None
+
+
 def test_a_tokenizer_that_is_missing_is_a_problem(experiment, tmp_path):
     path = str(tmp_path / "x.model")
     asked = replace(experiment, tokenizer=TokenizerConfig(path=path))
@@ -369,6 +389,8 @@ def test_the_command_says_how_to_plan_the_same_experiment(tmp_path, monkeypatch,
         ("check none.py", "there is no experiment file none.py"),
         (f"check {DIGITS} --model.widht 3", "perhaps you meant --model.width"),
         (f"check {DIGITS} --evaluation fid", "'fid' is not one of"),
+        (f"check {DIGITS} --profile 5", "--profile 5 is not START:STOP"),
+        (f"check {DIGITS} --profile 10:9999", "must be steps from 1 to train.steps=1000"),
         (f"check {DIGITS} --num-processes 2", "--coordinator"),
         (f"check {DIGITS} --coordinator a:1 --num-processes 2 --process-id 2", "--process-id 2"),
     ],

@@ -126,7 +126,11 @@ def test_sizes_that_do_not_fit_are_named(tmp_path):
     ("change", "message"),
     [
         ({"colour": 1}, r"unknown fields \['colour'\]"),
-        ({"kind": "gan"}, "model.kind='gan'"),
+        ({"kind": "gan"}, "kind='gan' is not one of 'kl', 'vq'"),
+        ({"blocks": 2.0}, "blocks=2.0 must be an integer"),
+        ({"scale": 0.0}, "a scale of 0.0 cannot be undone"),
+        ({"scale": float("nan")}, "a scale of nan cannot be undone"),
+        ({"shift": float("inf")}, "a shift of inf is no finite number"),
         ({"width": "eight"}, "config.json does not describe an autoencoder"),
         ({"_class_name": "VQModel"}, "_class_name='VQModel' is not 'AutoencoderKL'"),
         ({"multipliers": [1, 1]}, r"of another shape \(.* instead of .*, \.\.\.\)"),

@@ -5,9 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from transfusion_jax.autoencoder.config import AutoencoderExperiment
+from transfusion_jax.autoencoder.config import AutoencoderConfig, AutoencoderExperiment, LossConfig
+from transfusion_jax.autoencoder.training.losses import Discriminator
 from transfusion_jax.commands.experiments import load_experiment
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import (
@@ -207,3 +211,74 @@ def test_numbers_that_cannot_work_are_refused_by_name(arguments):
     name = arguments[0].removeprefix("--").replace("-", "_")
     with pytest.raises(ValueError, match=rf"{name}=\S+ must"):
         load_experiment(str(EXPERIMENTS / "digits.py"), arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("optimizer", {"kind": "Muon"}, "optimizer.kind='Muon' is not one of 'adamw', 'muon'"),
+        ("model", {"norm_placement": "Pre"}, "model.norm_placement='Pre' is not one of"),
+        ("model", {"experts": "moe"}, "model.experts='moe' is not one of"),
+        ("model", {"family": "lama", "image_attention": "causal"}, "model.family='lama'"),
+        ("diffusion", {"timesteps": "Uniform"}, "diffusion.timesteps='Uniform' is not one of"),
+        ("sampler", {"kind": "DDIM"}, "sampler.kind='DDIM' is not one of 'ddpm', 'ddim'"),
+        ("train", {"failed_save": "halt"}, "train.failed_save='halt' is not one of"),
+        ("train", {"steps": 1e5}, "train.steps=100000.0 must be an integer"),
+        ("train", {"steps": True}, "train.steps=True must be an integer"),
+        ("train", {"ema_decay": False}, "train.ema_decay=False must be a number"),
+        ("model", {"qk_norm": 1}, "model.qk_norm=1 must be True or False"),
+        ("train", {"sample_prompts": ("a three")}, "train.sample_prompts='a three' must be a"),
+        ("data", {"sources": [SourceConfig()]}, "must be a tuple"),
+        ("data", {"sources": (SourceConfig("a", True),)}, "data.sources.0.weight=True must be a"),
+        ("tokenizer", {"path": Path("x")}, "must be a text"),
+        ("model", {"rope_scaling": "linear"}, "model.rope_scaling='linear' must be of RopeScaling"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_or_name_is_refused(part, values, message):
+    """Python takes them as they are, and a name that is not "muon" would be AdamW."""
+    base = Experiment("x")
+    with pytest.raises(ValueError) as caught:
+        replace(base, **{part: replace(getattr(base, part), **values)})
+    assert message in str(caught.value)
+
+
+def test_whole_numbers_are_numbers():
+    assert replace(Experiment("x"), sampler=SamplerConfig(guidance=2)).sampler.guidance == 2
+
+
+def test_a_file_with_a_wrong_name_is_one_line(tmp_path, capsys):
+    file = tmp_path / "x.py"
+    file.write_text(
+        "from transfusion_jax.config import Experiment, OptimizerConfig\n"
+        "def config(): return Experiment('x', optimizer=OptimizerConfig(kind='Muon'))\n"
+    )
+    assert main(["train", str(file), "--run-dir", str(tmp_path / "run")]) == 2
+    assert "x.py: optimizer.kind='Muon' is not one of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_experiment_named_after_its_overrides_is_said(tmp_path, capsys):
+    assert main(["train", "--model.layers", "6", str(tmp_path / "x.py")]) == 2
+    assert "x.py comes after --FIELD VALUE: name the experiment first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layers", "size"), [(3, 23), (2, 11), (1, 5)])
+def test_a_discriminator_that_sees_nothing_is_refused(layers, size):
+    """Just below three pixels at its coarsest resolution there is no patch left."""
+
+    def experiment(size: int, **loss) -> AutoencoderExperiment:
+        model = AutoencoderConfig(size=size, multipliers=(1,))
+        return AutoencoderExperiment(
+            "x", model=model, loss=LossConfig(discriminator_layers=layers, **loss)
+        )
+
+    def patches(size: int) -> int:
+        net = Discriminator(3, 4, layers, rngs=nnx.Rngs(0))
+        return jax.eval_shape(net, jnp.zeros((1, size, size, 3))).size
+
+    experiment(size + 1)
+    with pytest.raises(ValueError, match=f"less than {size + 1} pixels"):
+        experiment(size)
+    experiment(size, gan=0.0)
+    experiment(size, gan_start=10**6)  # beyond the last step
+    assert patches(size + 1) == 1 and patches(size) == 0

@@ -1,9 +1,13 @@
 """What leaves as safetensors: the tensors, what is beside them, and what is refused."""
 
 import json
+import os
 import shutil
+import signal
+import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import autoencoder_cases
 import ml_dtypes
@@ -13,10 +17,12 @@ import safetensors.numpy
 import test_families
 from exported import a_tokenizer, flat, run_directory, weights
 
+from transfusion_jax import files
 from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import MeshConfig, TrainConfig
 from transfusion_jax.config.stored import dumps
+from transfusion_jax.export import safetensors as safetensors_export
 from transfusion_jax.export import shards
 from transfusion_jax.export.safetensors import write
 from transfusion_jax.export.shards import Described, write_shards
@@ -271,6 +277,55 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_leaves(run_dir, tmp_pa
     for text in ("[]", '{"tree_metadata": null}', '{"tree_metadata": {"a": 5}}'):
         (copy / "checkpoints" / "6" / "ema" / "_METADATA").write_text(text)
         assert open_trained(copy, None, "average", print).step == 3
+
+
+def test_a_checkpoint_that_goes_while_it_leaves_is_one_line(run_dir, tmp_path, monkeypatch, capsys):
+    """A trainer deletes old ones."""
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    write_shards = safetensors_export.write_shards
+
+    def gone(*arguments):
+        shutil.rmtree(copy / "checkpoints" / "6")
+        write_shards(*arguments)
+
+    monkeypatch.setattr(safetensors_export, "write_shards", gone)
+    words = ["export", str(copy), "--format", "safetensors", "--out", str(tmp_path / "out")]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(run_dir, tmp_path, monkeypatch):
+    """A machine that goes down would otherwise leave the name with empty files."""
+    synced, named = set(), []
+    monkeypatch.setattr(
+        files.os, "fsync", lambda fd: synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+    )
+    replace_ = os.replace
+
+    def renamed(source, target):
+        if Path(target).name == "out":
+            named.extend(str(x) for x in (Path(source), *Path(source).rglob("*")))
+            assert set(named) <= synced
+        replace_(source, target)
+
+    monkeypatch.setattr(files.os, "replace", renamed)
+    exported(run_dir, tmp_path / "out")
+    assert len(named) > 8
+
+
+def test_a_signal_clears_away_what_is_half_written(run_dir, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(safetensors_export, "write_shards", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    words = ["export", str(run_dir), "--format", "safetensors", "--out", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "interrupted" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_checksum_of_what_leaves_is_compared(run_dir, monkeypatch, capsys):

@@ -222,11 +222,29 @@ def test_the_runner_refuses_in_a_line_what_it_cannot_read(left, tmp_path, capsys
     (tmp_path / "no.npy").write_bytes(bytes(10))
     monkeypatch.setattr(runner, "__file__", str(left[1] / "run.py"))
     images = [("--image", str(tmp_path / f"{name}.npy")) for name in ("wide", "no", "missing")]
-    for words in (("--ids", "99999"), ("--ids", "-1"), *images):
-        monkeypatch.setattr("sys.argv", ["run.py", *words, "--out", str(tmp_path / "out")])
-        with pytest.raises(SystemExit, match="2"):
-            runner.main()
-        assert f"error: {words[0]}" in capsys.readouterr().err.splitlines()[-1]
+    numbers = ("--num 0", "--seed -1", f"--seed {2**32}", "--steps 0", "--steps 1001",
+               "--max-tokens 0")  # fmt: skip
+    for words in (("--ids", "99999"), ("--ids", "-1"), *images, *map(str.split, numbers)):
+        assert refused_by_runner(monkeypatch, capsys, tmp_path / "out", *words).startswith(words[0])
+
+    def said(*words: str) -> str:
+        return refused_by_runner(monkeypatch, capsys, tmp_path / "out", *words)
+
+    assert "what is negative cannot work" in said("--temperature", "-1")
+    assert "positions are more than" in said("--ids", *["5"] * 2000)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("a file")
+    assert "is a file" in said("--ids", "5")
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    assert "pip install flatbuffers" in said("--ids", "5")
+
+
+def refused_by_runner(monkeypatch, capsys, out: Path, *words: str) -> str:
+    """What run.py says where it ends with 2."""
+    monkeypatch.setattr("sys.argv", ["run.py", *words, "--out", str(out)])
+    with pytest.raises(SystemExit, match="2"):
+        runner.main()
+    return capsys.readouterr().err.splitlines()[-1].partition("error: ")[2]
 
 
 def test_it_is_for_three_platforms(left):
@@ -396,6 +414,28 @@ def test_a_tokenizer_that_changes_text_is_not_imitated(tmp_path):
         input=str(words), model_prefix=str(tmp_path / "unigram"), vocab_size=20, minloglevel=2
     )
     other = Tokenizer((tmp_path / "unigram.model").read_bytes())
-    with pytest.raises(SystemExit, match="give --ids"):
+    with pytest.raises(ValueError, match="give --ids"):
         runner.Tokenizer(tmp_path / "unigram.model").encode("one")
     assert other.encode("one")
+
+
+@pytest.mark.parametrize("option", ["byte_fallback=False", "treat_whitespace_as_suffix=True"])
+def test_other_byte_pair_tokenizers_are_imitated_or_refused(tmp_path, option):
+    import sentencepiece
+
+    words = tmp_path / "words.txt"
+    words.write_text("one two three four five six seven\n" * 50)
+    name, value = option.split("=")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(words), model_prefix=str(tmp_path / "other"), vocab_size=40, minloglevel=2,
+        model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False,
+        **{name: value == "True"},
+    )  # fmt: skip
+    theirs = Tokenizer((tmp_path / "other.model").read_bytes())
+    ours = runner.Tokenizer(tmp_path / "other.model")
+    if value == "True":
+        with pytest.raises(ValueError, match="give --ids"):
+            ours.encode("one two")
+        return
+    for text in ("one ZZZ two", "ZZ", "one", "Zone twoZ Z"):  # a run of unknowns is one
+        assert ours.encode(text) == theirs.encode(text)

@@ -252,9 +252,9 @@ def test_a_run_exported_as_a_llama_comes_back(tmp_path, capsys):
         imported(tmp_path), family="transfusion", image_attention="bidirectional"
     )
     assert experiment.model.vocab_size == 512
-    assert (
-        f"tokens {SIZE - 2} and {SIZE - 1} of 512; rows below {SIZE} are" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert f"BOI and EOI are tokens {SIZE - 2} and {SIZE - 1} of 512" in said
+    assert f"begins as BOI is their token {SIZE - 2}, as EOI {SIZE - 1}" in said
     np.testing.assert_array_equal(found["embedding_VD"][:SIZE], parameters["embedding_VD"][:SIZE])
     np.testing.assert_array_equal(found["output_DV"][:, :SIZE], parameters["output_DV"][:, :SIZE])
     jax.tree.map(np.testing.assert_array_equal, found["transformer"], parameters["transformer"])

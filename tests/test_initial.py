@@ -9,20 +9,23 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import test_families
+from autoencoder_cases import SMALL, parameters
 from exported import a_tokenizer, flat, planned, run_directory, weights
 from test_export_safetensors import refused, tiny_experiment
 
+from transfusion_jax.autoencoder.codec import save_codec
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import (
     DiffusionConfig,
     Experiment,
     MeshConfig,
     SourceConfig,
+    TokenizerConfig,
     TrainConfig,
 )
 from transfusion_jax.config.stored import dumps, loads
 from transfusion_jax.data.tokenizer import train_tokenizer
-from transfusion_jax.preflight.data import initial_facts
+from transfusion_jax.preflight.data import data_facts, initial_facts
 from transfusion_jax.pretraining import initial
 from transfusion_jax.pretraining.initial import initialise_from, open_weights
 from transfusion_jax.pretraining.run import open_run
@@ -164,6 +167,46 @@ def test_what_may_differ_is_said(exported):
     assert "  diffusion_config.num_train_timesteps 100 -> 200" in said
     assert "  diffusion_config.prediction_type 'epsilon' -> 'v'" in said
     same(start(exported, tiny_experiment(), said=[])[0].parameters, weights(tiny_experiment(), 3))
+
+
+def test_codes_of_another_number_are_refused(tmp_path):
+    """Rows of an embedding are as many with more codes and fewer tokens, and mean something
+    else."""
+    chameleon = tiny_experiment("chameleon")
+    out = export(run_directory(tmp_path / "run", chameleon), tmp_path / "out")
+    codes = chameleon.image.codes
+    other = replace(
+        chameleon,
+        image=replace(chameleon.image, codes=codes - 2),
+        model=replace(chameleon.model, vocab_size=chameleon.model.vocab_size + 2),
+    )
+    with pytest.raises(ValueError, match=f"image_config.codes {codes} -> {codes - 2}"):
+        start(out, other)
+
+
+def test_images_of_another_autoencoder_are_said(tmp_path):
+    run = run_directory(tmp_path / "run", tiny_experiment())
+    for seed, place in ((1, run / "autoencoder"), (2, tmp_path / "other")):
+        save_codec(place, SMALL, parameters(SMALL, seed), 1.0, 0.0)
+    out = export(run, tmp_path / "out")
+    for place, differs in ((run / "autoencoder", 0), (tmp_path / "other", 1), (None, 0)):
+        said = []
+        plan = planned(tiny_experiment(), MESHES["one device"])
+        initialise_from(str(out), plan, a_tokenizer(), said.append, place)
+        assert len([line for line in said if "another autoencoder" in line]) == differs
+
+
+def test_check_asks_for_the_tokenizer_of_the_weights(exported, tmp_path):
+    def found(experiment: Experiment) -> str | None:
+        first = experiment.data.sources[0].name
+        return data_facts(experiment, tmp_path / "run")[first].get("problem")
+
+    experiment = a_run(exported)
+    assert found(experiment) is None
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer(["five numbers and six"] * 20, 290).model)
+    asked = replace(experiment, tokenizer=TokenizerConfig(path=str(other)))
+    assert "was trained with another tokenizer" in found(asked)
 
 
 def test_weights_without_a_tokenizer_need_one_with_their_special_tokens(exported, tmp_path):

@@ -21,7 +21,7 @@ from transfusion_jax.commands.main import main
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.evaluation.samples import sampler
-from transfusion_jax.generation.engine import Engine, load_engine, nothing
+from transfusion_jax.generation.engine import Engine, load_engine
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.planning.plan import abstract_batch
 from transfusion_jax.pretraining.run import open_run
@@ -30,6 +30,7 @@ from transfusion_jax.pretraining.step import compiled_step
 from transfusion_jax.pretraining.validation import Validation
 from transfusion_jax.training.loop import train
 from transfusion_jax.training.metrics import MetricsLog, read_events, read_metrics
+from transfusion_jax.training.observation import nothing
 from transfusion_jax.training.profile import Window
 from transfusion_jax.training.watchdog import Watch
 
@@ -214,6 +215,13 @@ def test_a_prompt_longer_than_a_row_is_refused(watched, tmp_path):
     long = replace(watched, train=replace(watched.train, sample_prompts=prompts))
     with pytest.raises(ValueError, match="row"):
         trained(long, tmp_path / "run")
+
+
+def test_a_suite_that_cannot_measure_the_run_is_refused_before_it(watched, tmp_path, monkeypatch):
+    """`check_experiment` knows the pictures of built-in sources alone."""
+    with pytest.raises(ValueError, match="suite 'scenes' judges pictures of 32x32x3 or 64x64x3"):
+        trained(replace(watched, evaluation=("scenes",)), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 SCOPES = ("block/attention/", "block/mlp/", "jvp(text_loss)/", "jvp(image_loss)/", "/update/")

@@ -121,6 +121,10 @@ def test_a_dry_run_does_nothing(line, tmp_path, monkeypatch):
         ("gcluster.py start a --cluster c -- x.py", "--location"),
         ("gcluster.py start a --cluster c --location l -- x.py", "start needs --topology"),
         ("gcluster.py stop a --cluster c --location l", "gcluster is not installed"),
+        (
+            f"{SLURM} --logs {__file__}/logs -- x.py",
+            f"cannot write {__file__}/logs/a.sbatch: Not a directory",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(line, message):

@@ -95,7 +95,10 @@ def test_an_event_names_the_rows_of_its_batch():
     assert row["loss"] == 9.0 and row["bound"] < 9.0
     said = events[0].line(WATCH)
     assert said.startswith("spike at step 31: loss 9 is above")
-    assert "rows 240 to 247 of seed 3 (transfusion-jax inspect EXPERIMENT --row 240)" in said
+    assert (
+        "rows 240 to 247 of seed 3 (transfusion-jax inspect EXPERIMENT --run-dir RUN --row 240)"
+        in said
+    )
 
 
 def watched(directory, experiment):

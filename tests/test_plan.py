@@ -198,9 +198,9 @@ def test_the_next_topology_has_at_least_twice_the_chips():
     ]
 
 
-def test_batches_are_parted_by_doubling():
+def test_batches_are_parted_in_every_way_that_gives_a_device_whole_rows():
     experiment = Experiment("x", data=DataConfig(batch_rows=48))
-    assert microbatch_counts(experiment, {"data": 2, "fsdp": 2}) == [1, 2, 4]
+    assert microbatch_counts(experiment, {"data": 2, "fsdp": 2}) == [1, 2, 3, 4, 6, 12]
 
 
 def test_work_of_rows_is_counted_from_their_intervals():

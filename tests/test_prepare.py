@@ -512,6 +512,7 @@ def test_foreign_directories_and_impossible_inputs(settings, tmp_path):
         run(settings, tmp_path / "thesis.tex")
     for change, message in (
         ({"inputs": ()}, "name at least one input"),
+        ({"inputs": (settings.inputs[0],) * 2}, "is named twice: all in it would be there twice"),
         ({"tokenizer": str(tmp_path / "no.model")}, "cannot read the tokenizer"),
         ({"tokenizer": str(tmp_path / "thesis.tex")}, "not a sentencepiece model"),
         ({"vocab_size": 5}, "vocab_size=5"),

@@ -237,6 +237,28 @@ def test_another_sampler_evaluates_again_and_keeps_no_number_of_the_one_before(p
     assert "not finished" in row
 
 
+def test_another_suite_evaluates_again(place, capsys):
+    assert main(("sweep", "three.py", "--only", "a")) == 0
+    capsys.readouterr()
+    assert main(("sweep", "three.py", "--dry-run", "--evaluation", "sums")) == 0
+    assert "# a: not finished" in capsys.readouterr().out
+
+
+def test_a_table_says_which_points_it_no_longer_has(place, capsys):
+    assert main(("sweep", "three.py", "--only", "a")) == 0
+    table = place.path / "runs" / "three"
+    assert (table / "table.png").exists()
+    file = place.path / "three.py"
+    text = file.read_text().replace('name="a"', 'name="z"')
+    file.write_text(text.replace('{"b": {"FID": 16.7, "CLIP": 25}}', "{}"))
+    capsys.readouterr()
+    assert main(("sweep", "three.py", "--table")) == 0
+    assert "no longer in the table: a, which this sweep does not have" in capsys.readouterr().out
+    # Nothing is finished in the new one: a picture would be that of the old.
+    shown = (table / "table.md").read_text()
+    assert "| z " in shown and not (table / "table.png").exists()
+
+
 def test_list_dry_run_and_table_run_nothing(place, capsys):
     assert main(("sweep", "three.py", "--list")) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -310,6 +332,7 @@ def test_bad_input_starts_nothing(place, capsys, line, message):
         ("yield replace(config(), name='..')", "a point cannot be called '..'"),
         ("yield replace(config(), name='x/y')", "a point cannot be called 'x/y'"),
         ("yield replace(config(), name='')", "a point cannot be called ''"),
+        ("yield replace(config(), name='lr:1')", "a point cannot be called 'lr:1': it is run as"),
         ("return []", "yields nothing"),
         ("yield int('x')", "invalid literal for int"),
         ("yield 3", "must yield experiments"),

@@ -13,7 +13,7 @@ from PIL import Image
 from transfusion_jax.config import Experiment, SourceConfig, stored
 from transfusion_jax.sweeps.figure import draw
 from transfusion_jax.sweeps.points import Point, changes, make_points, varying, written
-from transfusion_jax.sweeps.table import as_csv, as_markdown, groups, make_rows, markdown, title
+from transfusion_jax.sweeps.table import as_csv, as_markdown, groups, make_rows, markdown, titles
 
 
 def named(base: Experiment, name: str, seed: int = 0, **model) -> Experiment:
@@ -207,7 +207,30 @@ def test_seeds_are_named_by_what_their_names_have_in_common(points, monkeypatch,
 )
 def test_a_title_does_not_end_within_a_number(points, names, shared):
     rows = make_rows(points[:2], {})
-    assert title([replace(row, name=n) for row, n in zip(rows, names, strict=True)]) == shared
+    named = [replace(row, name=n) for row, n in zip(rows, names, strict=True)]
+    assert titles([named]) == [shared]
+
+
+def test_groups_that_would_have_one_title_have_the_name_of_their_first(points):
+    rows = make_rows(points[:2], {})
+    sizes = ("small", "large")
+    found = [[replace(row, name=f"seed{i}_{s}") for i, row in enumerate(rows)] for s in sizes]
+    assert titles(found) == ["seed0_small", "seed0_large"]
+
+
+def test_a_mean_says_over_how_many_seeds_it_is(points):
+    """One that drew nothing has no spread: the mean of the others is not that of all."""
+    (points[1].directory / "summary.json").unlink()
+    points[1].directory.joinpath("config.json").unlink()
+    points[1].directory.rmdir()
+    finish(points[1], drawn=0.7, text_perplexity=float("inf"))
+    _, _, over_seeds = as_markdown(make_rows(points, {})).partition("over seeds:\n\n")
+    row = cells(over_seeds)[0]
+    assert (row["seeds"], row["text_perplexity"], row["drawn"]) == (
+        "2",
+        "2, 1 of 2",
+        "0.6 (0.5 to 0.7)",
+    )
 
 
 def test_metrics_are_drawn_over_flops_where_these_vary(points, monkeypatch, tmp_path):

@@ -17,11 +17,11 @@ from flax import nnx
 from transfusion_jax.config import MeshConfig
 from transfusion_jax.data.pipeline import Data, stack
 from transfusion_jax.errors import Stopped
-from transfusion_jax.generation.engine import nothing
 from transfusion_jax.parallel.mesh import make_mesh
 from transfusion_jax.pretraining.state import blueprint
 from transfusion_jax.pretraining.validation import Validation, timesteps, validator
 from transfusion_jax.training.metrics import read_metrics
+from transfusion_jax.training.observation import nothing
 
 ROWS = 5
 ONE = MeshConfig(data=1)

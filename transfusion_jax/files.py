@@ -59,8 +59,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = temporary_of(path)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -73,7 +72,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yields a temporary directory to fill, which is renamed to `path` on success, else removed.
+    """Yields a temporary directory to fill; on success it is synced to disk and renamed to `path`,
+    else removed.
 
     Where `path` is a link, this is what it leads to.
 
@@ -92,9 +92,24 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise ValueError(f"{path} cannot be made: {error.strerror}") from error
     try:
         yield temporary
+        for place in (*temporary.rglob("*"), temporary):
+            _sync(place)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:
+        if not path.is_dir():  # not every file system can
+            raise
+    finally:
+        os.close(opened)
 
 
 def check_empty(path: Path) -> None:

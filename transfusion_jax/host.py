@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # From malloc.h of the GNU C library.
@@ -32,6 +33,16 @@ def core_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
     except (OSError, ValueError):  # there is none, or it says "max"
         return math.inf
     return max(math.ceil(quota / period), 1)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does, so that what is half written is cleared away."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def keep_freed_memory() -> bool:

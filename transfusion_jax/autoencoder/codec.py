@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from jax.typing import ArrayLike
 from transfusion_jax.autoencoder import published
 from transfusion_jax.autoencoder.config import AutoencoderConfig
 from transfusion_jax.autoencoder.vae import abstract_autoencoder
+from transfusion_jax.config.fields import require_types
 from transfusion_jax.errors import require
 from transfusion_jax.files import atomic_path
 
@@ -53,7 +55,8 @@ class Codec:
     scale: float
     shift: float
     digest: str
-    """SHA-256 of configuration, scale, shift and weights; the same for both layouts."""
+    """SHA-256 of configuration, scale, shift and weights. A copy in the other layout has another:
+    diffusers' does not keep all of the configuration."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Latent shape (h, w, c) of an image with height x width pixels.
@@ -164,6 +167,9 @@ def load_codec(path: Path) -> Codec:
         require(isinstance(raw, dict), "not a JSON object")
         foreign = published.is_published(raw)
         config, scale, shift = published.read_config(raw) if foreign else _own_config(raw)
+        require_types(config)
+        require(0 < scale < math.inf, f"a scale of {scale} cannot be undone")
+        require(math.isfinite(shift), f"a shift of {shift} is no finite number")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} does not describe an autoencoder: {error}") from None
     graph, abstract = abstract_autoencoder(config)

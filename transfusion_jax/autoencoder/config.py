@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from transfusion_jax.config import MeshConfig, OptimizerConfig, ProcessesConfig
-from transfusion_jax.config.fields import require_finite, require_seed
+from transfusion_jax.config.fields import require_finite, require_seed, require_types
 from transfusion_jax.errors import require
 
 
@@ -70,7 +70,6 @@ class AutoencoderConfig:
             f"model.groups={self.groups} must divide the channels of each resolution, "
             f"{self.widths}",
         )
-        require(self.kind in ("kl", "vq"), f"model.kind={self.kind!r} must be 'kl' or 'vq'")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -206,5 +205,12 @@ class AutoencoderExperiment:
     processes: ProcessesConfig = ProcessesConfig()
 
     def __post_init__(self):
+        require_types(self)
         require_finite(self)
         require_seed(self.train.seed)
+        layers, size = self.loss.discriminator_layers, self.model.size
+        require(
+            not self.loss.gan or self.loss.gan_start >= self.train.steps or size >> layers >= 3,
+            f"model.size={size}: the discriminator's loss.discriminator_layers={layers} leave "
+            f"nothing of pictures of less than {3 << layers} pixels; loss.gan=0 goes without",
+        )

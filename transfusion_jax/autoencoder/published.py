@@ -98,6 +98,7 @@ def read_config(raw: Mapping[str, Any]) -> tuple[AutoencoderConfig, float, float
 
 def _check_config(raw: Mapping[str, Any]) -> None:
     widths = raw["block_out_channels"]
+    require(len(widths) > 0, "block_out_channels names no resolution")
     for name, supported in (("down_block_types", DOWN), ("up_block_types", UP)):
         blocks = list(raw[name])
         require(

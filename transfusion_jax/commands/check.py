@@ -45,12 +45,15 @@ def _joined(arguments: argparse.Namespace) -> Experiment:
     """
     from transfusion_jax.evaluation.suite import check_experiment
     from transfusion_jax.parallel.processes import gathered
+    from transfusion_jax.training.profile import Window
 
     experiment = None
     problem = None
     try:
         experiment = asked_experiment(arguments)
         check_experiment(experiment)
+        if arguments.profile:
+            Window.parse(arguments.profile, experiment.train.steps)
     except ValueError as error:
         problem = str(error)
     join_processes(arguments, experiment.processes if experiment else ProcessesConfig())

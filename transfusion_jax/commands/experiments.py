@@ -34,6 +34,9 @@ def asked_experiment(arguments: argparse.Namespace, kind: type = Experiment) -> 
     """
     if arguments.experiment is None:
         raise ValueError(f"name an experiment file (see {arguments.prog} --help)")
+    late = [word for word in arguments.overrides if word.endswith(".py")]
+    if late and not os.path.isfile(arguments.experiment):
+        raise ValueError(f"{late[0]} comes after --FIELD VALUE: name the experiment first")
     return load_experiment(arguments.experiment, arguments.overrides, kind)
 
 

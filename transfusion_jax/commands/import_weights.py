@@ -8,7 +8,7 @@ from transfusion_jax.commands.joining import add_processes, join_processes
 from transfusion_jax.commands.terminal import say_leading
 from transfusion_jax.export.formats import IMPORTS
 from transfusion_jax.files import atomic_directory
-from transfusion_jax.host import return_freed_memory
+from transfusion_jax.host import interruptible, return_freed_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         say_leading(f"written to {arguments.out}; --train.initial {arguments.out} starts from it")
 
     return_freed_memory()
-    with user_input():
+    with interruptible(), user_input():
         join_processes(arguments)
         leader_does(read)
     return 0

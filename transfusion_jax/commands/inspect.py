@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_file("--out", out)
         check_format(out)
         directory = arguments.run_dir or Path("runs") / experiment.name
-        if arguments.run_dir is not None:
+        if arguments.run_dir is not None or (directory / "config.json").exists():
             check_run(experiment, directory)
         data = Data(experiment, tokenizer_of(experiment, directory))
     say(inspect_row(data, arguments.row, out))

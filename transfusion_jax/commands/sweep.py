@@ -16,7 +16,7 @@ from transfusion_jax.errors import ComeAgain, WorkFailed, require
 from transfusion_jax.files import write_atomic
 from transfusion_jax.sweeps.points import Point, changes, check_runs, chosen, make_points, written
 from transfusion_jax.sweeps.runner import RESTARTS, asks_again, run_points
-from transfusion_jax.sweeps.table import as_csv, as_markdown, make_rows, shown
+from transfusion_jax.sweeps.table import as_csv, as_markdown, listed, make_rows, shown
 
 PROGRAM = (sys.executable, "-m", "transfusion_jax")
 """What trains a point."""
@@ -127,9 +127,12 @@ def _tabulate(points: Sequence[Point], found: Sweep, directory: Path) -> None:
     rows = make_rows(points, found.published)
     text = as_markdown(rows)
     directory.mkdir(parents=True, exist_ok=True)
+    if gone := listed(directory / "table.csv") - {point.name for point in points}:
+        say(f"no longer in the table: {', '.join(sorted(gone))}, which this sweep does not have")
     write_atomic(directory / "table.md", text.encode())
     write_atomic(directory / "table.csv", as_csv(rows).encode())
-    drawn = draw(rows, directory / "table.png")
+    if not (drawn := draw(rows, directory / "table.png")):
+        (directory / "table.png").unlink(missing_ok=True)  # of an earlier table
     say(f"\n{text}")
     say(f"table  {directory / 'table.md'}, table.csv{', table.png' if drawn else ''}")
 

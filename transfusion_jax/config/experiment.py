@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from transfusion_jax.config.data import DataConfig, TokenizerConfig
 from transfusion_jax.config.diffusion import DiffusionConfig, SamplerConfig
-from transfusion_jax.config.fields import require_finite, require_seed
+from transfusion_jax.config.fields import require_finite, require_seed, require_types
 from transfusion_jax.config.model import UNET_WIDTHS, ImageConfig, ModelConfig
 from transfusion_jax.config.processes import ProcessesConfig
 from transfusion_jax.config.training import MeshConfig, OptimizerConfig, TrainConfig
@@ -46,6 +46,7 @@ class Experiment:
         "train.stall_steps",
         "train.wandb_project",
         "sampler.",
+        "evaluation",
     )
     """Prefixes of the fields that may change when a run is resumed."""
 
@@ -65,6 +66,7 @@ class Experiment:
     """Suites run after the last step (names in `evaluation/suite.py`)."""
 
     def __post_init__(self):
+        require_types(self)
         require_finite(self)
         require_seed(self.train.seed)
         self._check_images()

@@ -82,10 +82,6 @@ class RopeScaling:
 
     def __post_init__(self):
         require(
-            self.kind in ("none", "linear", "llama3"),
-            f"model.rope_scaling.kind={self.kind!r} must be 'none', 'linear' or 'llama3'",
-        )
-        require(
             self.factor > 0 and self.length > 0,
             f"model.rope_scaling.factor={self.factor} and model.rope_scaling.length={self.length} "
             "must be positive",
@@ -194,8 +190,8 @@ class ModelConfig:
         )
         require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
         require(
-            self.norm_epsilon >= 0,
-            f"model.norm_epsilon={self.norm_epsilon} must not be negative",
+            self.norm_epsilon > 0,  # with 0, the norm of a padding position is 0 / 0
+            f"model.norm_epsilon={self.norm_epsilon} must be positive",
         )
         require(
             self.layer_loop != "unroll" or self.remat in ("none", "minimal"),

@@ -9,12 +9,13 @@ import jax
 from transfusion_jax.evaluation.curves import curves
 from transfusion_jax.evaluation.suite import check_suites, evaluate
 from transfusion_jax.files import write_json
-from transfusion_jax.generation.engine import load_engine, nothing
+from transfusion_jax.generation.engine import load_engine
 from transfusion_jax.model.build import abstract_model
 from transfusion_jax.parallel.processes import is_leader
 from transfusion_jax.pretraining.run import stored
 from transfusion_jax.training.goodput import Account
 from transfusion_jax.training.metrics import read_metrics
+from transfusion_jax.training.observation import nothing
 
 
 def summarise(

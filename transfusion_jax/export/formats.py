@@ -56,7 +56,7 @@ FORMATS: Mapping[str, Format] = {
     "llama": Format("the text trunk as a LlamaForCausalLM, with its tokenizer", "llama"),
     "gguf": Format("the text trunk as a GGUF file, for llama.cpp", "gguf"),
     "autoencoder": Format("the run's autoencoder as diffusers' AutoencoderKL", "autoencoder"),
-    "stablehlo": Format("compiled phases and a runner that needs jax alone", "stablehlo"),
+    "stablehlo": Format("compiled phases and a runner that needs no package but jax", "stablehlo"),
 }
 """By the names of `export --format`."""
 

@@ -74,13 +74,19 @@ def read(source: Path, out: Path, report: Report) -> None:
         for tensor in tensors(_experiment(grown))
     }
     weights = Weights(found, described, rows)
-    write_shards(out, planned, ((name, finite(name, weights[name])) for name in planned))
+    with np.errstate(over="ignore"):  # what becomes infinite as float32 is found
+        cast = ((name, np.asarray(weights[name], x.dtype)) for name, x in planned.items())
+        write_shards(out, planned, ((name, finite(name, x)) for name, x in cast))
     if tokenizer:
         write_atomic(out / "tokenizer.model", tokenizer.model)
     write_json(out / "config.json", _config(grown, described.length, entries, tokenizer))
     known = described.model.vocab_size
-    kept = f"; rows below {known} are as they were" if entries < known else ""
-    report(f"BOI and EOI are tokens {entries} and {entries + 1} of {rows}{kept}")
+    report(f"BOI and EOI are tokens {entries} and {entries + 1} of {rows}")
+    if entries < known:
+        report(
+            f"  rows below {known} are as they were: what begins as BOI is their token {entries}"
+            f"{f', as EOI {entries + 1}' if entries + 1 < known else ''}"
+        )
     report(f"a model that fits: {_flags(grown)}")
 
 

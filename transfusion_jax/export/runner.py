@@ -1,10 +1,10 @@
-"""Runs a model exported as StableHLO: writes text and draws images with jax and NumPy alone.
+"""Runs a model exported as StableHLO: writes text and draws images with jax and flatbuffers alone.
 
     python run.py --prompt "a handwritten seven" --out out
 
 The directory of this file holds all it needs: `prefill`, `decode`, `denoise` and `step` as
 `jax.export` artefacts, their weights in safetensors, `tokenizer.model`, and `run.json`, which says
-how they go together. Nothing here comes from the package that trained the model.
+how they go together. Nothing of the package that trained the model is needed.
 
     prefill(weights, tokens, length, images, image_start, timestep, k, v) -> logits, k, v
     decode(weights, token, length, k, v)                                  -> logits, k, v
@@ -20,9 +20,8 @@ code k is the token `vocabulary` + k.
 """
 
 import argparse
-import codecs
+import importlib.util
 import json
-import re
 import struct
 import sys
 import zlib
@@ -33,102 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from transfusion_jax.export.runner_tokenizer import Tokenizer
+
 DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "I32": np.int32}
-NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # kinds of entries of a tokenizer
-BPE = 2  # kind of a tokenizer
-
-
-class Tokenizer:
-    """A sentencepiece model of byte pairs with byte fallback, as Llama's, without sentencepiece."""
-
-    def __init__(self, file: Path):
-        self.pieces, self.scores, self.kinds = [], [], []
-        spec = {"type": 1, "normalizer": b"", "dummy_prefix": 1, "collapse": 1}
-        for number, value in _fields(file.read_bytes()):
-            inner = dict(_fields(value)) if isinstance(value, bytes) else {}
-            if number == 1:
-                self.pieces.append(inner[1].decode())
-                self.scores.append(struct.unpack("<f", inner.get(2, bytes(4)))[0])
-                self.kinds.append(inner.get(3, NORMAL))
-            elif number == 2:
-                spec["type"] = inner.get(3, 1)
-            elif number == 3:
-                spec["normalizer"] = inner.get(2, b"")
-                spec["dummy_prefix"], spec["collapse"] = inner.get(3, 1), inner.get(4, 1)
-        self.spec = spec
-        self.ids = {p: i for i, p in enumerate(self.pieces) if self.kinds[i] in (NORMAL, USER)}
-        self.bytes = {p: i for i, p in enumerate(self.pieces) if self.kinds[i] == BYTE}
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without marks of its begin and end."""
-        spec = self.spec
-        if spec["type"] != BPE or spec["normalizer"] or spec["collapse"]:
-            sys.exit("error: run.py knows byte-pair tokenizers that keep text as it is: give --ids")
-        text = "▁" * bool(text and spec["dummy_prefix"]) + text.replace(" ", "▁")
-        whole = [p for p, i in self.ids.items() if self.kinds[i] == USER]
-        choices = [*map(re.escape, sorted(whole, key=len, reverse=True)), "."]
-        symbols = re.findall("|".join(choices), text, re.DOTALL)
-        fixed = [symbol in whole for symbol in symbols]
-        while True:
-            pairs = [
-                (-self.scores[self.ids[a + b]], i)
-                for i, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))
-                if a + b in self.ids and not (fixed[i] or fixed[i + 1])
-            ]
-            if not pairs:
-                return [i for symbol in symbols for i in self._of(symbol)]
-            at = min(pairs)[1]
-            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-            fixed[at : at + 2] = [False]
-
-    def _of(self, symbol: str) -> list[int]:
-        if symbol in self.ids or not self.bytes:
-            return [self.ids.get(symbol, self.kinds.index(UNKNOWN))]
-        return [self.bytes[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; marks are left out."""
-        text, first = b"", True
-        for i in ids:
-            if i >= len(self.pieces) or self.kinds[i] == CONTROL:
-                continue
-            piece = self.pieces[i]
-            if self.kinds[i] == BYTE:
-                text += bytes([int(piece[3:5], 16)])
-            elif self.kinds[i] == UNKNOWN:
-                text += " ⁇ ".encode()
-            else:
-                prefix = first and self.spec["dummy_prefix"]
-                text += (piece.removeprefix("▁") if prefix else piece).replace("▁", " ").encode()
-            first = False
-        return text.decode(errors="each_byte")
-
-
-# One mark for each byte that is no text, as sentencepiece has it; Python would join some.
-codecs.register_error("each_byte", lambda error: ("\ufffd", error.start + 1))
-
-
-def _fields(data: bytes):
-    """(number, value) of the fields of a protocol buffer."""
-    at = 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            value |= (data[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if data[at - 1] < 128:
-                return value
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}[key & 7] if key & 7 != 2 else varint()
-        yield key >> 3, data[at : at + size]
-        at += size
 
 
 def read_weights(directory: Path, prefix: str) -> dict:
@@ -318,20 +224,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the directory to write to")
     asked = vars(parser.parse_args())
     text, ids, image, out = (asked.pop(name) for name in ("prompt", "ids", "image", "out"))
-    model, number = Model(Path(__file__).parent), 0
+    if importlib.util.find_spec("flatbuffers") is None:
+        parser.error("jax.export needs it: pip install flatbuffers")
+    here, number = Path(__file__).parent, 0
+    about = json.loads((here / "run.json").read_text())
+    set_to, codes = {**about, **asked}, about["codes"]
     try:
-        images = [np.broadcast_to(np.load(image), model.about["image"])] if image else []
+        images = [np.broadcast_to(np.load(image), about["image"])] if image else []
     except (EOFError, OSError, ValueError) as error:
         parser.error(f"--image {image}: {error}")
-    codes = model.about["codes"]
-    if not model.about["pictures"]:
-        parser.error("the model's images are no pixels, and it came without an autoencoder")
-    if codes and not all(np.isin(x, np.arange(codes)).all() for x in images):
-        parser.error(f"--image {image}: codes are from 0 to {codes - 1}")
-    ids = model.tokenizer.encode(text) if ids is None else ids
-    if not set(ids) <= set(range(model.about["eoi"] + 1)):
-        parser.error(f"--ids are from 0 to {model.about['eoi']}")
-    prompt = [model.about["boi"]] * len(images) + ids
+    try:
+        tokens = Tokenizer(here / "tokenizer.model").encode(text) if ids is None else ids
+    except ValueError as error:
+        parser.error(f"--prompt: {error}")
+    prompt = [about["boi"]] * len(images) + tokens
+    length = 1 + len(prompt) + len(images) * (about["patches"] + 1)
+    draws = codes or "denoise" in about["programs"]
+    for holds, line in (
+        (about["pictures"], "the model's images are no pixels, and no autoencoder came with it"),
+        (draws or not (images or asked["draw"]), "the model reads and writes text alone"),
+        (all(np.isin(x, np.arange(codes)).all() for x in images) or not codes,
+         f"--image {image}: codes are from 0 to {codes - 1}"),
+        (set(tokens) <= set(range(about["eoi"] + 1)), f"--ids are from 0 to {about['eoi']}"),
+        (length <= about["row_length"], f"{length} positions are more than {about['row_length']}"),
+        (asked["num"] > 0, "--num must be at least 1"),
+        (0 <= asked["seed"] < 2**32, "--seed must be in 0..2^32 - 1"),
+        (0 < set_to["steps"] <= about["timesteps"], f"--steps are 1 to {about['timesteps']}"),
+        (min(set_to[x] for x in ("guidance", "temperature")) >= 0, "what is negative cannot work"),
+        (not out.exists() or out.is_dir(), f"--out {out} is a file"),
+        (set_to["max_tokens"] > 0, "--max-tokens must be positive"),
+    ):  # fmt: skip
+        if not holds:
+            parser.error(line)
+    model = Model(here)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "outputs.jsonl").open("w") as file:
         for row in range(asked.pop("num")):

@@ -17,6 +17,7 @@ import numpy as np
 from transfusion_jax import __version__
 from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.config.stored import dumps
+from transfusion_jax.data.sources.dataset import directory_digest
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.export.autoencoder import write_autoencoder
 from transfusion_jax.export.card import UNKNOWN, model_card
@@ -91,8 +92,15 @@ def config(trained: Trained, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "weights": trained.weights,
         "step": trained.step,
+        **_autoencoder(trained),
         "transfusion_jax_version": __version__,
     }
+
+
+def _autoencoder(trained: Trained) -> dict[str, str]:
+    """Which one made the images that the model knows; `vae/` may have it in another layout."""
+    place = trained.run_dir / "autoencoder"
+    return {"autoencoder": directory_digest(place)} if place.is_dir() else {}
 
 
 def generation_config(trained: Trained) -> dict[str, Any]:

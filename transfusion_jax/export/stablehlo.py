@@ -9,7 +9,6 @@ run.py  run.json  tokenizer.model                   the runner and what it knows
 StableHLO is read by versions of JAX up to six months younger, and by those of three weeks before.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import safetensors.numpy
 
 from transfusion_jax.autoencoder.codec import load_codec
 from transfusion_jax.config import Experiment
-from transfusion_jax.export import runner
+from transfusion_jax.export import runner, runner_tokenizer
 from transfusion_jax.export.programs import picture, portable, programs
 from transfusion_jax.export.shards import Described, dtype_named, write_shards
 from transfusion_jax.export.trained import Trained
@@ -62,7 +61,14 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
     write_shards(out, planned, ((name, trained.by_layer(name)) for name in planned))
     write_json(out / "run.json", _about(trained, experiment, list(found)))
     (out / "tokenizer.model").write_bytes(trained.tokenizer.model)
-    shutil.copyfile(runner.__file__, out / "run.py")
+    (out / "run.py").write_text(_one_file())
+
+
+def _one_file() -> str:
+    """The runner, with what it imports of this package in place of the import."""
+    line = f"from {runner_tokenizer.__name__} import Tokenizer\n"
+    parts = Path(runner.__file__).read_text().split(line)
+    return Path(runner_tokenizer.__file__).read_text().join(parts)
 
 
 def _about(trained: Trained, experiment: Experiment, found: list[str]) -> dict[str, Any]:
@@ -81,6 +87,7 @@ def _about(trained: Trained, experiment: Experiment, found: list[str]) -> dict[s
         "least_capacity": max(model.attention_block, image.patches + 2),
         "image": list(image.shape),
         "patches": image.patches,
+        "row_length": experiment.data.row_length,
         "vocabulary": model.vocab_size,
         "codes": image.codes if model.images == "codes" else 0,
         "pictures": "picture" in found

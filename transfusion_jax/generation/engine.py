@@ -33,14 +33,10 @@ from transfusion_jax.parallel.processes import check_collectives
 from transfusion_jax.parallel.rules import parameter_shardings
 from transfusion_jax.pretraining.run import stored
 from transfusion_jax.training.checkpoint import Report, load_average
-from transfusion_jax.training.observation import Moved
+from transfusion_jax.training.observation import Moved, nothing
 
 Span = str | np.ndarray
 """A text, or a picture [H, W, C] in [-1, 1]."""
-
-
-def nothing() -> None:
-    """Does nothing."""
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,9 @@ def _more_chips(failed: Plan) -> Iterator[tuple[str, Experiment, Topology]]:
 
 
 def microbatch_counts(experiment: Experiment, mesh: dict[str, int]) -> list[int]:
-    """Powers of two that divide the rows of a device."""
+    """All that divide the rows of a device."""
     rows = experiment.data.batch_rows // (mesh["data"] * mesh["fsdp"])
-    return [number for number in (2**i for i in range(rows.bit_length())) if rows % number == 0]
+    return [number for number in range(1, rows + 1) if rows % number == 0]
 
 
 def search(planner: Planner, first: Plan) -> Iterator[Plan]:

@@ -9,8 +9,9 @@ from transfusion_jax.data.sources.dataset import file_digest
 from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.data.sources.registry import SOURCES
 from transfusion_jax.files import local_path
-from transfusion_jax.pretraining.initial import open_weights
+from transfusion_jax.pretraining.initial import check_tokenizer, open_weights
 from transfusion_jax.pretraining.run import latent_space, tokenizer_of
+from transfusion_jax.pretraining.validation import held_out
 from transfusion_jax.training.checkpoint import stored_steps
 
 
@@ -46,20 +47,29 @@ def _check_together(experiment: Experiment, directory: Path) -> None:
     latent_space(sources)
     known = experiment.tokenizer.path or (directory / "tokenizer.model").exists()
     if known or any(source.assets.tokenizer for _, source in sources):
-        fitting_sources(experiment, tokenizer_of(experiment, directory), "train")
+        tokenizer = tokenizer_of(experiment, directory)
+        fitting_sources(experiment, tokenizer, "train")
+        if experiment.train.validate_every:
+            held_out(experiment, tokenizer)
+        if _starts_from_weights(experiment, directory):
+            check_tokenizer(local_path(experiment.train.initial), tokenizer)
 
 
 def initial_facts(experiment: Experiment, directory: Path) -> dict[str, dict[str, str]]:
     """The same of the weights that a new run in a directory starts from, if it starts from any."""
-    initial = experiment.train.initial
-    if not initial or stored_steps(directory / "checkpoints"):
+    if not _starts_from_weights(experiment, directory):
         return {}
+    initial = experiment.train.initial
     try:
         open_weights(initial, experiment)
         described = (local_path(initial) / "config.json").read_bytes()
         return {initial: {"digest": hashlib.sha256(described).hexdigest()}}
     except (OSError, ValueError) as error:
         return {initial: {"problem": str(error)}}
+
+
+def _starts_from_weights(experiment: Experiment, directory: Path) -> bool:
+    return bool(experiment.train.initial) and not stored_steps(directory / "checkpoints")
 
 
 def _source_digest(name: str, experiment: Experiment) -> str:

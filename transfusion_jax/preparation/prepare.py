@@ -14,7 +14,9 @@ the byte.
 """
 
 import itertools
+import os
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +58,7 @@ def prepare(
       PreparationFailed: more items were rejected than may be, or `finish_only` and shards are
         missing.
     """
-    require(
-        bool(preparation.inputs),
-        "name at least one input: a folder, .jsonl, .tar, .parquet, .txt or tfds:NAME",
-    )
+    _check_inputs(preparation.inputs)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is counted
     directory.check_out(out, preparation.inputs)
     stamps = {path: stamp_of(path) for path in preparation.inputs}
@@ -94,6 +93,17 @@ def prepare(
         raise PreparationFailed(line)
     report(f"part {i}/{n} is done; {line}: the last part, or --finish, makes the data set")
     return None
+
+
+def _check_inputs(inputs: Sequence[str]) -> None:
+    """Raises ValueError if there are none, or one is named twice."""
+    require(
+        bool(inputs),
+        "name at least one input: a folder, .jsonl, .tar, .parquet, .txt or tfds:NAME",
+    )
+    places = [os.path.realpath(path) for path in inputs]
+    for path, place in zip(inputs, places, strict=True):
+        require(places.count(place) == 1, f"{path} is named twice: all in it would be there twice")
 
 
 def _write_shards(begun: Begun, mine: list[int], workers: int) -> None:

@@ -20,6 +20,7 @@ from jax import Array
 
 from transfusion_jax.config import Experiment
 from transfusion_jax.config.fields import flat
+from transfusion_jax.data.sources.dataset import directory_digest
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.errors import require
 from transfusion_jax.files import local_path
@@ -50,6 +51,7 @@ MEANING = (
     "text_config.rope_parameters.original_max_position_embeddings",
     "text_config.norm_placement",
     "image_config.images",
+    "image_config.codes",
     "image_config.channels",
     "image_config.patch_size",
     "image_config.patch_encoder",
@@ -72,9 +74,16 @@ class Weights:
 
 
 def initialise_from(
-    directory: str, planned: Blueprint, tokenizer: Tokenizer, report: Report
+    directory: str,
+    planned: Blueprint,
+    tokenizer: Tokenizer,
+    report: Report,
+    autoencoder: Path | None = None,
 ) -> Callable[[], State]:
     """What makes the state of step 0 from weights.
+
+    Args:
+      autoencoder: that of the run's latents or codes; None: images are pixels.
 
     Raises:
       ValueError: in any process: they are not there, damaged, or do not fit the model or the
@@ -83,13 +92,16 @@ def initialise_from(
     problem, weights = None, None
     try:
         weights = open_weights(directory, planned.experiment)
-        _check_tokenizer(local_path(directory), tokenizer)
+        check_tokenizer(local_path(directory), tokenizer)
     except (OSError, ValueError) as error:
         problem = str(error)
     for process, line in enumerate(gathered(problem)):
         if line is not None:
             raise ValueError(line if line == problem else f"process {process}: {line}")
     report(f"starting from the weights in {directory}")
+    theirs = _stored_config(local_path(directory)).get("autoencoder")
+    if autoencoder and theirs and directory_digest(autoencoder) != theirs:
+        report("  the images that they know are of another autoencoder than those of the data")
     for note in weights.notes:
         report(f"  {note}")
     return functools.partial(_state, weights, planned)
@@ -161,7 +173,7 @@ def _compare(directory: str, theirs: dict[str, Any], ours: dict[str, Any]) -> li
     return [line for name, line in differ.items() if not name.startswith("text_config")]
 
 
-def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     """Raises ValueError if the weights were trained with another one."""
     theirs, stored = path / "tokenizer.model", _stored_config(path)
     boi = stored.get("boi_token_id", tokenizer.boi)

@@ -65,7 +65,10 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     validators = (validator(planned, mesh, tokenizer),) if experiment.train.validate_every else ()
     initialise = planned.initialise
     if experiment.train.initial and not stored_steps(directory / "checkpoints"):
-        initialise = initialise_from(experiment.train.initial, planned, tokenizer, report)
+        autoencoder = latents.directory if latents else None
+        initialise = initialise_from(
+            experiment.train.initial, planned, tokenizer, report, autoencoder
+        )
     instruments = Instruments(validators, loss_watch(experiment), project=_project(experiment))
 
     def fill(path: Path) -> None:
@@ -163,7 +166,8 @@ def _frozen(planned: Blueprint) -> tuple[tuple[str, str], ...]:
 
 
 def _details(data: Data, ledger: dict[str, dict]) -> tuple[tuple[str, str], ...]:
-    """Lines about the data: what the rows hold, and sources read more than `max_epochs` times."""
+    """Lines about the data: what the rows hold, and sources that are read more than `max_epochs`
+    times, or never, as those of a phase that a short run does not come to."""
     config = data.experiment.data
     sources = "; ".join(
         f"{name}: {counts['in_rows']} of {counts['documents']} documents in {counts['rows']} rows, "
@@ -179,8 +183,13 @@ def _details(data: Data, ledger: dict[str, dict]) -> tuple[tuple[str, str], ...]
         for name, n in epochs.items()
         if n > config.max_epochs
     ]
+    unread = [
+        ("unread", f"{name} is not read in {data.experiment.train.steps:,} steps")
+        for name, n in epochs.items()
+        if n == 0
+    ]
     batch = f"{config.batch_rows} rows of {config.row_length} positions"
-    return ("data", sources), ("batch", batch), *repeated
+    return ("data", sources), ("batch", batch), *repeated, *unread
 
 
 def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:

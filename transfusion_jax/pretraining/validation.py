@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from transfusion_jax.batch import Batch
+from transfusion_jax.config import Experiment
 from transfusion_jax.data.packing import pack
 from transfusion_jax.data.pipeline import Data, PlannedSource, stack
 from transfusion_jax.data.tokenizer import Tokenizer
@@ -49,20 +50,23 @@ def validator(planned: Blueprint, mesh: Mesh, tokenizer: Tokenizer) -> Observer:
     Raises:
       ValueError: no source has held-out rows.
     """
-    experiment = planned.experiment
-    data = Data(experiment, tokenizer, "held_out")
-    names = [source.name for source in data.sources]
-    require(
-        any(map(len, data.sources)),
-        f"train.validate_every={experiment.train.validate_every}: no held-out rows in "
-        f"{', '.join(names)}",
-    )
-    validation = Validation(data, planned, mesh)
+    validation = Validation(held_out(planned.experiment, tokenizer), planned, mesh)
 
     def look(step: int, state: Any, moved: Moved) -> Observation:
         return Observation(values=validation.measure(state.ema, moved))
 
-    return Observer(experiment.train.validate_every, look)
+    return Observer(planned.experiment.train.validate_every, look)
+
+
+def held_out(experiment: Experiment, tokenizer: Tokenizer) -> Data:
+    """The held-out rows; raises ValueError if no source has any."""
+    data = Data(experiment, tokenizer, "held_out")
+    names = ", ".join(source.name for source in data.sources)
+    every = experiment.train.validate_every
+    require(
+        any(map(len, data.sources)), f"train.validate_every={every}: no held-out rows in {names}"
+    )
+    return data
 
 
 @dataclass(frozen=True)

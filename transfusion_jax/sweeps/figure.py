@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.figures import ACCENT, INK, MUTED, save
-from transfusion_jax.sweeps.table import Row, groups, metric_names, title, values_of
+from transfusion_jax.sweeps.table import Row, groups, metric_names, titles, values_of
 
 ACROSS = 4
 """Panels beside each other."""
@@ -25,7 +25,7 @@ PUBLISHED = {
 """How what is published is marked in a panel over points."""
 
 Group = tuple[str, Sequence[Row]]
-"""Rows that differ in their seed only, and the name of the first."""
+"""Rows that differ in their seed only, and their title."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
@@ -34,12 +34,13 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     A metric that all points have in common has no panel. Points that differ in their seed only are
     one mark, at their mean, on a line from the least to the greatest.
     """
-    found = list(groups(rows).items())
+    members = groups(rows).values()
+    found = list(zip(titles(members), members, strict=True))
     over_flops = _flops_vary(found)
     names = [
         name
         for name in metric_names(rows)
-        if (any(values_of(members, name) for _, members in found) or not over_flops)
+        if (any(values_of(alike, name) for _, alike in found) or not over_flops)
         and _differs(rows, name)
     ]
     if not names:
@@ -105,7 +106,7 @@ def _over_points(axes: plt.Axes, found: Sequence[Group], metric: str) -> None:
                 ha="center",
                 color=INK,
             )
-    axes.set(yticks=range(len(found)), yticklabels=[_plain(title(rows)) for _, rows in found])
+    axes.set(yticks=range(len(found)), yticklabels=[_plain(name) for name, _ in found])
     axes.set_ylim(len(found) - 0.4, -0.8)
     axes.margins(x=0.15)
 
@@ -143,9 +144,7 @@ def _marker(place: int) -> dict:
 def _legend(figure: plt.Figure, found: Sequence[Group], over_flops: bool, published: bool) -> None:
     """What the marks are, where there are several kinds."""
     if over_flops:
-        marks = {
-            title(rows): _marker(place) for place, (_, rows) in enumerate(found) if _flops(rows)
-        }
+        marks = {name: _marker(place) for place, (name, rows) in enumerate(found) if _flops(rows)}
         if published:
             marks["published"] = PUBLISHED | {"marker": "o", "color": MUTED}
     elif published:

@@ -29,13 +29,14 @@ class Point:
         return self.experiment.name
 
     def summary(self) -> dict[str, Any] | None:
-        """The numbers of the finished run; None where it is not finished, or was sampled
-        otherwise."""
+        """The numbers of the finished run; None where it is not finished, or was sampled or
+        measured otherwise."""
         file = self.directory / SUMMARY
         if not file.exists():
             return None
         config = self.directory / CONFIG
-        if loads(config.read_bytes(), str(config)).sampler != self.experiment.sampler:
+        ran, asked = loads(config.read_bytes(), str(config)), self.experiment
+        if (ran.sampler, ran.evaluation) != (asked.sampler, asked.evaluation):
             return None
         try:
             summary = json.loads(file.read_bytes())
@@ -59,6 +60,7 @@ def make_points(experiments: Sequence[Experiment], directory: Path) -> list[Poin
     for name in (experiment.name for experiment in experiments):
         is_folder = name == Path(name).name and name not in ("", "..")
         require(is_folder, f"a point cannot be called {name!r}: its run is a folder of that name")
+        require(":" not in name, f"a point cannot be called {name!r}: it is run as FILE:NAME")
     return [Point(experiment, directory / experiment.name) for experiment in experiments]
 
 

@@ -8,6 +8,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transfusion_jax.sweeps.points import Changes, Point, changes, varying, without_seed, written
@@ -90,9 +91,19 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def title(rows: Sequence[Row]) -> str:
-    """What the names of points that differ in their seed only have in common."""
-    names = [row.name for row in rows]
+def titles(groups: Iterable[Sequence[Row]]) -> list[str]:
+    """A name for each group of points that differ in their seed only: what their names have in
+    common, or the first of them where other groups have that in common as well."""
+    groups = list(groups)
+    shared = [_shared([row.name for row in rows]) for rows in groups]
+    return [
+        name if shared.count(name) == 1 else rows[0].name
+        for name, rows in zip(shared, groups, strict=True)
+    ]
+
+
+def _shared(names: Sequence[str]) -> str:
+    """What names begin with, or the first of them."""
     shared = os.path.commonprefix(names)
     if any(name[len(shared) :][:1].isdigit() for name in names):  # of 10 and 11 not the 1
         shared = shared.rstrip("0123456789")
@@ -109,6 +120,14 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     return text.getvalue()
+
+
+def listed(file: Path) -> set[str]:
+    """Names of the points in a table as CSV; none where there is no such file."""
+    if not file.is_file():
+        return set()
+    with file.open(newline="") as opened:
+        return {line["point"] for line in csv.DictReader(opened) if line.get("point")}
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -145,13 +164,13 @@ def _metrics(rows: Sequence[Row]) -> Columns:
 
 def _over_seeds(found: Mapping[str, Sequence[Row]]) -> str:
     columns: Columns = {
-        "point": [title(rows) for rows in found.values()],
+        "point": titles(found.values()),
         "seeds": [len(rows) for rows in found.values()],
     }
     for name in dict.fromkeys(
         name for rows in found.values() for row in rows for name in row.metrics
     ):
-        columns[name] = [_spread(values_of(rows, name)) for rows in found.values()]
+        columns[name] = [_spread(values_of(rows, name), len(rows)) for rows in found.values()]
     return markdown(columns)
 
 
@@ -161,11 +180,13 @@ def values_of(rows: Sequence[Row], metric: str) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def _spread(values: Sequence[float]) -> str | None:
+def _spread(values: Sequence[float], seeds: int) -> str | None:
+    """Mean and range, and how many have a value where not all do."""
     if not values:
         return None
     ends = (statistics.fmean(values), min(values), max(values))
-    return "{} ({} to {})".format(*map(shown, ends)) if len(values) > 1 else shown(values[0])
+    text = "{} ({} to {})".format(*map(shown, ends)) if len(values) > 1 else shown(values[0])
+    return text if len(values) == seeds else f"{text}, {len(values)} of {seeds}"
 
 
 def markdown(columns: Columns) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from transfusion_jax.errors import WorkFailed
 from transfusion_jax.training.checkpoint import quieten_orbax, stored_progress
 from transfusion_jax.training.storage_errors import as_line
 
@@ -22,7 +23,7 @@ MOST = 2 << 30
 """Bytes of an array that are held where its entries are read one after another."""
 
 
-class DamagedArray(Exception):
+class DamagedArray(WorkFailed):
     """An array cannot be decoded, or the arrays are not those that were saved."""
 
 

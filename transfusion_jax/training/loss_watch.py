@@ -56,7 +56,8 @@ class Event:
         first, last = self.rows(watch)
         return (
             f"{self.kind.replace('_', ' ')} at step {self.step}: {self.text}; rows {first} to "
-            f"{last} of seed {watch.seed} (transfusion-jax inspect EXPERIMENT --row {first})"
+            f"{last} of seed {watch.seed} (transfusion-jax inspect EXPERIMENT --run-dir RUN "
+            f"--row {first})"
         )
 
     def row(self, watch: LossWatch) -> dict[str, Any]:

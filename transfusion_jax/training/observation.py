@@ -10,6 +10,10 @@ Moved = Callable[[], None]
 """To be called between the parts of longer work, in all processes alike; what it raises ends it."""
 
 
+def nothing() -> None:
+    """A `Moved` that nobody waits for."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """What was seen after a step."""

@@ -24,7 +24,7 @@ def compare(
 
     `reconstruction_fid_lpips` is the Frechet distance of the LPIPS network's pooled features. It
     has the form of the FID and goes down where that does, but it is not comparable to a published
-    FID, which is of Inception-v3's.
+    FID, which is of Inception-v3's. One picture has no such distance.
     """
     measures = {"psnr": jax.jit(psnr), "ssim": jax.jit(ssim)}
     found: dict[str, list[np.ndarray]] = {name: [] for name in measures}
@@ -37,7 +37,7 @@ def compare(
             before.append(np.asarray(features(image)))
             after.append(np.asarray(features(reconstruction)))
     scores = {name: float(np.mean(np.concatenate(values))) for name, values in found.items()}
-    if features is not None:
+    if sum(map(len, before)) > 1:
         distance = frechet_distance(np.concatenate(before), np.concatenate(after))
         scores["reconstruction_fid_lpips"] = distance
     return scores

@@ -29,7 +29,7 @@ from transfusion_jax.training.directory import check_directory, open_directory
 from transfusion_jax.training.feed import Feed
 from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loop import Run, train
-from transfusion_jax.training.observation import Moved, Observation, Observer
+from transfusion_jax.training.observation import Moved, Observation, Observer, nothing
 from transfusion_jax.training.watchdog import Watch
 
 PREFETCH = 8  # batches read ahead of the step
@@ -102,6 +102,7 @@ def train_autoencoder(
         opened.held_out,
         opened.run.directory.path,
         outcome.seconds,
+        watch.check if watch else nothing,
     )
 
 

@@ -19,9 +19,11 @@ from transfusion_jax.autoencoder.training.reconstruction import compare, write_g
 from transfusion_jax.autoencoder.training.state import Blueprint, State
 from transfusion_jax.files import write_atomic
 from transfusion_jax.parallel.processes import is_leader
+from transfusion_jax.training.observation import Moved, nothing
 
 SHOWN = 16  # held-out pictures on a PNG
 MEASURED = 5_000  # held-out pictures that are measured, at most
+AT_ONCE = 16  # of them on one device; a batch of training is cut over many
 
 
 class Reconstructed(NamedTuple):
@@ -76,16 +78,21 @@ def measure(
     parameters: Any,
     judges: Judges,
     held_out: Sequence[np.ndarray],
+    moved: Moved = nothing,
 ) -> dict[str, float]:
     """Scores of held-out reconstructions, use of the codes, and the `latent_scale` to train with.
 
-    Latents times `latent_scale` have unit variance.
+    Latents times `latent_scale` have unit variance; codes are not scaled.
+
+    Args:
+      moved: called for every batch; what it raises ends the measurement.
     """
     means = []
     variances = []
     codes = []
 
     def through(image: np.ndarray) -> Array:
+        moved()
         found = reconstruct(parameters, image)
         means.append(np.asarray(found.mean_Bhwc))
         variances.append(np.asarray(found.variance_Bhwc))
@@ -97,19 +104,20 @@ def measure(
         weights = _on_one_device(judges.lpips)
         features = jax.jit(lambda x: losses.pooled_features(weights, x))
     experiment = blueprint.experiment
-    scores = compare(through, _batches(held_out, experiment.train.batch), features)
+    scores = compare(through, _batches(held_out), features)
     if codes[0] is not None:
         use = quantizer.usage(jnp.concatenate(codes), experiment.model.codes)
         scores |= {"codebook_use": float(use.share), "codebook_perplexity": float(use.perplexity)}
+        return {**scores, "latent_scale": 1.0}
     # A model is fed samples, whose variance is that of the means plus that about the means.
     deviation = float(np.sqrt(np.concatenate(means).var() + np.concatenate(variances).mean()))
     return {**scores, "latent_scale": 1.0 / deviation}
 
 
-def _batches(held_out: Sequence[np.ndarray], size: int) -> Iterator[np.ndarray]:
+def _batches(held_out: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     count = min(MEASURED, len(held_out))
-    for at in range(0, count, size):
-        yield np.stack([held_out[i] for i in range(at, min(at + size, count))])
+    for at in range(0, count, AT_ONCE):
+        yield np.stack([held_out[i] for i in range(at, min(at + AT_ONCE, count))])
 
 
 def finish(
@@ -119,12 +127,17 @@ def finish(
     held_out: Sequence[np.ndarray],
     directory: Path,
     seconds: float,
+    moved: Moved = nothing,
 ) -> dict[str, Any]:
-    """Measures the averaged weights and writes what a finished run holds; returns the summary."""
+    """Measures the averaged weights and writes what a finished run holds; returns the summary.
+
+    Args:
+      moved: as in `measure`.
+    """
     reconstruct = reconstructor(blueprint)
     parameters = averaged(state)
     summary = {
-        **measure(blueprint, reconstruct, parameters, judges, held_out),
+        **measure(blueprint, reconstruct, parameters, judges, held_out, moved),
         "parameters": blueprint.parameters,
         "steps": blueprint.experiment.train.steps,
         "train_seconds": round(seconds, 1),

@@ -258,3 +258,9 @@ def file_digest(file: Path) -> str:
     """SHA-256 of the content of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def directory_digest(directory: Path) -> str:
+    """SHA-256 of the names and contents of the files in a directory."""
+    digests = (f"{file.name} {file_digest(file)}" for file in sorted(directory.iterdir()))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
