@@ -3,10 +3,11 @@ r"""Table 3 on digits: Transfusion against Chameleon, and Llama on the text, at 
     transfusion-jax train experiments/digits.py --run-dir runs/digits
     python experiments/write_digits.py data/raw/digits
     transfusion-jax prepare data/raw/digits --out data/digits --height 8 --width 8 --channels 1 \
-        --tokenizer runs/digits/tokenizer.model
+        --held-out 0.1 --tokenizer runs/digits/tokenizer.model
     transfusion-jax autoencoder experiments/vq_digits.py
     transfusion-jax prepare data/raw/digits --out data/digits_codes --height 8 --width 8 \
-        --channels 1 --tokenizer runs/digits/tokenizer.model --autoencoder runs/vq_digits
+        --channels 1 --held-out 0.1 --tokenizer runs/digits/tokenizer.model \
+        --autoencoder runs/vq_digits
     transfusion-jax sweep experiments/table3_mini.py
 
 An image is 16 patches of 2x2 pixels to the one, 16 codes of 64 to the other, so rows are the

@@ -157,4 +157,25 @@ FAULTS = (
         "traces - cross",
         "autoencoder_losses::test_frechet_distance_is_the_formula",
     ),
+    Fault(
+        "an autoencoder is measured in batches of training",
+        "autoencoder/training/summary.py",
+        "range(0, count, AT_ONCE)",
+        "range(0, count, count)",
+        "autoencoder_training::test_scores_are_measured_in_small_batches_and_can_be_stopped",
+    ),
+    Fault(
+        "nothing moves while an autoencoder is measured",
+        "autoencoder/training/summary.py",
+        "        moved()\n",
+        "",
+        "autoencoder_training::test_scores_are_measured_in_small_batches_and_can_be_stopped",
+    ),
+    Fault(
+        "a discriminator may see nothing",
+        "autoencoder/config.py",
+        "size >> layers >= 3",
+        "size >> layers >= 2",
+        "config::test_a_discriminator_that_sees_nothing_is_refused",
+    ),
 )

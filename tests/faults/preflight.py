@@ -115,4 +115,18 @@ FAULTS = (
         "problems = [problem]",
         "check",
     ),
+    Fault(
+        "check does not ask for held-out rows",
+        "preflight/data.py",
+        "if experiment.train.validate_every:",
+        "if False:",
+        "check::test_validation_without_held_out_rows_is_a_problem",
+    ),
+    Fault(
+        "check takes weights of another tokenizer",
+        "preflight/data.py",
+        "        if _starts_from_weights(experiment, directory):\n            check",
+        "        if False:\n            check",
+        "initial::test_check_asks_for_the_tokenizer_of_the_weights",
+    ),
 )

@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "a half-written export looks whole",
         "files.py",
-        "        yield temporary\n        os.replace(temporary, path)\n",
-        "        path.mkdir(exist_ok=True)\n        yield path\n",
+        "        yield temporary\n        for place",
+        "        path.mkdir(exist_ok=True)\n        yield path\n        return\n        for place",
         f"{EXPORT}::test_bad_input_is_one_line",
     ),
     Fault(
@@ -145,5 +145,26 @@ FAULTS = (
         "theirs.exists() or boi == tokenizer.boi,",
         "True,",
         "initial::test_weights_without_a_tokenizer_need_one_with_their_special_tokens",
+    ),
+    Fault(
+        "an export has its name before it is on the disk",
+        "files.py",
+        '        for place in (*temporary.rglob("*"), temporary):\n            _sync(place)\n',
+        "",
+        f"{EXPORT}::test_an_export_is_on_the_disk_before_it_has_its_name",
+    ),
+    Fault(
+        "SIGTERM leaves half an export",
+        "host.py",
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)",
+        "signal.getsignal(signal.SIGTERM)",
+        f"{EXPORT}::test_a_signal_clears_away_what_is_half_written",
+    ),
+    Fault(
+        "codes of another number begin as theirs",
+        "pretraining/initial.py",
+        '    "image_config.codes",\n',
+        "",
+        "initial::test_codes_of_another_number_are_refused",
     ),
 )

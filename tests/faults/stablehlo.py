@@ -57,14 +57,14 @@ FAULTS = (
     ),
     Fault(
         "the merge that is likeliest comes last",
-        "export/runner.py",
+        "export/runner_tokenizer.py",
         "(-self.scores[self.ids[a + b]], i)",
         "(self.scores[self.ids[a + b]], i)",
         TEXT,
     ),
     Fault(
         "bytes that are no text share a mark",
-        "export/runner.py",
+        "export/runner_tokenizer.py",
         'errors="each_byte"',
         'errors="replace"',
         TEXT,
@@ -82,5 +82,19 @@ FAULTS = (
         "_choose(logits, key, i, ",
         "_choose(logits, key, 0, ",
         "export_stablehlo::test_the_runner_writes_images_of_codes",
+    ),
+    Fault(
+        "every unknown character is a token",
+        "export/runner_tokenizer.py",
+        "if not n or {i, ids[n - 1]} != {unknown}",
+        "if True",
+        "export_stablehlo::test_other_byte_pair_tokenizers_are_imitated_or_refused",
+    ),
+    Fault(
+        "run.py takes a seed that JAX does not",
+        "export/runner.py",
+        '(0 <= asked["seed"] < 2**32, ',
+        '(0 <= asked["seed"], ',
+        "export_stablehlo::test_the_runner_refuses_in_a_line_what_it_cannot_read",
     ),
 )

@@ -18,9 +18,16 @@ FAULTS = (
     Fault(
         "numbers of another sampler count as those of a point",
         POINTS,
-        ".sampler != self.experiment.sampler:",
-        ".sampler is None:",
+        "(ran.sampler, ran.evaluation) != (asked.sampler, asked.evaluation)",
+        "ran.evaluation != asked.evaluation",
         "sweep sweep_table",
+    ),
+    Fault(
+        "numbers of other suites count as those of a point",
+        POINTS,
+        "(ran.sampler, ran.evaluation) != (asked.sampler, asked.evaluation)",
+        "ran.sampler != asked.sampler",
+        "sweep",
     ),
     Fault(
         "directories of another config are seen when their point comes",
@@ -133,5 +140,12 @@ FAULTS = (
         'shared = shared.rstrip("0123456789")',
         "pass",
         "sweep_table::test_a_title_does_not_end_within_a_number",
+    ),
+    Fault(
+        "a mean over two of three seeds counts as one over three",
+        "sweeps/table.py",
+        "text if len(values) == seeds else",
+        "text if values else",
+        "sweep_table",
     ),
 )

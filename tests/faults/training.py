@@ -235,4 +235,25 @@ FAULTS = (
         'axis = "data"',
         "update",
     ),
+    Fault(
+        "a suite that cannot measure a run shows after its last step",
+        "commands/instruments.py",
+        "check_suites(engine, experiment.evaluation)",
+        "pass",
+        "instruments::test_a_suite_that_cannot_measure_the_run_is_refused_before_it",
+    ),
+    Fault(
+        "a name that does not exist is taken",
+        "config/fields.py",
+        "require(value in parts, ",
+        "require(True, ",
+        "config::test_a_value_of_another_type_or_name_is_refused",
+    ),
+    Fault(
+        "True is a number of steps",
+        "config/fields.py",
+        " and (kind is bool or not isinstance(value, bool))",
+        "",
+        "config::test_a_value_of_another_type_or_name_is_refused",
+    ),
 )
