@@ -230,7 +230,7 @@ def test_the_runner_refuses_in_a_line_what_it_cannot_read(left, tmp_path, capsys
     def said(*words: str) -> str:
         return refused_by_runner(monkeypatch, capsys, tmp_path / "out", *words)
 
-    assert "what is negative cannot work" in said("--temperature", "-1")
+    assert "--temperature must not be negative" in said("--temperature", "-1")
     assert "positions are more than" in said("--ids", *["5"] * 2000)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("a file")

@@ -225,7 +225,7 @@ def main() -> None:
     asked = vars(parser.parse_args())
     text, ids, image, out = (asked.pop(name) for name in ("prompt", "ids", "image", "out"))
     if importlib.util.find_spec("flatbuffers") is None:
-        parser.error("jax.export needs it: pip install flatbuffers")
+        parser.error("jax.export reads with flatbuffers: pip install flatbuffers")
     here, number = Path(__file__).parent, 0
     about = json.loads((here / "run.json").read_text())
     set_to, codes = {**about, **asked}, about["codes"]
@@ -250,7 +250,8 @@ def main() -> None:
         (asked["num"] > 0, "--num must be at least 1"),
         (0 <= asked["seed"] < 2**32, "--seed must be in 0..2^32 - 1"),
         (0 < set_to["steps"] <= about["timesteps"], f"--steps are 1 to {about['timesteps']}"),
-        (min(set_to[x] for x in ("guidance", "temperature")) >= 0, "what is negative cannot work"),
+        (set_to["guidance"] >= 0, "--guidance must not be negative"),
+        (set_to["temperature"] >= 0, "--temperature must not be negative"),
         (not out.exists() or out.is_dir(), f"--out {out} is a file"),
         (set_to["max_tokens"] > 0, "--max-tokens must be positive"),
     ):  # fmt: skip
