@@ -123,7 +123,6 @@ def test_a_batch_cut_by_a_mesh_gives_the_same():
     [
         ({"size": 30, "multipliers": (1, 2, 4)}, "model.size=30 must be a multiple of 4"),
         ({"groups": 3}, r"model.groups=3 must divide the channels of each resolution, \(8, 16\)"),
-        ({"kind": "gan"}, "model.kind='gan'"),
         ({"codes": 0}, "model.codes=0 must be positive"),
         ({"multipliers": (1, 0)}, r"model.multipliers=\(1, 0\) must be positive"),
         ({"multipliers": ()}, r"model.multipliers=\(\) must be positive, and at least one"),

@@ -262,6 +262,11 @@ def test_an_experiment_named_after_its_overrides_is_said(tmp_path, capsys):
     assert "x.py comes after --FIELD VALUE: name the experiment first" in capsys.readouterr().err
 
 
+def test_an_autoencoder_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="model.kind='gan' is not one of 'kl', 'vq'"):
+        AutoencoderExperiment("x", model=AutoencoderConfig(kind="gan"))
+
+
 @pytest.mark.parametrize(("layers", "size"), [(3, 23), (2, 11), (1, 5)])
 def test_a_discriminator_that_sees_nothing_is_refused(layers, size):
     """Just below three pixels at its coarsest resolution there is no patch left."""

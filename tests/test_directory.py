@@ -123,7 +123,7 @@ def test_an_autoencoders_digest_used_to_be_a_string(tmp_path):
 @pytest.mark.parametrize(
     "full",
     [
-        Experiment("name", train=TrainConfig(sample_prompts=("a two",))),
+        Experiment("name", train=TrainConfig(sample_prompts=("a two",)), evaluation=("sums",)),
         AutoencoderExperiment("name"),
     ],
     ids=["transformer", "autoencoder"],

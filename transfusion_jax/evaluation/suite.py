@@ -73,12 +73,10 @@ def check_suites(engine: Engine, names: Sequence[str]) -> None:
 
 def _check_data(engine: Engine) -> None:
     """Raises ValueError for held-out data that is not what the model was trained for."""
-    if engine.codec is None:
-        return
     data = Data(engine.experiment, engine.tokenizer, "held_out")
     for source in data.sources:
         latents = source.source.assets.latents
-        if latents is None:
+        if latents is None or engine.codec is None:
             continue
         require(
             load_codec(latents.directory).digest == engine.codec.digest,
