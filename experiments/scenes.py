@@ -57,6 +57,7 @@ def config() -> Experiment:
         ),
         # Each word is one piece.
         tokenizer=TokenizerConfig(vocab_size=480),
+        optimizer=replace(base.optimizer, learning_rate=5e-3),
         train=replace(
             base.train,
             steps=6500,

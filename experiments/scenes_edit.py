@@ -28,5 +28,6 @@ def config() -> Experiment:
             base.data, sources=(SourceConfig("scene_edits", 1.0), SourceConfig("scenes", 1.0))
         ),
         tokenizer=TokenizerConfig(path=f"{SCENES}/tokenizer.model"),
+        optimizer=replace(base.optimizer, learning_rate=2e-3),
         train=replace(base.train, steps=2000, initial=SCENES, checkpoint_every=500),
     )

@@ -22,6 +22,7 @@ def config() -> Experiment:
         name="scenes_large",
         model=replace(base.model, layers=8, width=384, heads=8, mlp_width=1024, remat="full"),
         data=replace(base.data, batch_rows=48, image_first=0.5),
+        optimizer=replace(base.optimizer, learning_rate=2e-3),
         train=replace(base.train, steps=4500, image_loss_weight=25.0),
         sampler=replace(base.sampler, guidance=2.0),
     )
