@@ -1,5 +1,6 @@
 """Experiments as data: what is refused, what is stored, and that the presets are the paper's."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from transfusion_jax.config import (
     DiffusionConfig,
     Experiment,
     ImageConfig,
+    ModelConfig,
     OptimizerConfig,
     SamplerConfig,
     SourceConfig,
@@ -240,6 +242,22 @@ def test_a_value_of_another_type_or_name_is_refused(part, values, message):
     with pytest.raises(ValueError) as caught:
         replace(base, **{part: replace(getattr(base, part), **values)})
     assert message in str(caught.value)
+
+
+def test_a_whole_number_that_was_stored_as_a_float_is_read():
+    """Earlier versions took and stored it."""
+    base = Experiment("x")
+    text = stored_config.dumps(base).replace('"warmup_steps": 4000', '"warmup_steps": 4000.0')
+    assert stored_config.loads(text, "old") == base and "4000.0" in text
+    with pytest.raises(ValueError, match="optimizer.warmup_steps=4000.5 must be an integer"):
+        stored_config.loads(text.replace("4000.0", "4000.5"), "old")
+
+
+@pytest.mark.parametrize(("placement", "taken"), [("pre", True), ("post", False)])
+def test_norms_after_layers_need_an_epsilon(placement, taken):
+    """The norm of what a padding position gets from attention, zeros, would be 0 / 0."""
+    with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="nor 0 with"):
+        ModelConfig(norm_epsilon=0.0, norm_placement=placement)
 
 
 def test_whole_numbers_are_numbers():

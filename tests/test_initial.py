@@ -198,8 +198,9 @@ def test_images_of_another_autoencoder_are_said(tmp_path):
 
 def test_check_asks_for_the_tokenizer_of_the_weights(exported, tmp_path):
     def found(experiment: Experiment) -> str | None:
-        first = experiment.data.sources[0].name
-        return data_facts(experiment, tmp_path / "run")[first].get("problem")
+        data = data_facts(experiment, tmp_path / "run")
+        assert not any("problem" in fact for fact in data.values())
+        return initial_facts(experiment, tmp_path / "run")[str(exported)].get("problem")
 
     experiment = a_run(exported)
     assert found(experiment) is None

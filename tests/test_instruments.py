@@ -13,12 +13,14 @@ import jax
 import line
 import numpy as np
 import pytest
+from exported import a_tokenizer
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from transfusion_jax.commands.instruments import equipped
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import MeshConfig
+from transfusion_jax.config.stored import dumps
 from transfusion_jax.data.pipeline import Data
 from transfusion_jax.evaluation.samples import sampler
 from transfusion_jax.generation.engine import Engine, load_engine
@@ -222,6 +224,35 @@ def test_a_suite_that_cannot_measure_the_run_is_refused_before_it(watched, tmp_p
     with pytest.raises(ValueError, match="suite 'scenes' judges pictures of 32x32x3 or 64x64x3"):
         trained(replace(watched, evaluation=("scenes",)), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_finished_run_keeps_its_numbers_where_other_suites_cannot_be(plain, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    written = {"config.json": dumps(plain), "summary.json": "{}", "tokenizer.model": None}
+    for name, text in written.items():
+        (run / name).write_bytes(text.encode() if text else a_tokenizer().model)
+    (tmp_path / "own.py").write_text(
+        "from transfusion_jax.config.stored import loads\n"
+        f"def config(): return loads({dumps(plain)!r}, 'own')\n"
+    )
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    words = ["train", str(tmp_path / "own.py"), "--run-dir", str(run), "--evaluation", "pairs"]
+    with pytest.MonkeyPatch.context() as patch:
+        unmeasurable = "suite 'pairs' cannot"
+
+        def refuse(*_):
+            raise ValueError(unmeasurable)
+
+        patch.setattr("transfusion_jax.commands.instruments.check_suites", refuse)
+        patch.setattr("transfusion_jax.commands.instruments.make_mesh", lambda _: one_device())
+        assert main(words) == 2
+    assert unmeasurable in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+def one_device():
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
 SCOPES = ("block/attention/", "block/mlp/", "jvp(text_loss)/", "jvp(image_loss)/", "/update/")

@@ -125,8 +125,8 @@ FAULTS = (
     Fault(
         "check takes weights of another tokenizer",
         "preflight/data.py",
-        "        if _starts_from_weights(experiment, directory):\n            check",
-        "        if False:\n            check",
+        "        if tokenizer:\n            check_tokenizer(",
+        "        if False:\n            check_tokenizer(",
         "initial::test_check_asks_for_the_tokenizer_of_the_weights",
     ),
 )

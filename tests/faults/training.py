@@ -243,6 +243,13 @@ FAULTS = (
         "instruments::test_a_suite_that_cannot_measure_the_run_is_refused_before_it",
     ),
     Fault(
+        "a suite that cannot measure a finished run costs its numbers",
+        "commands/train.py",
+        "            check_resumed(experiment, directory, say_leading)\n",
+        "",
+        "instruments::test_a_finished_run_keeps_its_numbers_where_other_suites_cannot_be",
+    ),
+    Fault(
         "a name that does not exist is taken",
         "config/fields.py",
         "require(value in parts, ",

@@ -66,13 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
             f"--out {arguments.out} is among the run's checkpoints",
         )
         opened, write = form.function("opened", open_trained), form.function("write")
-        with atomic_directory(arguments.out) as out:
+        with interruptible(), atomic_directory(arguments.out) as out:
             trained = opened(arguments.run_dir, arguments.step, arguments.weights, say_leading)
             write(trained, out, arguments.dtype, say_leading, **options)
         say_leading(f"written to {arguments.out}")
 
     return_freed_memory()
-    with interruptible(), user_input():
+    with user_input():
         join_processes(arguments)
         leader_does(write)
     return 0

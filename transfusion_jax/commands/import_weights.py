@@ -29,12 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     from transfusion_jax.parallel.processes import leader_does
 
     def read() -> None:
-        with atomic_directory(arguments.out) as out:
+        with interruptible(), atomic_directory(arguments.out) as out:
             IMPORTS[arguments.format].function("read")(arguments.source, out, say_leading)
         say_leading(f"written to {arguments.out}; --train.initial {arguments.out} starts from it")
 
     return_freed_memory()
-    with interruptible(), user_input():
+    with user_input():
         join_processes(arguments)
         leader_does(read)
     return 0

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=local,
         metavar="DIR",
         help="the run that the row is of (default: runs/<name of the experiment>): its tokenizer "
-        "is used, and an experiment with other rows is refused",
+        "is used, and an experiment of another config is refused (or, by default, noted)",
     )
     parser.add_argument(
         "--out",
@@ -28,6 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the picture, such as row.png (default: <name of the experiment>_row_<N>.png)",
     )
+
+
+def _note_other_run(experiment: Experiment, directory: Path) -> None:
+    """Says where the run that has the experiment's name is of another config."""
+    from transfusion_jax.evaluation.inspection import check_run
+
+    try:
+        check_run(experiment, directory)
+    except ValueError as error:
+        say(f"note: {error}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,8 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
         check_file("--out", out)
         check_format(out)
         directory = arguments.run_dir or Path("runs") / experiment.name
-        if arguments.run_dir is not None or (directory / "config.json").exists():
+        if arguments.run_dir is not None:
             check_run(experiment, directory)
+        elif (directory / "config.json").exists():
+            _note_other_run(experiment, directory)
         data = Data(experiment, tokenizer_of(experiment, directory))
     say(inspect_row(data, arguments.row, out))
     say(totals(data))

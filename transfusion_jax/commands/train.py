@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from transfusion_jax.commands.instruments import equipped
+    from transfusion_jax.commands.instruments import check_resumed, equipped
     from transfusion_jax.evaluation.suite import check_experiment
     from transfusion_jax.evaluation.summary import summarise
     from transfusion_jax.parallel.processes import is_leader, noticing_loss
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             join_processes(arguments, experiment.processes)
             use_cores(experiment)
             watch.against_stalls(experiment.processes.stall_timeout, directory)
+            check_resumed(experiment, directory, say_leading)
             opened = open_run(experiment, directory, say_leading)
             opened = equipped(opened, experiment, window, say_leading)
         cache_compiled(say_leading)

@@ -190,8 +190,9 @@ class ModelConfig:
         )
         require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
         require(
-            self.norm_epsilon > 0,  # with 0, the norm of a padding position is 0 / 0
-            f"model.norm_epsilon={self.norm_epsilon} must be positive",
+            self.norm_epsilon > 0 or (self.norm_epsilon == 0 and self.norm_placement == "pre"),
+            f"model.norm_epsilon={self.norm_epsilon} must not be negative, nor 0 with norms after "
+            "the layers, where that of a padding position would be 0 / 0",
         )
         require(
             self.layer_loop != "unroll" or self.remat in ("none", "minimal"),

@@ -70,10 +70,13 @@ def _make_room_for_an_image(values: dict) -> str:
 
 
 def _build(kind: Any, value: Any) -> Any:
-    """The inverse of `dataclasses.asdict` after a trip through JSON."""
+    """The inverse of `dataclasses.asdict` after a trip through JSON.
+
+    Earlier versions stored 200.0 where an integer is due.
+    """
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{name: _build(hints[name], part) for name, part in value.items()})
     if typing.get_origin(kind) is tuple:
         return tuple(_build(typing.get_args(kind)[0], part) for part in value)
-    return value
+    return int(value) if kind is int and isinstance(value, float) and value % 1 == 0 else value

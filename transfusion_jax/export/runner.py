@@ -210,6 +210,29 @@ def write_png(file: Path, picture_HWC: np.ndarray) -> None:
     file.write_bytes(content)
 
 
+def _conditions(about: dict, asked: dict, prompt: list, images: list, out: Path) -> list:
+    """(what must hold, what is said where it does not) of a command."""
+    set_to, codes = {**about, **asked}, about["codes"]
+    draws = codes or "denoise" in about["programs"]
+    span = about["patches"] + 2 if draws else 1
+    length = 1 + len(prompt) + len(images) * (about["patches"] + 1)
+    return [
+        (about["pictures"], "the model's images are no pixels, and no autoencoder came with it"),
+        (draws or not (images or asked["draw"]), "the model reads and writes text alone"),
+        (all(np.isin(x, np.arange(codes)).all() for x in images) or not codes,
+         f"--image: codes are from 0 to {codes - 1}"),
+        (set(prompt) <= set(range(about["eoi"] + 1)), f"--ids are from 0 to {about['eoi']}"),
+        (length <= about["row_length"], f"{length} positions are more than {about['row_length']}"),
+        (asked["num"] > 0, "--num must be at least 1"),
+        (0 <= asked["seed"] < 2**32, "--seed must be in 0..2^32 - 1"),
+        (0 < set_to["steps"] <= about["timesteps"], f"--steps are 1 to {about['timesteps']}"),
+        (0 <= set_to["guidance"] < np.inf, "--guidance must be a number from 0 on"),
+        (0 <= set_to["temperature"] < np.inf, "--temperature must be a number from 0 on"),
+        (not out.exists() or out.is_dir(), f"--out {out} is a file"),
+        (set_to["max_tokens"] >= span, f"--max-tokens must be at least {span}"),
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes text and draws images.")
     parser.add_argument("--prompt", default="", help="the text to continue")
@@ -228,7 +251,6 @@ def main() -> None:
         parser.error("jax.export reads with flatbuffers: pip install flatbuffers")
     here, number = Path(__file__).parent, 0
     about = json.loads((here / "run.json").read_text())
-    set_to, codes = {**about, **asked}, about["codes"]
     try:
         images = [np.broadcast_to(np.load(image), about["image"])] if image else []
     except (EOFError, OSError, ValueError) as error:
@@ -238,23 +260,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(f"--prompt: {error}")
     prompt = [about["boi"]] * len(images) + tokens
-    length = 1 + len(prompt) + len(images) * (about["patches"] + 1)
-    draws = codes or "denoise" in about["programs"]
-    for holds, line in (
-        (about["pictures"], "the model's images are no pixels, and no autoencoder came with it"),
-        (draws or not (images or asked["draw"]), "the model reads and writes text alone"),
-        (all(np.isin(x, np.arange(codes)).all() for x in images) or not codes,
-         f"--image {image}: codes are from 0 to {codes - 1}"),
-        (set(tokens) <= set(range(about["eoi"] + 1)), f"--ids are from 0 to {about['eoi']}"),
-        (length <= about["row_length"], f"{length} positions are more than {about['row_length']}"),
-        (asked["num"] > 0, "--num must be at least 1"),
-        (0 <= asked["seed"] < 2**32, "--seed must be in 0..2^32 - 1"),
-        (0 < set_to["steps"] <= about["timesteps"], f"--steps are 1 to {about['timesteps']}"),
-        (set_to["guidance"] >= 0, "--guidance must not be negative"),
-        (set_to["temperature"] >= 0, "--temperature must not be negative"),
-        (not out.exists() or out.is_dir(), f"--out {out} is a file"),
-        (set_to["max_tokens"] > 0, "--max-tokens must be positive"),
-    ):  # fmt: skip
+    for holds, line in _conditions(about, asked, prompt, images, out):
         if not holds:
             parser.error(line)
     model = Model(here)

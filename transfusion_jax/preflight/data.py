@@ -1,6 +1,8 @@
 """The data of a run as one process sees it: present, readable, and which data it is."""
 
+import contextlib
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from transfusion_jax.config import Experiment
@@ -8,6 +10,8 @@ from transfusion_jax.data.pipeline import fitting_sources
 from transfusion_jax.data.sources.dataset import file_digest
 from transfusion_jax.data.sources.prepared import Prepared
 from transfusion_jax.data.sources.registry import SOURCES
+from transfusion_jax.data.sources.source import Source
+from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.files import local_path
 from transfusion_jax.pretraining.initial import check_tokenizer, open_weights
 from transfusion_jax.pretraining.run import latent_space, tokenizer_of
@@ -45,31 +49,39 @@ def _check_together(experiment: Experiment, directory: Path) -> None:
     be trained is not asked."""
     sources = fitting_sources(experiment, None, "train")
     latent_space(sources)
-    known = experiment.tokenizer.path or (directory / "tokenizer.model").exists()
-    if known or any(source.assets.tokenizer for _, source in sources):
-        tokenizer = tokenizer_of(experiment, directory)
+    if tokenizer := _known_tokenizer(experiment, directory, sources):
         fitting_sources(experiment, tokenizer, "train")
         if experiment.train.validate_every:
             held_out(experiment, tokenizer)
-        if _starts_from_weights(experiment, directory):
-            check_tokenizer(local_path(experiment.train.initial), tokenizer)
+
+
+def _known_tokenizer(
+    experiment: Experiment, directory: Path, sources: Sequence[tuple[str, Source]]
+) -> Tokenizer | None:
+    """That of the run; None where training is to make it."""
+    known = experiment.tokenizer.path or (directory / "tokenizer.model").exists()
+    if known or any(source.assets.tokenizer for _, source in sources):
+        return tokenizer_of(experiment, directory)
+    return None
 
 
 def initial_facts(experiment: Experiment, directory: Path) -> dict[str, dict[str, str]]:
     """The same of the weights that a new run in a directory starts from, if it starts from any."""
-    if not _starts_from_weights(experiment, directory):
-        return {}
     initial = experiment.train.initial
+    if not initial or stored_steps(directory / "checkpoints"):
+        return {}
+    tokenizer = None
     try:
         open_weights(initial, experiment)
+        with contextlib.suppress(OSError, ValueError):  # a problem of the data
+            sources = fitting_sources(experiment, None, "train")
+            tokenizer = _known_tokenizer(experiment, directory, sources)
+        if tokenizer:
+            check_tokenizer(local_path(initial), tokenizer)
         described = (local_path(initial) / "config.json").read_bytes()
         return {initial: {"digest": hashlib.sha256(described).hexdigest()}}
     except (OSError, ValueError) as error:
         return {initial: {"problem": str(error)}}
-
-
-def _starts_from_weights(experiment: Experiment, directory: Path) -> bool:
-    return bool(experiment.train.initial) and not stored_steps(directory / "checkpoints")
 
 
 def _source_digest(name: str, experiment: Experiment) -> str:
