@@ -4,8 +4,8 @@ transfusion-jax train experiments/scenes.py
 transfusion-jax export runs/scenes --format safetensors --out exported/scenes
 transfusion-jax train experiments/scenes_edit.py
 
-Hardware: two CPU cores; seven minutes of training.
-Expected: edits 20 % (before, 13), 35 % of prompts drawn as asked, captions 86 %.
+Hardware: two CPU cores; six minutes of training.
+Expected: edits 18 % (before, 11), 40 % of prompts drawn as asked (before, 45), captions 90 %.
 """
 
 from dataclasses import replace
