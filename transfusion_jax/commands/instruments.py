@@ -47,7 +47,8 @@ def equipped(run: Run, experiment: Experiment, window: Window | None, report: Re
       ValueError: a prompt is longer than a row, or a suite cannot measure the model.
     """
     instruments = run.instruments
-    check_measurable(experiment, run.directory.path, run.mesh, report)
+    if run.directory.start == 0:  # others were asked before they were opened
+        check_measurable(experiment, run.directory.path, run.mesh, report)
     if experiment.train.sample_every:
         samples = sampler(experiment, run.directory.path, run.mesh, report)
         instruments = replace(instruments, observers=(*instruments.observers, samples))

@@ -73,7 +73,7 @@ def initial_facts(experiment: Experiment, directory: Path) -> dict[str, dict[str
     tokenizer = None
     try:
         open_weights(initial, experiment)
-        with contextlib.suppress(OSError, ValueError):  # a problem of the data
+        with contextlib.suppress(Exception):  # damage, which `data_facts` names
             sources = fitting_sources(experiment, None, "train")
             tokenizer = _known_tokenizer(experiment, directory, sources)
         if tokenizer:
