@@ -122,6 +122,14 @@ def test_what_differs_on_one_host_fails_one_check_and_is_named(changes, check, p
     assert all(part in found[check] for part in parts), found
 
 
+@pytest.mark.parametrize("lacks", [0, 2])
+def test_a_source_that_one_host_lacks_is_named(lacks):
+    facts = [fact(i, **({"data": {"digits": {"digest": "built in"}}} if i == lacks else {}))
+             for i in range(4)]  # fmt: skip
+    text = failures(facts)["data"]
+    assert "data/mine differs between hosts" in text and f"absent on process {lacks}" in text
+
+
 def test_a_mesh_that_does_not_fit_leaves_memory_and_space_unknown():
     facts = [fact(process, needs=Needs(problem="mesh.data=3 do not fit")) for process in range(4)]
     found = failures(facts)

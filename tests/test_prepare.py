@@ -29,11 +29,11 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.data.sources import records
 from transfusion_jax.data.sources.dataset import open_dataset
 from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
-from transfusion_jax.preparation import directory, shards
+from transfusion_jax.preparation import directory, shards, vocabulary
 from transfusion_jax.preparation.encoder import encoder_of
 from transfusion_jax.preparation.ledger import ShardLedger, add_up, index_entries
 from transfusion_jax.preparation.prepare import Preparation, PreparationFailed, parse_part, prepare
-from transfusion_jax.preparation.readers.raw import Rejected
+from transfusion_jax.preparation.readers.raw import Raw, Rejected
 from transfusion_jax.preparation.shards import ENCODED
 from transfusion_jax.preparation.splits import split_of
 
@@ -513,6 +513,10 @@ def test_foreign_directories_and_impossible_inputs(settings, tmp_path):
     for change, message in (
         ({"inputs": ()}, "name at least one input"),
         ({"inputs": (settings.inputs[0],) * 2}, "is named twice: all in it would be there twice"),
+        (
+            {"inputs": (settings.inputs[0], str(Path(settings.inputs[0]).parent))},
+            "lies in .*: all in it would be there twice",
+        ),
         ({"tokenizer": str(tmp_path / "no.model")}, "cannot read the tokenizer"),
         ({"tokenizer": str(tmp_path / "thesis.tex")}, "not a sentencepiece model"),
         ({"vocab_size": 5}, "vocab_size=5"),
@@ -593,6 +597,18 @@ def test_a_given_tokenizer_is_used_as_it_is(settings, tokenizer, tmp_path):
     path.write_bytes(train_tokenizer(["other text altogether"], 300).model)
     with pytest.raises(ValueError, match="what differs: tokenizer: "):
         run(replace(settings, tokenizer=str(path)), tmp_path / "out")
+
+
+def test_a_trained_tokenizer_has_seen_all_inputs_however_long_their_texts(monkeypatch):
+    monkeypatch.setattr(vocabulary, "SAMPLED_CHARACTERS", 80_000)
+    words = ("alphabet", "borealis", "cinnamon", "dolphins")
+    # One line each, the first alone more than the sample.
+    readers = [
+        (word, [Raw(word, (f"{word} " * (30_000 if word == "alphabet" else 3000),))])
+        for word in words
+    ]
+    trained = vocabulary.trained_tokenizer(readers, 400)
+    assert all(len(trained.encode(word)) == 1 for word in words)
 
 
 @pytest.mark.parametrize("lacking", ["bos_id", "eos_id"])

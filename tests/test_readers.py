@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from transfusion_jax.images import decode, from_uint8
 from transfusion_jax.preparation.readers import texts
@@ -273,6 +273,28 @@ def test_every_picture_in_a_folder_is_an_item(tmp_path):
     assert items(the_reader(tmp_path / "captions.jsonl")) == [(("one",), (png(),))]
 
 
+def test_text_beside_a_picture_that_a_line_names_is_no_document(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / f"{name}.txt").write_text(name)
+    lines(tmp_path / "captions.jsonl", {"file": "a.png", "caption": "one"})
+    first, second = find_inputs(str(tmp_path), PLAIN, MAX_BYTES)
+    assert items(first.open()) == [(("one",), (png(),))]
+    assert items(second.open()) == [(("b",), (png(),))]
+    assert first.unread == ((".txt beside pictures that have captions", 1),)
+
+
+def test_one_picture_spelt_in_several_ways_is_one_document(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").write_bytes(png())
+    names = ("a.png", "./a.png", "sub/../a.png", str(tmp_path / "a.png"))
+    lines(
+        tmp_path / "captions.jsonl",
+        *({"file": name, "caption": str(i)} for i, name in enumerate(names)),
+    )
+    assert items(the_reader(tmp_path)) == [(("0", "1", "2", "3"), (png(),))]
+
+
 def test_pictures_with_text_beside_them_and_other_files(tmp_path):
     (tmp_path / "sub").mkdir()
     for name, caption in (("a", "one"), ("sub/b", "two"), ("c", None)):
@@ -405,6 +427,24 @@ def test_tar_samples_with_several_pictures_are_rejected(tmp_path):
     several = ["several images"] * 2
     expected = [*several, "unsupported picture format", (("four",), (png(),))]
     assert items(the_reader(path)) == expected
+    one = [(("edit",), (png(),)), *expected[1:]]
+    for ignored in ("before", "before.png"):
+        assert items(the_reader(path, Columns(ignored=(ignored,)))) == one
+
+
+def test_a_second_picture_in_a_sample_s_json_is_rejected(tmp_path):
+    second = (
+        {"caption": "a", "image_b": "3b.png"},
+        {"caption": "a", "edited": "data:image/png;base64,x"},
+        {"caption": "a", "file_name": "0.png", "url": "http://x/y.png", "n": 1, "more": None},
+    )
+    members = [(f"{i}.json", json.dumps(value).encode()) for i, value in enumerate(second)]
+    path = tar(tmp_path / "x.tar", ("0.png", png()), ("1.png", png()), *members[:2])
+    assert items(the_reader(path)) == ["unknown key with a picture"] * 2
+    ignored = Columns(ignored=("image_b", "edited"))
+    assert items(the_reader(path, ignored)) == [(("a",), (png(),))] * 2
+    own = tar(tmp_path / "own.tar", ("0.png", png()), ("0.json", members[2][1]))
+    assert items(the_reader(own)) == [(("a",), (png(),))]
 
 
 @pytest.mark.parametrize("damaged", [["2.png"], ["0.png"], ["1.png", "3.txt"], ["4.txt"]])
@@ -488,6 +528,28 @@ def test_no_column_with_pictures_or_text_is_left_out_unsaid(tmp_path):
     ]
     pyarrow.parquet.write_table(pyarrow.table({"image": [png()], "text": ["b"]}), path)
     assert items(the_reader(path)) == [(("b",), (png(),))]
+
+
+@pytest.mark.parametrize(
+    ("more", "left"),
+    [
+        ({"image": [png()], "caption": ["a"], "edited_image": ["b.png"]}, "edited_image"),
+        ({"image": [png()], "caption": ["a"], "image_url": ["http://x/b.png"]}, None),
+        ({"image": [png()], "captions": [["a"]], "text": ["b"]}, "captions"),
+        ({"text": ["a"], "extra": [{"name": "b.png", "n": 1}]}, "extra"),
+        ({"text": ["a"], "extra": [{"name": "b", "n": 1}], "label": [1]}, None),
+        ({"text": ["a"] * 3, "source": [None, "", "data:image/png;base64,x"]}, "source"),
+    ],
+)
+def test_a_column_of_names_of_pictures_is_never_left_out(tmp_path, more, left):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(more), path)
+    if left is None:
+        assert len(the_reader(path)) == 1
+        return
+    with pytest.raises(ValueError, match=f"left out: {left};"):
+        the_reader(path)
+    assert len(the_reader(path, Columns(ignored=(left,)))) == len(more[left])
 
 
 def test_a_damaged_row_group_is_counted_and_the_others_are_read(tmp_path):
@@ -671,10 +733,12 @@ def test_every_mode_becomes_rgb_or_grey():
     see_through = Image.new("P", (8, 8), 0)
     see_through.putpalette([9, 9, 9])
     sixteen = Image.fromarray(np.full((8, 8), 0x80FF, np.uint16))
+    clear = encoded(sixteen, "PNG", transparency=0x80FF)
     assert flat(shown(encoded(half, "PNG"))) == pytest.approx([255, 127, 127], abs=1)
     assert flat(shown(encoded(palette, "PNG"))) == [10, 200, 30]
     assert flat(shown(encoded(see_through, "PNG", transparency=0))) == [255] * 3
     assert flat(shown(encoded(sixteen, "PNG"))) == [128] * 3
+    assert flat(shown(clear)) == [255] * 3
     assert flat(shown(encoded(Image.new("L", (8, 8), 77), "PNG"))) == [77] * 3
     assert flat(shown(encoded(Image.new("RGB", (8, 8), (77, 77, 77)), "PNG"), channels=1)) == [77]
     assert flat(shown(encoded(Image.new("LA", (8, 8), (0, 0)), "PNG"))) == [255] * 3
@@ -713,6 +777,20 @@ def test_the_orientation_of_the_camera_is_applied(orientation):
     np.testing.assert_array_equal(shown(data, channels=1)[..., 0], pixels)
 
 
+def test_an_odd_tag_does_not_cost_the_picture():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x0128] = 2  # ResolutionUnit, a number, which some programs store as text
+    tags = exif.tobytes()
+    number, text = bytes.fromhex("0128 0003"), bytes.fromhex("0128 0002")
+    assert tags.count(number) == 1
+    tags = tags.replace(number, text)
+    data = encoded(Image.new("RGB", (12, 6), (10, 200, 30)), "JPEG", exif=tags)
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert flat(shown(data, 12, 6)) == pytest.approx([10, 200, 30], abs=3)
+
+
 def test_pixels_are_from_minus_one_to_one():
     np.testing.assert_allclose(
         from_uint8(np.array([0, 51, 255], np.uint8)), [-1, -0.6, 1], atol=1e-6
@@ -734,6 +812,15 @@ def test_the_crop_is_centred_and_the_resize_averages(w, h, width, height):
     expected = np.clip(np.einsum("yh,xw,hwc->yxc", *weights, pixels.astype(float)), 0, 255)
     # Pillow rounds between its two passes, and samples nothing outside the box.
     assert np.abs(got - expected)[2:-2, 2:-2].max() < 1.5
+
+
+@pytest.mark.parametrize("size", [28, 224, 299, 336, 600])
+def test_no_size_of_a_good_picture_is_refused(size):
+    for side in (29, 58, 116, 225, 232, 239, 301, 344, 450, 601):
+        for other in (side, side + 1, 2 * side):
+            for w, h in ((side, other), (other, side)):
+                data = encoded(Image.new("L", (w, h), 90), "PNG")
+                assert shown(data, size, size, 1).shape == (size, size, 1)
 
 
 def cubic(centres: np.ndarray, size: int, scale: float) -> np.ndarray:

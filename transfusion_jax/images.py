@@ -4,12 +4,22 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MODES = {1: "L", 3: "RGB"}
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 """Of all that Pillow reads; among the others is EPS, which it hands to Ghostscript, an
 interpreter."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture upright, by its tag of orientation (Exif 2.3, section 4.6.4)."""
 MAX_PIXELS = 89_478_485
 """Pictures that claim more pixels are taken for decompression bombs (a quarter of a GiB in RGB, as
 Pillow warns)."""
@@ -34,8 +44,7 @@ def decode(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError("decompression bomb")
             file.draft(None, (6 * max(height, width),) * 2)
-            ImageOps.exif_transpose(file, in_place=True)
-            picture = _flat(file, MODES[channels])
+            picture = _flat(_upright(file), MODES[channels])
     except (Image.DecompressionBombError, MemoryError) as error:
         raise ValueError("decompression bomb") from error
     except UnidentifiedImageError as error:
@@ -48,17 +57,35 @@ def decode(data: bytes, height: int, width: int, channels: int) -> np.ndarray:
         raise ValueError(
             "truncated image" if "truncated" in str(error) else "corrupt image"
         ) from error
-    scale = min(picture.width / width, picture.height / height)
-    left, top = (picture.width - width * scale) / 2, (picture.height - height * scale) / 2
-    box = (left, top, left + width * scale, top + height * scale)
+    # One side is the picture's own: products of rounded ratios can lie outside it.
+    box_width = min(picture.width, picture.height * width / height)
+    box_height = min(picture.height, picture.width * height / width)
+    left, top = (picture.width - box_width) / 2, (picture.height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     return np.asarray(picture, np.uint8).reshape(height, width, channels)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture, turned as the camera says; as it is, if what the camera says is damaged.
+
+    `ImageOps.exif_transpose` writes the other tags anew, and fails where one has an odd type.
+    """
+    picture.load()
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged tags fail in many ways
+        return picture
+    turn = TURNS.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _flat(picture: Image.Image, mode: str) -> Image.Image:
     """The picture in `mode`, on white where it is transparent; 16 bits become 8."""
     if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+        values = np.asarray(picture).clip(0, 65535)
+        clear = values == picture.info.get("transparency")
+        picture = Image.fromarray(np.where(clear, 255, values // 256).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

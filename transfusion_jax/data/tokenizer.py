@@ -5,6 +5,10 @@ from collections.abc import Iterable
 
 import sentencepiece
 
+LINE = 1 << 14
+"""Characters of a line that are trained on as one: at most 64 kB, beyond which the trainer would
+leave it out."""
+
 
 class Tokenizer:
     """Ids 0 ... size - 3 are the sentencepiece model's, then come BOI and EOI.
@@ -44,15 +48,16 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-pair model with byte fallback that keeps every character, as Llama's.
 
-    Lines longer than 64 kB are left out. Text with few merges gives fewer entries than asked for.
+    Long lines are cut (`LINE`). Text with few merges gives fewer entries than asked for.
 
     Raises:
       ValueError: `vocab_size` is too small for the characters and bytes.
     """
     model = io.BytesIO()
+    lines = (text[at : at + LINE] for text in texts for at in range(0, len(text), LINE))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=lines,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -62,7 +67,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             character_coverage=0.99995,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            max_sentence_length=1 << 16,
+            max_sentence_length=4 * LINE,
             num_threads=1,
             minloglevel=2,
         )

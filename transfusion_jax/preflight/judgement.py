@@ -108,10 +108,14 @@ def memory(facts: Sequence[Facts], asked: Asked) -> Finding:
 def data(facts: Sequence[Facts]) -> Finding:
     """Every process reads every source, and all read the same one."""
     found = []
-    for name in facts[0].data:
-        if problems := _problems(facts, lambda fact, name=name: fact.data[name].get("problem")):
+    for name in dict.fromkeys(name for fact in facts for name in fact.data):
+
+        def known(fact: Facts, name: str = name) -> dict[str, str]:
+            return fact.data.get(name, {"digest": "absent"})
+
+        if problems := _problems(facts, lambda fact, known=known: known(fact).get("problem")):
             found.append(problems)
-        elif other := _different(facts, lambda fact, name=name: fact.data[name]["digest"][:8]):
+        elif other := _different(facts, lambda fact, known=known: known(fact)["digest"][:8]):
             found.append(f"{name} differs between hosts: {other}")
     if found:
         return Finding("data", False, "; ".join(found))

@@ -96,14 +96,19 @@ def prepare(
 
 
 def _check_inputs(inputs: Sequence[str]) -> None:
-    """Raises ValueError if there are none, or one is named twice."""
+    """Raises ValueError if there are none, or one is named twice or lies in another."""
     require(
         bool(inputs),
         "name at least one input: a folder, .jsonl, .tar, .parquet, .txt or tfds:NAME",
     )
-    places = [os.path.realpath(path) for path in inputs]
-    for path, place in zip(inputs, places, strict=True):
-        require(places.count(place) == 1, f"{path} is named twice: all in it would be there twice")
+    places = [path if path.startswith("tfds:") else os.path.realpath(path) for path in inputs]
+    named = zip(inputs, places, strict=True)
+    for (path, place), (other, outer) in itertools.permutations(named, 2):
+        require(place != outer, f"{path} is named twice: all in it would be there twice")
+        require(
+            not place.startswith(os.path.join(outer, "")),
+            f"{path} lies in {other}: all in it would be there twice",
+        )
 
 
 def _write_shards(begun: Begun, mine: list[int], workers: int) -> None:

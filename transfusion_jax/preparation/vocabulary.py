@@ -15,6 +15,7 @@ from transfusion_jax.preparation.workers import Named, chosen
 SAMPLED_ITEMS = 100_000
 SAMPLED_CHARACTERS = 20_000_000
 SAMPLED_RUN = 64  # neighbours, because archives are read faster in order
+SAMPLED_PART = 2_000  # characters of an item that are taken in any case
 
 
 def given_tokenizer(path: str) -> Tokenizer | None:
@@ -38,6 +39,8 @@ def trained_tokenizer(readers: Sequence[Named], vocab_size: int) -> Tokenizer:
       ValueError: there is no text, or `vocab_size` is too small for it.
     """
     items = sum(len(reader) for _, reader in readers)
+    # So that long texts do not fill the sample before others are reached.
+    most = max(SAMPLED_CHARACTERS // max(items, 1), SAMPLED_PART)
     starts = np.random.default_rng(0).permutation(np.arange(0, items, SAMPLED_RUN))
     runs = (
         chosen(readers, range(at, min(at + SAMPLED_RUN, items)))
@@ -53,8 +56,8 @@ def trained_tokenizer(readers: Sequence[Named], vocab_size: int) -> Tokenizer:
             rejected[error.reason] += 1
             continue
         for text in (*raw.captions, *(span for span in raw.spans if not isinstance(span, Picture))):
-            texts += text.encode(errors="ignore").decode().splitlines()
-            characters += len(text)
+            texts += text[:most].encode(errors="ignore").decode().splitlines()
+            characters += min(len(text), most)
         if characters > SAMPLED_CHARACTERS:
             break
     reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())

@@ -73,14 +73,14 @@ def document_of(content: bytes, name: str, folder: Folder, at: str, ignored: Set
     value = json_of(content, name)
     if not isinstance(value, dict):
         raise Rejected("not a document", name, content)
-    value = _present(value, ignored)
+    value = present(value, ignored)
     files = [key for key in FILE_KEYS if key in value]
     texts = [key for key in TEXT_KEYS if key in value]
     spans = value.get("spans")
     if len(files) > 1 or len(texts) > 1 or (spans is not None and files + texts):
         raise Rejected("ambiguous keys", name, content)
     metadata = {key: v for key, v in value.items() if key not in (*files, *texts, "spans")}
-    if _holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):
+    if holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):
         raise Rejected("unknown key with a picture", name, content)
     if files:
         picture = _picture(value[files[0]], name, folder, at, content)
@@ -118,10 +118,10 @@ def _span(
 ) -> str | Picture:
     if isinstance(value, str):
         return value
-    value = _present(value, ignored) if isinstance(value, dict) else {}
+    value = present(value, ignored) if isinstance(value, dict) else {}
     known = [key for key in (*FILE_KEYS, "text") if key in value]
     metadata = {key: v for key, v in value.items() if key not in known}
-    if len(known) != 1 or _holds_picture(metadata, beside_picture=known != ["text"]):
+    if len(known) != 1 or holds_picture(metadata, beside_picture=known != ["text"]):
         raise Rejected("not a document", name, content)
     if known == ["text"]:
         return string_of(value["text"], name)
@@ -135,11 +135,12 @@ def _picture(file: Any, name: str, folder: Folder, at: str, content: bytes) -> P
     return Picture(functools.partial(folder.read, path, file), path)
 
 
-def _present(value: dict, ignored: Set[str]) -> dict:
+def present(value: dict, ignored: Set[str]) -> dict:
+    """The object without nulls and what is ignored."""
     return {key: v for key, v in value.items() if v is not None and key not in ignored}
 
 
-def _holds_picture(metadata: dict, beside_picture: bool) -> bool:
+def holds_picture(metadata: dict, beside_picture: bool) -> bool:
     """Whether a value seems to be a picture or the name of one.
 
     Beside a picture, keys such as `image_id` and `image_url` describe it, and only what looks like

@@ -97,6 +97,7 @@ class Captions:
         self, folder: Folder, file: str, columns: Columns, arrays: dict[str, np.ndarray]
     ) -> None:
         self._lines = JsonLines(folder, file, columns, arrays)
+        self._root = folder.root
         self._order = arrays["order"]
         self._starts = arrays["starts"]
 
@@ -113,7 +114,7 @@ class Captions:
         missing, shown = set(), []
         for line, raw in enumerate(lines.every()):
             pair = not isinstance(raw, Rejected) and raw.captions
-            key = key_of(f"file {raw.name}" if pair else f"line {line}")
+            key = file_key(raw.name, folder.root) if pair else key_of(f"line {line}")
             keys[line] = key
             if pair and not _is_file(os.path.join(folder.root, raw.spans[0].file)):
                 if key not in missing:
@@ -132,7 +133,8 @@ class Captions:
     def __getitem__(self, index: int) -> Raw:
         numbers = self._order[self._starts[index] : self._starts[index + 1]]
         first, *others = (self._lines[line] for line in numbers.tolist())
-        if any(raw.name != first.name for raw in others):  # two names with one key
+        # Another file with the same key.
+        if any(_place(raw.name, self._root) != _place(first.name, self._root) for raw in others):
             raise Rejected("name collision", first.name)
         return Raw(first.name, first.spans, sum((raw.captions for raw in others), first.captions))
 
@@ -149,7 +151,12 @@ def named_pictures(lines: JsonLines, root: Path) -> np.ndarray:
 
 def file_key(file: str, root: Path) -> int:
     """A key of a file of the input's folder, in whatever way its name is spelt."""
-    return key_of(os.path.relpath(os.path.join(root, file), root) if "\0" not in file else file)
+    return key_of(_place(file, root))
+
+
+def _place(file: str, root: Path) -> str:
+    folder, name = os.path.split(os.path.join(root, file))  # "a.png/" is no file
+    return os.path.join(os.path.abspath(folder), name)
 
 
 def key_of(text: str) -> int:

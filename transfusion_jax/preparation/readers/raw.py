@@ -57,8 +57,9 @@ class Columns:
     text: str = "text"
     """Column of text documents, where there is no column of pictures."""
     ignored: tuple[str, ...] = ()
-    """Columns, and keys of JSON objects, that are left out although they hold pictures or text.
-    Without this, data with a picture that nothing names is refused or rejected."""
+    """Columns, keys of JSON objects, and endings in tars (`thumb` for `1.thumb.jpg`), that are left
+    out although they hold pictures or text. Without this, data with a picture that nothing names is
+    refused or rejected."""
 
 
 class Reader(Protocol):

@@ -11,7 +11,12 @@ import numpy as np
 from PIL import Image
 
 from transfusion_jax.preparation.readers.collection import Scanned
-from transfusion_jax.preparation.readers.documents import captions_of, names_picture
+from transfusion_jax.preparation.readers.documents import (
+    TEXT_KEYS,
+    captions_of,
+    holds_picture,
+    names_picture,
+)
 from transfusion_jax.preparation.readers.folder import Folder
 from transfusion_jax.preparation.readers.raw import (
     Columns,
@@ -21,6 +26,8 @@ from transfusion_jax.preparation.readers.raw import (
     digest_of,
     string_of,
 )
+
+LOOKED_AT = 64  # rows of a file whose other columns are looked at for names of pictures
 
 
 class Parquet:
@@ -55,9 +62,10 @@ class Parquet:
         pictures = [
             field.name
             for field in schema
-            if _holds_picture(field.type)
+            if _holds_bytes(field.type)
             or (columns.image not in schema.names and names_picture(field.name))
         ]
+        pictures += _named_in_cells(opened, columns)
         _check_columns(f"{folder.root / file}", "column", schema.names, pictures, columns)
         metadata = opened.metadata
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -178,7 +186,10 @@ def _check_columns(
         asked = f"{columns.caption} or {words}" if pairs else f"{columns.image} or {words}"
         raise ValueError(f"{name} has no {kind} {asked}, only {', '.join(names)}")
     read = {words, columns.image} if pairs else {words}
-    left = [x for x in names if x in {*pictures, columns.text} - read - {*columns.ignored}]
+    wanted = {*pictures, columns.text}
+    if pairs and words == columns.text:
+        wanted.add("captions")
+    left = [x for x in names if x in wanted - read - {*columns.ignored}]
     if left:
         raise ValueError(
             f"{name} has {kind}s that would be left out: {', '.join(left)}; read one instead with "
@@ -187,16 +198,32 @@ def _check_columns(
         )
 
 
-def _holds_picture(kind: Any) -> bool:
+def _named_in_cells(file: Any, columns: Columns) -> list[str]:
+    """The other columns of strings, or with strings inside, whose first rows name pictures."""
+    pairs = columns.image in file.schema_arrow.names
+    known = {columns.image, *TEXT_KEYS, columns.caption, columns.text, *columns.ignored}
+    others = [field.name for field in file.schema_arrow
+              if field.name not in known and not _holds_bytes(field.type)]  # fmt: skip
+    if not others:
+        return []
+    try:
+        batch = next(file.iter_batches(LOOKED_AT, columns=others), None)
+    except Exception:  # decoders raise whatever they like; the rows will be counted
+        return []
+    rows = batch.to_pylist() if batch is not None else []
+    return [name for name in others if any(holds_picture({name: row[name]}, pairs) for row in rows)]
+
+
+def _holds_bytes(kind: Any) -> bool:
     """Whether a column of this Arrow type may hold encoded pictures: bytes, also inside others."""
     import pyarrow.types as types
 
     if types.is_dictionary(kind):
-        return _holds_picture(kind.value_type)
+        return _holds_bytes(kind.value_type)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return types.is_uint8(kind.value_type) or _holds_picture(kind.value_type)
+        return types.is_uint8(kind.value_type) or _holds_bytes(kind.value_type)
     if types.is_struct(kind):
-        return any(_holds_picture(field.type) for field in kind)
+        return any(_holds_bytes(field.type) for field in kind)
     return (
         types.is_binary(kind)
         or types.is_large_binary(kind)

@@ -10,7 +10,13 @@ from typing import BinaryIO
 import numpy as np
 
 from transfusion_jax.preparation.readers.collection import Scanned
-from transfusion_jax.preparation.readers.documents import captions_of, json_of
+from transfusion_jax.preparation.readers.documents import (
+    TEXT_KEYS,
+    captions_of,
+    holds_picture,
+    json_of,
+    present,
+)
 from transfusion_jax.preparation.readers.folder import Folder, read_at
 from transfusion_jax.preparation.readers.raw import (
     PICTURES,
@@ -37,6 +43,7 @@ class WebDataset:
     ) -> None:
         self._folder = folder
         self._file = file
+        self._ignored = frozenset(columns.ignored)
         self._headers = arrays["headers"]
         self._starts = arrays["starts"]
         self._damaged = arrays["damaged"]
@@ -89,6 +96,7 @@ class WebDataset:
         offsets = self._headers[self._starts[index] : self._starts[index + 1]].tolist()
         with self._folder.open(self._file, self._file) as file:
             members, name = self._sample(file, offsets)
+            members = {ending: m for ending, m in members.items() if not self._ignores(ending)}
             pictures = [ending for ending in members if is_picture(ending)]
             if not pictures:
                 raise Rejected("no image", name)
@@ -103,9 +111,32 @@ class WebDataset:
         if ending == ".txt":
             captions = (text_of(caption, name),)
         else:
-            captions = captions_of(json_of(caption, name), name)
+            picture = os.path.basename(members[pictures[0]].name)
+            captions = self._captions(caption, name, picture)
         load = functools.partial(self._picture, members[pictures[0]], name)
         return Raw(name, (Picture(load),), captions)
+
+    def _ignores(self, ending: str) -> bool:
+        """Of `.thumb.jpg`, whether `thumb` is ignored, or `thumb.jpg`."""
+        return not self._ignored.isdisjoint({ending[1:], ending.split(".")[1]})
+
+    def _captions(self, content: bytes, name: str, picture: str) -> tuple[str, ...]:
+        """Those in a sample's JSON.
+
+        Raises:
+          Rejected: it has none, or seems to hold another picture than the sample's own.
+        """
+        value = json_of(content, name)
+        if isinstance(value, dict):
+            value = present(value, self._ignored)
+            metadata = {
+                key: v
+                for key, v in value.items()
+                if key not in TEXT_KEYS and not (isinstance(v, str) and v.endswith(picture))
+            }
+            if holds_picture(metadata, beside_picture=True):
+                raise Rejected("unknown key with a picture", name, content)
+        return captions_of(value, name)
 
     def _sample(self, file: BinaryIO, offsets: list[int]) -> tuple[dict[str, tarfile.TarInfo], str]:
         """The members of a sample by their endings, and its name."""
