@@ -18,6 +18,7 @@ from transfusion_jax.model.layers import product
 from transfusion_jax.model.patches.grid import patchify, unpatchify
 from transfusion_jax.model.patches.linear import LinearPatches
 from transfusion_jax.model.patches.timestep import sinusoid
+from transfusion_jax.model.patches.unet import UNetPatches
 from transfusion_jax.model.rope import rotate, rotation
 from transfusion_jax.model.transformer import KVCache
 
@@ -189,6 +190,43 @@ def test_rope_of_bfloat16_rounds_once():
     got = rotate(x, *turns)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, rotate(x.astype(jnp.float32), *turns).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("kind", "timestep"), [("linear", "before"), ("linear", "after"), ("unet", "before")]
+)
+def test_gradients_of_what_is_added_everywhere_are_sums_in_float32(kind, timestep):
+    """Biases, positions and timesteps: in bfloat16 their sums over images would stall."""
+    image, images = ImageConfig(16, 16, 2, 4), 96
+    rng = np.random.default_rng(0)
+    pixels = jnp.asarray(rng.normal(size=(4, images // 4, *image.shape)), jnp.float32)
+    t = jnp.asarray(rng.integers(0, 1000, (4, images // 4)), jnp.int32)
+    # With a mean, or the sums would be about zero, and the error of any a large part of them.
+    cotangent = jnp.asarray(rng.normal(1.0, 1.0, (4, images // 4, image.patches, 16)), jnp.float32)
+
+    def gradients(dtype: str) -> dict:
+        config = ModelConfig(
+            width=16, heads=2, compute_dtype=dtype, patch_position="learned", timestep=timestep,
+            patch_encoder=kind, unet_widths=(8, 8, 8) if kind == "unet" else (),
+            unet_blocks=1 if kind == "unet" else 2,
+        )  # fmt: skip
+        encoder = {"linear": LinearPatches, "unet": UNetPatches}[kind]
+        graph, state = nnx.split(encoder(config, image, rngs=nnx.Rngs(params=0)))
+
+        def product(state):
+            vectors, _ = nnx.merge(graph, state).encode(pixels, t)
+            return jnp.sum(vectors.astype(jnp.float32) * cotangent)
+
+        found = nnx.to_flat_state(jax.jit(jax.grad(product))(state))
+        return {path: np.asarray(x[...]) for path, x in found}
+
+    exact, rounded = gradients("float32"), gradients("bfloat16")
+    added = [path for path in exact if {"bias", "position_PD"} & {*path} or "time" in path[-1]]
+    assert len(added) > 2
+    for path in added:
+        if size := np.linalg.norm(exact[path]):
+            error = np.linalg.norm(rounded[path] - exact[path]) / size
+            assert error < 0.012, (path, error)
 
 
 @pytest.mark.parametrize(("platform", "dimensions"), [("cpu", 2), ("cuda", 2), ("tpu", 3)])

@@ -33,6 +33,7 @@ class Experiment:
         "data.prefetch",
         "data.max_epochs",
         "train.accumulation",
+        "train.vocab_chunk",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",

@@ -154,8 +154,8 @@ class ModelConfig:
     images sooner (docs/design.md, log)."""
     remat: Literal["none", "minimal", "attention", "full", "offload"] = "full"
     """What the backward pass recomputes: nothing; all but attention and the products with
-    parameters; all but attention (`chunked` and `pallas` only); or every layer from its input,
-    which `offload` keeps in the memory of an accelerator's host."""
+    parameters; all but attention (not `dense`); or every layer from its input, which
+    `offload` keeps in the memory of an accelerator's host."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     """Whether the compiled step loops over the layers or writes them out, which needs a `remat`
     that keeps much: `none` or `minimal`. A loop compiles once for all layers, and copies what each

@@ -18,7 +18,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """The peak, at the end of the warm-up."""
     final_learning_rate: float = 1.5e-5
-    """At the last step; equal to the peak for a constant rate."""
+    """After the last step; equal to the peak for a constant rate."""
     warmup_steps: int = 4000
     """Steps over which the learning rate rises linearly from 0 to its peak."""
     b1: float = 0.9
@@ -100,7 +100,7 @@ class TrainConfig:
     """Parameters that are not trained, by name or by patterns as of files: `embedding_VD`,
     `transformer.*`, `*norm*`. They stay bit for bit, and have no gradients and no moments."""
     image_loss_weight: float = 5.0
-    """Lambda of L = L_LM + lambda * L_DDPM."""
+    """Lambda of L = L_LM + lambda * L_DDPM, where images are diffused."""
     z_loss: float = 0.0
     """Weight of log^2 Z, the squared logarithm of the denominator of every token's softmax (1e-5
     in Chameleon)."""

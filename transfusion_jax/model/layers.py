@@ -101,6 +101,15 @@ def product(
     return flat.reshape(*lead, *tail)
 
 
+def added(x: Array, part: Array) -> Array:
+    """x and a part of as many dimensions that is the same along some of them, in x's dtype.
+
+    Added in float32: the gradient of `part` is a sum over what it is repeated along, and in
+    bfloat16 a sum stalls at some 256 times what is added to it.
+    """
+    return (x.astype(jnp.float32) + part.astype(jnp.float32)).astype(x.dtype)
+
+
 def float32_product(x: Array, kernel_DV: Array) -> Array:
     """[B, L, D] with a float32 [D, V] gives [B, L, V] in float32: factors in x's dtype, sums and
     result in float32.

@@ -58,8 +58,11 @@ def chunked_attention(
         .reshape(A, B, K, S + pad_k, H)
         for x in (k_BSKH, v_BSKH)
     )
-    # Padding queries get an empty interval.
-    bounds = (jnp.pad(x, ((0, 0), (0, pad_q))) for x in (intervals.k_start_BL, intervals.k_end_BL))
+    # Padding queries get an empty interval, and padding keys are in none.
+    bounds = (
+        jnp.pad(x.clip(0, S), ((0, 0), (0, pad_q)))
+        for x in (intervals.k_start_BL, intervals.k_end_BL)
+    )
     k_start, k_end = (
         jnp.tile(x.reshape(A, B, C, block_q).transpose(0, 2, 1, 3), (1, 1, 1, G)) for x in bounds
     )

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from transfusion_jax.config import ImageConfig, ModelConfig
-from transfusion_jax.model.layers import parameter, project
+from transfusion_jax.model.layers import added, parameter, project
 from transfusion_jax.model.patches import timestep
 from transfusion_jax.model.patches.grid import patchify, unpatchify
 
@@ -50,11 +50,11 @@ class LinearPatches(nnx.Module):
         patches_BMPZ = patchify(noisy_BMhwc.astype(self.dtype), self.image.patch)
         if self.before:
             time_BMZ = project(jax.nn.silu(time_BMD), self.time_patch_DZ)
-            vectors_BMPD = project(patches_BMPZ + time_BMZ[:, :, None], self.in_ZD)
+            vectors_BMPD = project(added(patches_BMPZ, time_BMZ[:, :, None]), self.in_ZD)
         else:
-            vectors_BMPD = project(patches_BMPZ, self.in_ZD) + time_BMD[:, :, None]
+            vectors_BMPD = added(project(patches_BMPZ, self.in_ZD), time_BMD[:, :, None])
         if self.learned:
-            vectors_BMPD = vectors_BMPD + self.position_PD[...].astype(self.dtype)[None, None]
+            vectors_BMPD = added(vectors_BMPD, self.position_PD[...][None, None])
         return vectors_BMPD, None
 
     def decode(self, hidden_BMPD: Array, carried: None) -> Array:

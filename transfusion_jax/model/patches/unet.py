@@ -23,7 +23,7 @@ from jax import Array
 
 from transfusion_jax.config import ImageConfig, ModelConfig
 from transfusion_jax.config.model import UNET_WIDTHS
-from transfusion_jax.model.layers import LayerNorm, parameter, project, zeros
+from transfusion_jax.model.layers import LayerNorm, added, parameter, project, zeros
 from transfusion_jax.model.patches import timestep
 from transfusion_jax.model.patches.linear import POSITION_SCALE
 from transfusion_jax.parallel.gathers import gathered
@@ -57,7 +57,7 @@ class Conv(nnx.Module):
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y_Nhwc + self.bias[...].astype(x_Nhwc.dtype)[None, None, None]
+        return added(y_Nhwc, self.bias[...][None, None, None])
 
 
 class ResidualBlock(nnx.Module):
@@ -73,7 +73,7 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x_Nhwc: Array, time_NE: Array) -> Array:
         y_Nhwc = self.conv_in(jax.nn.silu(self.norm_in(x_Nhwc)))
-        y_Nhwc = y_Nhwc + project(time_NE, self.time_Ec)[:, None, None]
+        y_Nhwc = added(y_Nhwc, project(time_NE, self.time_Ec)[:, None, None])
         y_Nhwc = self.conv_out(jax.nn.silu(self.norm_out(y_Nhwc)))
         return y_Nhwc + (x_Nhwc if self.shortcut is None else self.shortcut(x_Nhwc))
 
@@ -132,7 +132,7 @@ class UNetPatches(nnx.Module):
             skips += [skip_Nhwc.reshape(B, M, *x_Nhwc.shape[1:]) for skip_Nhwc in outputs]
         vectors_BMPD = project(x_Nhwc.reshape(B, M, self.image.patches, -1), self.in_cD)
         if self.learned:
-            vectors_BMPD = vectors_BMPD + self.position_PD[...].astype(self.dtype)[None, None]
+            vectors_BMPD = added(vectors_BMPD, self.position_PD[...][None, None])
         return vectors_BMPD, {"skips": skips, "time_BME": time_BME}
 
     def decode(self, hidden_BMPD: Array, carried: dict[str, Any]) -> Array:
