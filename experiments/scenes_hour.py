@@ -2,8 +2,8 @@
 
     transfusion-jax train experiments/scenes_hour.py
 
-Hardware: two CPU cores; 2.0e14 FLOPs. 106 minutes of training beside other work; steps of 0.18 to
-0.25 s make 50 to 65 minutes without.
+Hardware: two CPU cores; 2.0e14 FLOPs. 106 minutes of training beside other work, 66 with little
+beside it.
 Expected: what is asked for drawn in 68 % of prompts (single objects 96 %, colours 97 %), in 82 % of
 those with pairs of colour and kind never seen in training, captions 95 %, edits 66 %:
 docs/scenes.md.
