@@ -44,8 +44,8 @@ class Pair(NamedTuple):
     image: nnx.Param
 
 
-class Work(NamedTuple):
-    """What happens to positions by themselves."""
+class Positionwise(NamedTuple):
+    """A part of a block that does the same to every position by itself."""
 
     function: Callable[..., tuple[Array, ...]]
     """Of positions [B, L, ...] and a product with each of the pairs: `product(x, contracted=1)`."""
@@ -59,14 +59,14 @@ class Work(NamedTuple):
     sum."""
 
 
-def selected(work: Work, x_BL: Array, image_BL: Array) -> tuple[Array, ...]:
-    """Results of the work, computed with both kernels at all positions, of which one is taken."""
+def selected(layer: Positionwise, x_BL: Array, image_BL: Array) -> tuple[Array, ...]:
+    """Results of the layer, computed with both kernels at all positions, of which one is taken."""
 
     def of(pair: Pair, modality: str) -> Callable[..., Array]:
         return lambda x, contracted=1: project(x, getattr(pair, modality), contracted)
 
     text, image = (
-        work.function(x_BL, *(of(pair, modality) for pair in work.pairs))
+        layer.function(x_BL, *(of(pair, modality) for pair in layer.pairs))
         for modality in Pair._fields
     )
     return tuple(chosen(image_BL, i, t) for i, t in zip(image, text, strict=True))
@@ -77,30 +77,32 @@ def chosen(image_BL: Array, image: Array, text: Array) -> Array:
     return jnp.where(image_BL.reshape(*image_BL.shape, *[1] * (text.ndim - 2)), image, text)
 
 
-def grouped(work: Work, x_BL: Array, image_BL: Array) -> tuple[Array, ...]:
-    """Results of the work, each position computed once."""
-    kernels = [jnp.stack([gathered(kernel, x_BL.dtype) for kernel in pair]) for pair in work.pairs]
+def grouped(layer: Positionwise, x_BL: Array, image_BL: Array) -> tuple[Array, ...]:
+    """Results of the layer, each position computed once."""
+    kernels = [
+        jnp.stack([gathered(kernel, x_BL.dtype) for kernel in pair]) for pair in layer.pairs
+    ]
 
     def local(x_BL, image_BL, *kernels):
         groups = Groups.of(image_BL)
         products = [functools.partial(product, groups.image_C, kernel) for kernel in kernels]
-        results = work.function(groups.ordered(x_BL), *products)
+        results = layer.function(groups.ordered(x_BL), *products)
         return [groups.back(result, image_BL.shape)[None] for result in results]
 
     if not jax.sharding.get_abstract_mesh().empty:
         rows, positions = divided(("batch", "sequence"), image_BL.shape)
         axes = [pair.text.get_metadata("out_sharding")[1 - x.ndim :]
-                for pair, x in zip(work.pairs, kernels, strict=True)]  # fmt: skip
+                for pair, x in zip(layer.pairs, kernels, strict=True)]  # fmt: skip
         local = jax.shard_map(
             local,
             in_specs=(
-                PartitionSpec(rows, positions, *_inside(work.takes)),
+                PartitionSpec(rows, positions, *_inside(layer.takes)),
                 PartitionSpec(rows, positions),
                 *(PartitionSpec(None, *_inside(names)) for names in axes),
             ),
             out_specs=[
-                PartitionSpec(*_inside((work.summed,)), rows, positions, *_inside(names))
-                for names in work.gives
+                PartitionSpec(*_inside((layer.summed,)), rows, positions, *_inside(names))
+                for names in layer.gives
             ],
             check_vma=False,
         )

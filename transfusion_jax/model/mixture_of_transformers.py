@@ -14,10 +14,10 @@ from jax import Array
 
 from transfusion_jax.model.attention.intervals import Intervals
 from transfusion_jax.model.block import Block, KVCache, attend
-from transfusion_jax.model.grouped import Pair, Work, chosen
+from transfusion_jax.model.grouped import Pair, Positionwise, chosen
 
-Compute = Callable[[Work, Array, Array], tuple[Array, ...]]
-"""`grouped` or `selected`: from work, positions and which of them are patches, to its results."""
+Compute = Callable[[Positionwise, Array, Array], tuple[Array, ...]]
+"""`grouped` or `selected`: from a layer, positions and which of them are patches, to results."""
 
 
 def mixture_block(
@@ -54,9 +54,9 @@ def mixture_block(
             return x_BLD + (out_BLD if pre else norm("mlp_norm", out_BLD)), cache
 
 
-def _heads(text: Block, image: Block) -> Work:
+def _heads(text: Block, image: Block) -> Positionwise:
     """Queries, keys and values of normed positions."""
-    return Work(
+    return Positionwise(
         lambda x, q, k, v: (q(x), k(x), v(x)),
         _pairs(text, image, "attention.q_DNH", "attention.k_DKH", "attention.v_DKH"),
         takes=(None,),
@@ -64,9 +64,9 @@ def _heads(text: Block, image: Block) -> Work:
     )
 
 
-def _output(text: Block, image: Block) -> Work:
+def _output(text: Block, image: Block) -> Positionwise:
     """What attention adds, from its heads."""
-    return Work(
+    return Positionwise(
         lambda x, out: (out(x, contracted=2),),
         _pairs(text, image, "attention.out_NHD"),
         takes=("heads", None),
@@ -75,9 +75,9 @@ def _output(text: Block, image: Block) -> Work:
     )
 
 
-def _feed_forward(text: Block, image: Block) -> Work:
+def _feed_forward(text: Block, image: Block) -> Positionwise:
     """As `SwiGLU`."""
-    return Work(
+    return Positionwise(
         lambda x, gate, up, down: (down(jax.nn.silu(gate(x)) * up(x)),),
         _pairs(text, image, "mlp.gate_DF", "mlp.up_DF", "mlp.down_FD"),
         takes=(None,),
