@@ -79,9 +79,7 @@ def chosen(image_BL: Array, image: Array, text: Array) -> Array:
 
 def grouped(layer: Positionwise, x_BL: Array, image_BL: Array) -> tuple[Array, ...]:
     """Results of the layer, each position computed once."""
-    kernels = [
-        jnp.stack([gathered(kernel, x_BL.dtype) for kernel in pair]) for pair in layer.pairs
-    ]
+    kernels = [jnp.stack([gathered(kernel, x_BL.dtype) for kernel in pair]) for pair in layer.pairs]
 
     def local(x_BL, image_BL, *kernels):
         groups = Groups.of(image_BL)
