@@ -23,7 +23,7 @@ from transfusion_jax.errors import require
 from transfusion_jax.generation.devices import Devices
 from transfusion_jax.generation.images import draw_images
 from transfusion_jax.generation.requests import Request, read_requests
-from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, start
+from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, cache_bytes, start
 from transfusion_jax.generation.text import write_text
 from transfusion_jax.images import MODES, read_image
 from transfusion_jax.model.attention.platforms import for_platform
@@ -57,9 +57,10 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], seed: int = 0, draw: bool = False
     ) -> list[list[Span]]:
-        """Continues every request, as one batch; returns the new spans of each.
+        """Continues every request; returns the new spans of each.
 
-        A request that has added `sampler.max_tokens` positions ends there.
+        A request that has added `sampler.max_tokens` positions ends there. Requests are answered
+        in groups whose caches fit the devices; the answers are those of one batch.
 
         Args:
           draw: begin every answer with an image, instead of leaving that to the model.
@@ -73,16 +74,31 @@ class Engine:
         self, requests: Sequence[Request], seed: int = 0, draw: bool = False
     ) -> Iterator[tuple[int, Span]]:
         """As `generate`, span by span: (number of the request, its next span)."""
-        count = len(requests)
-        if count > self.devices.shards:  # as many rows for every device
-            requests = [*requests, *requests[-1:] * (-count % self.devices.shards)]
-        batch, length_B = self._read(requests)
-        budget = self.experiment.sampler.max_tokens
-        # A row that has reached its limit still writes, past its length.
-        capacity = batch.tokens_BL.shape[1] + budget + self.experiment.image.span
+        read = self._read(requests)
+        row_bytes = cache_bytes(self.experiment.model, self._capacity(read[0]))
+        size = self.devices.group(len(requests), row_bytes)
+        for first in range(0, len(requests), size):
+            # Every group is as large, and so compiled once: the last request fills up the last.
+            chosen = np.minimum(np.arange(first, first + size), len(requests) - 1)
+            group = jax.tree.map(lambda x, rows=chosen: x[rows], read)
+            key_B = self.devices.keys(seed, first, size)
+            count = min(size, len(requests) - first)
+            for row, span in self._answer(*group, key_B, draw, count):
+                yield first + row, span
+
+    def _capacity(self, batch: Batch) -> int:
+        """Positions of a cache; a row that has reached its limit still writes, past its length."""
+        budget, image = self.experiment.sampler.max_tokens, self.experiment.image
+        return batch.tokens_BL.shape[1] + budget + image.span
+
+    def _answer(
+        self, batch: Batch, length_B: np.ndarray, key_B: Array, draw: bool, count: int
+    ) -> Iterator[tuple[int, Span]]:
+        """Continues the rows of a batch until every one is done: (row, its next span) of the first
+        `count`."""
+        capacity, budget = self._capacity(batch), self.experiment.sampler.max_tokens
         limit_B = self.devices.put(length_B + budget)
         batch, length_B = self.devices.put((batch, length_B))
-        key_B = self.devices.keys(seed, len(requests))
         boi = self.tokenizer.boi if draw else None
         rows = self._start(self.parameters, batch, length_B, key_B, capacity=capacity, boi=boi)
         while (status_B := self.devices.host(rows.status_B)).min() < DONE:
@@ -170,7 +186,7 @@ class Engine:
             other.__dict__[phase] = getattr(self, phase)
         return other
 
-    def _read(self, requests: Sequence[Request]) -> tuple[Batch, Array]:
+    def _read(self, requests: Sequence[Request]) -> tuple[Batch, np.ndarray]:
         model = self.experiment.model
         shown = any(not isinstance(span, str) for request in requests for span in request)
         require(
@@ -187,17 +203,18 @@ class Engine:
     @functools.cached_property
     def _write_text(self) -> Callable[..., tuple[Rows, Array]]:
         settings = {"experiment": self.experiment, "tokenizer": self.tokenizer}
-        return self._compiled(functools.partial(write_text, **settings), "budget")
+        return self._compiled(functools.partial(write_text, **settings), "budget", rows=1)
 
     @functools.cached_property
     def _draw_images(self) -> Callable[..., tuple[Rows, Array]]:
         settings = {"experiment": self.experiment, "tokenizer": self.tokenizer}
-        return self._compiled(functools.partial(draw_images, **settings))
+        return self._compiled(functools.partial(draw_images, **settings), rows=1)
 
-    def _compiled(self, phase: Callable, *static: str) -> Callable:
-        """A phase, a function of a model and arrays, jitted as one of parameters and arrays."""
+    def _compiled(self, phase: Callable, *static: str, rows: int | None = None) -> Callable:
+        """A phase, a function of a model and arrays, jitted as one of parameters and arrays; it
+        takes over the buffers of argument `rows`."""
 
-        @functools.partial(jax.jit, static_argnames=static)
+        @functools.partial(jax.jit, static_argnames=static, donate_argnums=rows)
         def run(parameters, *arrays, **options):
             return phase(nnx.merge(self.graph, parameters), *arrays, **options)
 

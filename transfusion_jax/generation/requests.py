@@ -2,10 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
@@ -25,8 +22,8 @@ def read_requests(
     experiment: Experiment,
     tokenizer: Tokenizer,
     encode: Callable[[np.ndarray], np.ndarray],
-) -> tuple[Batch, Array]:
-    """Every request as a row, `<s>` first, and the rows' lengths [B].
+) -> tuple[Batch, np.ndarray]:
+    """Every request as a row, `<s>` first, and the rows' lengths [B], on the host.
 
     Args:
       encode: from a picture to an image of the model.
@@ -46,7 +43,7 @@ def read_requests(
         pack([(prompt, 0, length)], padded, experiment.image)
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    return jax.tree.map(jnp.asarray, stack(rows)), jnp.asarray(lengths, jnp.int32)
+    return stack(rows), np.asarray(lengths, np.int32)
 
 
 def _prompt(
