@@ -403,6 +403,7 @@ def test_the_runners_tokenizer_is_sentencepiece(tokenizer, tmp_path):
     for _ in range(50):
         ids = rng.integers(3, tokenizer.size - 2, 12).tolist()
         assert own.decode(ids) == tokenizer.decode(ids)
+        assert own.decode(ids, True) == tokenizer.decode(ids, True)
 
 
 def test_a_tokenizer_that_changes_text_is_not_imitated(tmp_path):

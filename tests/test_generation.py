@@ -84,7 +84,7 @@ def test_greedy_text_is_the_argmax_of_the_uncached_model(engine, experiment):
             if token == tokenizer.eos:
                 break
             ids.append(token)
-        expected = tokenizer.decode(ids[prompt_length:])
+        expected = tokenizer.decode(ids).removeprefix(prompt)
         assert spans == ([expected] if expected else [])
 
 
@@ -212,6 +212,18 @@ def test_spans_are_streamed_as_they_come(drawing):
         spans = [span for number, span in streamed if number == row]
         for got, span in zip(spans, expected, strict=True):
             np.testing.assert_array_equal(got, span)
+
+
+def test_an_answer_keeps_the_space_between_it_and_a_text(engine, experiment, tokenizer):
+    """After an image, shown or drawn, there is none."""
+    (plus,) = tokenizer.encode("plus")
+    writing = liking(engine, plus).using(max_tokens=experiment.image.span + 1)
+    picture = np.zeros(experiment.image.shape, np.float32)
+    requests = [("three",), (picture,), (picture, "three"), (picture, ""), ()]
+    texts = [text for (text,) in writing.generate(requests)]
+    many = " ".join(["plus"] * (experiment.image.span + 1))
+    assert texts == [f" {many}", many, f" {many}", many, many]
+    assert [spans[1:] for spans in writing.generate(requests, draw=True)] == [["plus"]] * 5
 
 
 def test_eos_stops_the_text(engine, tokenizer):

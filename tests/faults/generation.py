@@ -158,6 +158,13 @@ FAULTS = (
         "generation::test_groups_are_as_large_as_there_is_room_and_equal",
     ),
     Fault(
+        "the space before a continuation is lost",
+        "generation/requests.py",
+        'isinstance(request[-1], str) and request[-1] != ""',
+        "False",
+        "generation::test_an_answer_keeps_the_space_between_it_and_a_text",
+    ),
+    Fault(
         "later pictures replace the first",
         "generation/outputs.py",
         "pictures += 1",

@@ -115,6 +115,7 @@ class Model:
         cache = self.cache(length + -length % about["block"] + about["max_tokens"] + span)
         logits, length, cache = self.read(tokens, list(images), cache)
         limit, written = length + about["max_tokens"], []
+        continued = bool(self.tokenizer.decode(prompt[-1:], True))  # a text, not an image
         barred_1V = np.isin(np.arange(about["vocabulary"]), about["never"])[None]
         while True:
             room = limit - length
@@ -123,9 +124,9 @@ class Model:
             token = boi if draw else int(_choose(allowed, key, length, about["temperature"]))
             draw = False
             if token in (boi, eos) or room <= 0:
-                if text := self.tokenizer.decode(written):
+                if text := self.tokenizer.decode(written, continued):
                     yield text
-                written = []
+                written, continued = [], False
                 if token != boi or room <= 0:
                     return
             else:

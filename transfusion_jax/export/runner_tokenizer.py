@@ -70,9 +70,10 @@ class Tokenizer:
             return [self.ids.get(symbol, self.kinds.index(UNKNOWN))]
         return [self.bytes[f"<0x{byte:02X}>"] for byte in symbol.encode()]
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; marks are left out."""
-        text, first = b"", True
+    def decode(self, ids: list[int], continued: bool = False) -> str:
+        """Text of ids; marks are left out. If they follow a text, a space at their begin is
+        kept."""
+        text, first = b"", not continued
         for i in ids:
             if i >= len(self.pieces) or self.kinds[i] == CONTROL:
                 continue

@@ -22,7 +22,7 @@ from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.errors import require
 from transfusion_jax.generation.devices import Devices
 from transfusion_jax.generation.images import draw_images
-from transfusion_jax.generation.requests import Request, read_requests
+from transfusion_jax.generation.requests import Request, ends_in_text, read_requests
 from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, cache_bytes, start
 from transfusion_jax.generation.text import write_text
 from transfusion_jax.images import MODES, read_image
@@ -82,8 +82,7 @@ class Engine:
             chosen = np.minimum(np.arange(first, first + size), len(requests) - 1)
             group = jax.tree.map(lambda x, rows=chosen: x[rows], read)
             key_B = self.devices.keys(seed, first, size)
-            count = min(size, len(requests) - first)
-            for row, span in self._answer(*group, key_B, draw, count):
+            for row, span in self._answer(*group, key_B, draw, requests[first : first + size]):
                 yield first + row, span
 
     def _capacity(self, batch: Batch) -> int:
@@ -92,10 +91,17 @@ class Engine:
         return batch.tokens_BL.shape[1] + budget + image.span
 
     def _answer(
-        self, batch: Batch, length_B: np.ndarray, key_B: Array, draw: bool, count: int
+        self,
+        batch: Batch,
+        length_B: np.ndarray,
+        key_B: Array,
+        draw: bool,
+        requests: Sequence[Request],
     ) -> Iterator[tuple[int, Span]]:
-        """Continues the rows of a batch until every one is done: (row, its next span) of the first
-        `count`."""
+        """Continues the rows of a batch, of which the first are these requests, until every one is
+        done: (number of the request, its next span)."""
+        count = len(requests)
+        continued = [ends_in_text(request) for request in requests]  # until an image comes
         capacity, budget = self._capacity(batch), self.experiment.sampler.max_tokens
         limit_B = self.devices.put(length_B + budget)
         batch, length_B = self.devices.put((batch, length_B))
@@ -106,7 +112,7 @@ class Engine:
                 self.moved()
                 rows, tokens_BT = self._write_text(self.parameters, rows, limit_B, budget=budget)
                 for row, tokens in enumerate(self.devices.host(tokens_BT)[:count]):
-                    if text := self.tokenizer.decode(tokens[tokens >= 0]):
+                    if text := self.tokenizer.decode(tokens[tokens >= 0], continued[row]):
                         yield row, text
             drawing = np.flatnonzero(self.devices.host(rows.status_B) == IMAGE)
             if len(drawing):
@@ -114,6 +120,7 @@ class Engine:
                 rows, image_Bhwc = self._draw_images(self.parameters, rows)
                 images = self.devices.host(image_Bhwc)
                 for row in drawing[drawing < count]:
+                    continued[row] = False
                     yield int(row), self.picture(images[row])
 
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:

@@ -17,6 +17,11 @@ BUCKET = 32
 """Prompts are padded to a multiple of this, so few lengths are compiled."""
 
 
+def ends_in_text(request: Request) -> bool:
+    """Whether what it is answered with goes on after a text, not after an image or nothing."""
+    return bool(request) and isinstance(request[-1], str) and request[-1] != ""
+
+
 def read_requests(
     requests: Sequence[Request],
     experiment: Experiment,
