@@ -279,9 +279,14 @@ def test_evaluate_prints_json(engine, tmp_path, capsys, monkeypatch):
 
     def evaluate(engine, names, samples, report, rows):
         asked.append((names, samples, rows))
-        return {}
+        return {"diverged": {"0-99": float("nan"), "all": [np.float64("inf"), 1.5]}}
 
     monkeypatch.setattr("transfusion_jax.evaluation.suite.evaluate", evaluate)
+    said = printed(capsys, "evaluate", str(tmp_path), "--out", str(file))
+    finite = {"diverged": {"0-99": None, "all": [None, 1.5]}, "step": 40}
+    for text in (said, file.read_text()):
+        assert json.loads(text, parse_constant=pytest.fail) == finite
+    asked.clear()
     for words in ((), ("--max-rows", "7"), ("--max-rows", "all"), ("--suite", "pairs")):
         printed(capsys, "evaluate", str(tmp_path), *words)
     samples = tmp_path / "samples"
