@@ -286,6 +286,7 @@ def test_seeds_and_settings_matter(engine, drawing):
     assert np.abs(image(drawing) - image(drawing.using(steps=2))).max() > 1e-4
     with pytest.raises(ValueError, match=r"sampler\.steps=2000"):
         engine.using(steps=2000)
+    assert engine.check([("a",)]) == 30 + 1 + len(engine.tokenizer.encode("a"))
     with pytest.raises(ValueError, match="more than data.row_length=96"):
         engine.check([("zebra " * 100,)])
 

@@ -165,10 +165,14 @@ class Engine:
         """
         return read_image(path, *self.picture_shape)
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Raises ValueError for a request that is longer than a row, or shows a picture to a model
-        of text alone."""
-        self._read(requests)
+    def check(self, requests: Sequence[Request]) -> int:
+        """The most positions that a request and its answer may take.
+
+        Raises:
+          ValueError: a request is longer than a row, or shows a picture to a model of text alone.
+        """
+        _, length_B = self._read(requests)
+        return int(length_B.max()) + self.experiment.sampler.max_tokens
 
     def using(self, **changes: object) -> "Engine":
         """The same model with other sampler settings; raises ValueError for those that cannot
