@@ -62,8 +62,9 @@ class FakeEngine:
         sampler = replace(self.experiment.sampler, **changes)
         return replace(self, experiment=replace(self.experiment, sampler=sampler))
 
-    def check(self, requests: Sequence[tuple]) -> None:
-        """Nothing is too long for it."""
+    def check(self, requests: Sequence[tuple]) -> int:
+        """A prompt takes no position."""
+        return self.experiment.sampler.max_tokens
 
     def read(self, path: Path) -> np.ndarray:
         return read_image(path, *self.picture_shape)

@@ -249,6 +249,14 @@ def test_what_is_written_through_a_link_stays_behind_it(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_inspect_draws_the_first_images_of_a_row_of_many(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", DIGITS, "--data.row-length", "2048"]) == 0
+    assert "; the first 32 images are drawn, 49 more are not" in capsys.readouterr().out
+    with Image.open("digits_row_0.png") as picture:
+        assert picture.height > 1200
+
+
 def test_images_survive_a_file_and_are_cropped_and_resized(tmp_path):
     image = (np.random.default_rng(0).integers(0, 256, (8, 8, 1)) / 127.5 - 1).astype(np.float32)
     write_image(tmp_path / "a.png", image)

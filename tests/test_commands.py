@@ -222,6 +222,14 @@ def test_generate_asks_as_it_is_told(engine, tmp_path, capsys):
     assert engine.calls[-1].sampler == engine.experiment.sampler
 
 
+def test_an_answer_beyond_the_positions_of_training_is_said(engine, tmp_path, capsys):
+    line = ("generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"), "--max-tokens")
+    for most, said in (("97", "note: the answer may reach position 97, and none beyond 96 was"),
+                       ("96", "")):  # fmt: skip
+        assert main((*line, most)) == 0
+        assert capsys.readouterr().err.startswith(said) and bool(said) == (most == "97")
+
+
 def test_a_setting_that_cannot_work_is_bad_input(engine, tmp_path, capsys):
     line = ("generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"))
     for option in ("--max-tokens", "--steps"):
@@ -279,9 +287,14 @@ def test_evaluate_prints_json(engine, tmp_path, capsys, monkeypatch):
 
     def evaluate(engine, names, samples, report, rows):
         asked.append((names, samples, rows))
-        return {}
+        return {"diverged": {"0-99": float("nan"), "all": [np.float64("inf"), 1.5]}}
 
     monkeypatch.setattr("transfusion_jax.evaluation.suite.evaluate", evaluate)
+    said = printed(capsys, "evaluate", str(tmp_path), "--out", str(file))
+    finite = {"diverged": {"0-99": None, "all": [None, 1.5]}, "step": 40}
+    for text in (said, file.read_text()):
+        assert json.loads(text, parse_constant=pytest.fail) == finite
+    asked.clear()
     for words in ((), ("--max-rows", "7"), ("--max-rows", "all"), ("--suite", "pairs")):
         printed(capsys, "evaluate", str(tmp_path), *words)
     samples = tmp_path / "samples"

@@ -240,6 +240,17 @@ def test_captions_name_their_digit():
     assert digits.label_of("a handwritten sevenn") is None
 
 
+def test_a_continuation_keeps_the_space_that_it_begins_with(tokenizer):
+    for text in ("three plus four is seven", "two  spaces ", "a\nb 日本 ü"):
+        ids = tokenizer.encode(text)
+        for cut in range(1, len(ids)):
+            begin = tokenizer.decode(ids[:cut], continued=True)
+            if not begin.endswith("\ufffd"):  # in the middle of a character
+                assert begin + tokenizer.decode(ids[cut:], continued=True) == f" {text}"
+    assert tokenizer.decode([], continued=True) == ""
+    assert tokenizer.decode([tokenizer.boi], continued=True) == ""
+
+
 def test_tokenizer_round_trip_and_marks(tokenizer):
     for text in ("a handwritten seven", "zebra ÿ 日本"):
         assert tokenizer.decode(tokenizer.encode(text)) == text

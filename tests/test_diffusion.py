@@ -136,6 +136,14 @@ def test_a_loss_is_the_error_of_what_it_names(pair, loss):
     np.testing.assert_allclose(got, expected, rtol=2e-3)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_image_can_be_seen_clean_at_any_timestep(name):
+    diffusion = process(DiffusionConfig(schedule=name))
+    clean, t = jax.random.normal(jax.random.key(0), (1000, 2, 3, 1)), jnp.arange(1000)
+    seen = diffusion.corrupt(clean, diffusion.unnoticed(clean, t), t)
+    np.testing.assert_allclose(seen, clean, atol=2e-6)
+
+
 def test_a_loss_of_the_prediction_itself_is_not_weighted():
     for name in PREDICTIONS:
         diffusion = process(DiffusionConfig("cosine", 1000, name))

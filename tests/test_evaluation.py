@@ -227,6 +227,40 @@ def test_pairs_find_missing_repeated_and_copied_pictures(measure_pairs):
     assert copied["pairs_nearest_training_drawn"] == 0 < copied["pairs_nearest_training_held_out"]
 
 
+def test_pairs_take_what_is_no_picture_for_none_and_others_within_their_range(measure_pairs):
+    knows, turn = KnowsDigits(), itertools.count()
+    broken = [np.full_like(BLANK, np.nan)]
+    half = measure_pairs(lambda asked: knows(asked) if next(turn) % 2 else broken)
+    assert half["drawn_share"] == 0.5
+    assert all(np.isfinite(value) for value in half.values())
+    far = measure_pairs(
+        lambda asked: [5 * span for span in knows.draw(asked)] if isinstance(asked, str) else []
+    )
+    assert far["pairs_nearest_training_drawn"] < 1
+
+
+class Twice(FakeEngine):
+    """Its images are half of the pictures, and what is encoded is rounded."""
+
+    def picture(self, image_hwc):
+        return 2 * image_hwc
+
+    def image(self, picture_HWC):
+        return np.round(picture_HWC) / 2
+
+
+def test_latents_of_pairs_are_those_of_pictures(experiment, tokenizer, tmp_path, monkeypatch):
+    """Of drawn ones as of held-out ones."""
+    compared = []
+    monkeypatch.setattr(pairs_suite, "pairs_grid", lambda *_: None)
+    monkeypatch.setattr(pairs_suite, "variety", lambda *parts: compared.extend(parts) or {})
+    answer = lambda asked: [np.full_like(BLANK, 0.9)]  # noqa: E731
+    pairs(Twice(experiment, tokenizer, answer), tmp_path, None)
+    drawn, held_out, _ = compared
+    for part in (drawn, held_out):
+        assert {float(x) % 0.5 for x in np.ravel(part.images)} == {0.0}
+
+
 def test_pairs_read_a_bounded_number_of_documents(experiment, measure_pairs, monkeypatch):
     monkeypatch.setattr(pairs_suite, "COMPARED", 100)
     monkeypatch.setattr(pairs_suite, "LOOKED_AT", 30)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 from transfusion_jax.autoencoder.codec import load_codec, save_codec
 from transfusion_jax.commands.main import main
 from transfusion_jax.config import ImageConfig
+from transfusion_jax.config import diffusion as diffusion_config
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.export import runner
 from transfusion_jax.generation.engine import load_engine
@@ -26,6 +28,7 @@ from transfusion_jax.generation.engine import load_engine
 pytest.importorskip("flatbuffers", reason="flatbuffers is not installed")
 
 DRAW = "three"
+PROMPT = f"one plus two is {DRAW}"
 ALONE = """
 import runpy, sys
 for name in ("transfusion_jax", "flax", "optax", "orbax", "sentencepiece", "safetensors", "PIL"):
@@ -217,14 +220,32 @@ def test_the_runner_answers_as_generate_does_without_this_package(left, tmp_path
 
 
 def test_the_runner_refuses_in_a_line_what_it_cannot_read(left, tmp_path, capsys, monkeypatch):
-    """An id beyond the vocabulary would be answered: lookups are clamped."""
-    np.save(tmp_path / "wide.npy", np.zeros((3, 5, 1), np.float32))
+    """An id beyond the vocabulary would be answered: lookups are clamped. Numbers are bounded as in
+    a config, and a picture is what the model sees."""
+    assert (runner.LEAST, runner.MOST) == (diffusion_config.LEAST, diffusion_config.MOST)
+    assert runner.MOST_TOKENS == diffusion_config.MOST_TOKENS
+    shown = np.zeros((8, 8, 1))
+    broken = {
+        "wide": np.zeros((3, 5, 1)),
+        "flat": shown[..., 0],
+        "one": shown[:1, :1],
+        "bytes": np.uint8(shown + 255),
+        "nan": shown * np.nan,
+        "text": shown.astype(str),
+    }
+    for name, array in broken.items():
+        np.save(tmp_path / f"{name}.npy", np.char.add(array, "x") if name == "text" else array)
+    np.savez(tmp_path / "many.npz", a=shown)
+    (tmp_path / "many.npz").rename(tmp_path / "many.npy")
     (tmp_path / "no.npy").write_bytes(bytes(10))
     monkeypatch.setattr(runner, "__file__", str(left[1] / "run.py"))
-    images = [("--image", str(tmp_path / f"{name}.npy")) for name in ("wide", "no", "missing")]
+    images = [
+        ("--image", str(tmp_path / f"{name}.npy")) for name in (*broken, "many", "no", "missing")
+    ]
     numbers = ("--num 0", "--seed -1", f"--seed {2**32}", "--steps 0", "--steps 1001",
-               "--max-tokens 0", "--max-tokens 1", "--guidance inf", "--temperature nan",
-               "--temperature -1")  # fmt: skip
+               "--max-tokens 0", "--max-tokens 1", "--max-tokens 1048577", "--guidance inf",
+               "--guidance 1e39", "--temperature nan", "--temperature -1",
+               "--temperature 1e-40")  # fmt: skip
     for words in (("--ids", "99999"), ("--ids", "-1"), *images, *map(str.split, numbers)):
         assert refused_by_runner(monkeypatch, capsys, tmp_path / "out", *words).startswith(words[0])
 
@@ -253,11 +274,10 @@ def test_it_is_for_three_platforms(left):
         assert jax.export.deserialize(data).platforms == ("cpu", "cuda", "tpu")
 
 
-def compared(run: Path, out: Path, tokenizer, shown=(), **asked) -> list[type]:
+def compared(run: Path, out: Path, tokenizer, shown=(), prompt=PROMPT, **asked) -> list[type]:
     """The kinds of spans that a run and its export both answer with, once they are equal."""
     engine = load_engine(run, print)[0].using(**asked)
     model = runner.Model(out)
-    prompt = f"one plus two is {DRAW}"
     pictures = [engine.picture(image) for image in shown]
     (ours,) = engine.generate([(*pictures, prompt)], 3)
     ids = [tokenizer.boi] * len(shown) + tokenizer.encode(prompt)
@@ -301,6 +321,18 @@ def test_switches_leave_too(name, experiment, tokenizer, tmp_path):
 def test_images_in_a_prompt_are_read(left, experiment, tokenizer):
     image = np.random.default_rng(4).uniform(-1, 1, experiment.image.shape).astype(np.float32)
     assert str in compared(*left, tokenizer, [image])
+
+
+@pytest.mark.long
+def test_answers_to_a_text_begin_as_those_of_generate(left, tokenizer):
+    """With the space between them."""
+    prompts, asked = ["a", "the sum", "two"], dict(temperature=1.0, max_tokens=20)
+    ours = load_engine(left[0], print)[0].using(**asked).generate([(p,) for p in prompts], 4)
+    model = runner.Model(left[1])
+    for row, prompt in enumerate(prompts):
+        ids = tokenizer.encode(prompt)
+        assert next(model.generate(ids, seed=4, row=row, **asked)) == ours[row][0]
+    assert any(spans[0].startswith(" ") for spans in ours)
 
 
 @pytest.mark.long
@@ -403,6 +435,18 @@ def test_the_runners_tokenizer_is_sentencepiece(tokenizer, tmp_path):
     for _ in range(50):
         ids = rng.integers(3, tokenizer.size - 2, 12).tolist()
         assert own.decode(ids) == tokenizer.decode(ids)
+        assert own.decode(ids, True) == tokenizer.decode(ids, True)
+
+
+def test_the_runners_tokenizer_takes_long_texts(tokenizer, tmp_path):
+    """In a time that grows with the length, not with its square: that would be a minute."""
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(tokenizer.model)
+    rng = np.random.default_rng(1)
+    text = "".join(rng.choice(list("one two three plus sum larger  é9"), 30_000))
+    own, begin = runner.Tokenizer(file), time.process_time()
+    assert own.encode(text) == tokenizer.encode(text)
+    assert time.process_time() - begin < 20
 
 
 def test_a_tokenizer_that_changes_text_is_not_imitated(tmp_path):

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transfusion_jax.config import ImageConfig, SamplerConfig
+from transfusion_jax.config import ImageConfig, MeshConfig, SamplerConfig
 from transfusion_jax.config import stored as stored_config
 from transfusion_jax.data.documents import Document, Image, Text, sequence
 from transfusion_jax.data.packing import pack
 from transfusion_jax.data.pipeline import stack
 from transfusion_jax.diffusion.process import process
 from transfusion_jax.diffusion.sampler import sampler
+from transfusion_jax.generation.devices import Devices
 from transfusion_jax.generation.engine import Engine
 from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, feed
 from transfusion_jax.generation.text import choose
 from transfusion_jax.model.build import build
+from transfusion_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_greedy_text_is_the_argmax_of_the_uncached_model(engine, experiment):
             if token == tokenizer.eos:
                 break
             ids.append(token)
-        expected = tokenizer.decode(ids[prompt_length:])
+        expected = tokenizer.decode(ids).removeprefix(prompt)
         assert spans == ([expected] if expected else [])
 
 
@@ -212,6 +214,18 @@ def test_spans_are_streamed_as_they_come(drawing):
             np.testing.assert_array_equal(got, span)
 
 
+def test_an_answer_keeps_the_space_between_it_and_a_text(engine, experiment, tokenizer):
+    """After an image, shown or drawn, there is none."""
+    (plus,) = tokenizer.encode("plus")
+    writing = liking(engine, plus).using(max_tokens=experiment.image.span + 1)
+    picture = np.zeros(experiment.image.shape, np.float32)
+    requests = [("three",), (picture,), (picture, "three"), (picture, ""), ()]
+    texts = [text for (text,) in writing.generate(requests)]
+    many = " ".join(["plus"] * (experiment.image.span + 1))
+    assert texts == [f" {many}", many, f" {many}", many, many]
+    assert [spans[1:] for spans in writing.generate(requests, draw=True)] == [["plus"]] * 5
+
+
 def test_eos_stops_the_text(engine, tokenizer):
     assert liking(engine, tokenizer.eos).generate([("a",), ("three plus four is",)]) == [[], []]
 
@@ -272,6 +286,7 @@ def test_seeds_and_settings_matter(engine, drawing):
     assert np.abs(image(drawing) - image(drawing.using(steps=2))).max() > 1e-4
     with pytest.raises(ValueError, match=r"sampler\.steps=2000"):
         engine.using(steps=2000)
+    assert engine.check([("a",)]) == 30 + 1 + len(engine.tokenizer.encode("a"))
     with pytest.raises(ValueError, match="more than data.row_length=96"):
         engine.check([("zebra " * 100,)])
 
@@ -309,3 +324,57 @@ def test_a_stored_experiment_without_room_for_an_image_is_given_it(experiment):
         stored_config.loads(stored_config.dumps(experiment), "", report=said.append) == experiment
     )
     assert len(said) == 1
+
+
+def test_answers_in_groups_are_those_of_one_batch(engine, drawing, monkeypatch):
+    """Whatever their number: a cache holds no more rows than there is room for."""
+    row_bytes = 2 * 2 * (32 + 40 + 18) * 2 * 16 * 4  # of keys and values of two layers
+    prompts = ["a", "three plus", "the digit", "one", "a handwritten three"]
+    some, read, sizes = drawing.using(temperature=1.0, max_tokens=40), Engine._answer, []
+    at_once = some.generate([(p,) for p in prompts], 6)
+
+    def answer(self, batch, *rest):
+        sizes.append(len(batch.tokens_BL))
+        return read(self, batch, *rest)
+
+    monkeypatch.setattr(Engine, "_answer", answer)
+    monkeypatch.setattr("transfusion_jax.generation.devices.CACHE_BYTES", 3 * row_bytes - 1)
+    grouped = some.generate([(p,) for p in prompts], 6)
+    assert sizes == [2, 2, 2]
+    assert {type(span) for spans in at_once for span in spans} == {str, np.ndarray}
+    for got, expected in zip(grouped, at_once, strict=True):
+        for span, other in zip(got, expected, strict=True):
+            if isinstance(span, str):
+                assert span == other
+            else:
+                np.testing.assert_allclose(span, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "count, shards, room, size",
+    [(5, 1, 9, 5), (5, 1, 2, 2), (756, 1, 31, 31), (7, 8, 9, 7), (7, 8, 6, 8), (8, 8, 1, 8),
+     (9, 8, 1, 8), (17, 8, 9, 24), (100, 4, 8, 28), (1, 4, 0, 1)],
+)  # fmt: skip
+def test_groups_are_as_large_as_there_is_room_and_equal(count, shards, room, size, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
+    monkeypatch.setattr("transfusion_jax.generation.devices.CACHE_BYTES", room * 1000 + 999)
+    assert Devices(mesh).group(count, 1000) == size
+
+
+def test_devices_that_know_their_memory_give_caches_a_part_of_it(monkeypatch):
+    class Chip:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    chips = [Chip({"bytes_limit": 8000}), Chip({"bytes_limit": 6000})]
+    monkeypatch.setattr(jax, "local_devices", lambda: chips)
+    assert Devices().cache_bytes() == 1500
+
+
+def test_a_phase_takes_over_the_cache(drawing):
+    """There are not two of them."""
+    rows = prefilled(drawing, [("a",)])
+    writing, _ = drawing._write_text(drawing.parameters, rows, jnp.asarray([60]), budget=30)
+    assert rows.cache.k.is_deleted() and not writing.cache.k.is_deleted()
+    drawn, _ = drawing._draw_images(drawing.parameters, writing)
+    assert writing.cache.v.is_deleted() and not drawn.cache.v.is_deleted()

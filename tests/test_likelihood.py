@@ -11,7 +11,10 @@ from flax import nnx
 
 from transfusion_jax.config import DiffusionConfig, SourceConfig
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.evaluation.likelihood import bucket_edges, likelihood
+from transfusion_jax.diffusion.process import process
+from transfusion_jax.evaluation.likelihood import bucket_edges, likelihood, row_losses
+
+CONTEXT_TIMESTEP = 7  # of the experiment's sampler
 
 
 class TellsLosses(nnx.Module):
@@ -22,14 +25,18 @@ class TellsLosses(nnx.Module):
 
 
 class TellsTargets(TellsLosses):
-    """A text loss by the target's id, more where images are not clean; an image loss of t."""
+    """A text loss by the target's id, more where images are not clean or seen at another timestep
+    than finished ones; an image loss of t."""
 
     def losses(self, batch, noise, vocab_chunk):
-        t_BM = noise.t_BM.astype(jnp.float32)
-        disturbed = jnp.abs(noise.noise_BMhwc).sum() + t_BM.sum()
+        seen = process(DiffusionConfig()).corrupt(
+            batch.latents_BMhwc, noise.noise_BMhwc, noise.t_BM
+        )
+        disturbed = jnp.abs(seen - batch.latents_BMhwc).max() > 1e-5
+        disturbed |= (noise.t_BM != CONTEXT_TIMESTEP).any()
         return {
-            "text": loss_of(batch.text_target_BL).astype(jnp.float32) + disturbed,
-            "image": t_BM,
+            "text": loss_of(batch.text_target_BL).astype(jnp.float32) + jnp.where(disturbed, 1, 0),
+            "image": noise.t_BM.astype(jnp.float32),
         }
 
 
@@ -38,6 +45,14 @@ class TellsTheLastTimestep(TellsLosses):
 
     def losses(self, batch, noise, vocab_chunk):
         return {"text": batch.text_weight_BL, "image": (noise.t_BM == 24).astype(jnp.float32)}
+
+
+class TellsLimits(TellsLosses):
+    """An image loss of 1 at timesteps that training does not draw, else 0."""
+
+    def losses(self, batch, noise, vocab_chunk):
+        above = (noise.t_BM >= batch.image_limit_BM).astype(jnp.float32)
+        return {"text": batch.text_weight_BL, "image": above}
 
 
 def loss_of(target_BL):
@@ -115,6 +130,36 @@ def test_a_likelihood_does_not_depend_on_seed_or_batch(experiment, measure_likel
     monkeypatch.setattr("transfusion_jax.evaluation.likelihood.BATCH", 5)
     by_five = measure_likelihood(experiment, 24, TellsDraws)["image_loss_by_timestep"]
     assert by_five == pytest.approx(alone, rel=1e-5)
+
+
+def test_what_a_row_draws_is_its_own_however_many_are_measured(experiment, tokenizer):
+    graph = nnx.split(TellsDraws())[0]
+    losses = row_losses(FakeEngine(experiment, tokenizer, None, graph=graph))
+    data = Data(experiment, tokenizer, "held_out")
+
+    def drawn(most, size):
+        return {
+            tuple(number.tolist()): image.tolist()
+            for batch, numbers in data.numbered(size, range(len(data.sources)), most)
+            for number, image in zip(numbers, losses(batch, numbers)["image"][0], strict=True)
+            if sum(image)
+        }
+
+    every, some = drawn(None, 16), drawn(20, 8)
+    assert 5 < len(some) < len(every) and len(set(map(tuple, every.values()))) == len(every)
+    for number, found in some.items():
+        assert found == pytest.approx(every[number], rel=1e-5)
+
+
+def test_images_count_at_the_timesteps_that_training_draws(experiment, measure_likelihood):
+    """Those that something follows, up to their noise limit."""
+    diffusion = DiffusionConfig(steps=25, noise_limit=10)
+    limited = replace(experiment, diffusion=diffusion)
+    assert measure_likelihood(limited, model=TellsLimits)["image_loss"] == 0
+    data = replace(experiment.data, image_first=1.0)
+    first = measure_likelihood(replace(limited, data=data))
+    assert list(first["image_loss_by_timestep"]) == ["0-1", "2-4", "5-6", "7-9"]
+    assert first["image_loss"] == pytest.approx(4.25, abs=0.1)
 
 
 @pytest.mark.parametrize("steps", [1000, 25, 13, 10, 4, 2])

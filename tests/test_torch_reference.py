@@ -119,7 +119,7 @@ def _wide(x):
 
 def noise_of(engine, seed):
     """The noise that the engine's first request draws its images from."""
-    key = engine.devices.keys(seed, 1)[0]
+    key = engine.devices.keys(seed, 0, 1)[0]
 
     def noise(position, i):
         at = jax.random.fold_in(jax.random.fold_in(key, position), i)

@@ -31,7 +31,9 @@ ONE = MeshConfig(data=1)
 def small(experiment):
     model = replace(experiment.model, layers=1, width=32, heads=2, kv_heads=2, mlp_width=32)
     train = replace(experiment.train, validate_every=10, validation_rows=ROWS)
-    return replace(experiment, model=model, train=train)
+    diffusion = replace(experiment.diffusion, noise_limit=300)
+    sampler = replace(experiment.sampler, context_timestep=400)
+    return replace(experiment, model=model, train=train, diffusion=diffusion, sampler=sampler)
 
 
 def measured(experiment, tokenizer, parameters=None, mesh_config=ONE):
@@ -55,15 +57,14 @@ def values(small, tokenizer):
 
 
 def direct(experiment, tokenizer, parameters) -> dict[str, float]:
-    """The same by the definitions: cross-entropy of logits, squared errors of predictions."""
+    """The same by the definitions: cross-entropy of logits beside finished images, squared errors
+    of predictions at timesteps that training draws."""
     model = nnx.merge(blueprint(experiment, make_mesh(ONE, jax.devices()[:1])).graph, parameters)
     data = Data(experiment, tokenizer, "held_out")
 
     @jax.jit
-    def outputs(batch, noise, t):
+    def outputs(batch, noisy, t):
         t_BM = jnp.full_like(batch.image_start_BM, t)
-        schedule = model.process.schedule
-        noisy = schedule.alpha(t) * batch.latents_BMhwc + schedule.sigma(t) * noise
         hidden_BLD, predicted_BMhwc = model(batch, noisy, t_BM)
         return model.logits(hidden_BLD), predicted_BMhwc
 
@@ -73,7 +74,7 @@ def direct(experiment, tokenizer, parameters) -> dict[str, float]:
         chosen = [int((i + 0.5) / count * len(source)) for i in range(count)]
         rows = [data.row(source, r, np.random.default_rng((n, r))) for r in chosen]
         batch = stack(rows)
-        logits, _ = outputs(batch, jnp.zeros_like(batch.latents_BMhwc), jnp.int32(0))
+        logits, _ = outputs(batch, batch.latents_BMhwc, jnp.int32(400))
         log_p = np.asarray(jax.nn.log_softmax(logits))
         picked = np.take_along_axis(log_p, batch.text_target_BL[..., None], -1)[..., 0]
         weight = batch.text_weight_BL
@@ -86,9 +87,13 @@ def direct(experiment, tokenizer, parameters) -> dict[str, float]:
             keys = [jax.random.fold_in(jax.random.fold_in(key, r), i) for r in chosen]
             shape = batch.latents_BMhwc.shape[1:]
             noise = np.stack([jax.random.normal(k, shape) for k in keys])
-            _, predicted = outputs(batch, noise, jnp.int32(t))
+            schedule, at = model.process.schedule, jnp.int32(t)
+            noisy = schedule.alpha(at) * batch.latents_BMhwc + schedule.sigma(at) * noise
+            _, predicted = outputs(batch, noisy, at)
             error_BM = np.square(predicted - noise).mean((2, 3, 4))
-            errors.append((error_BM * batch.image_weight_BM).sum() / batch.image_weight_BM.sum())
+            weight_BM = batch.image_weight_BM * (batch.image_limit_BM > t)
+            assert 0 < weight_BM.sum() and (t < 300) == (weight_BM == batch.image_weight_BM).all()
+            errors.append((error_BM * weight_BM).sum() / weight_BM.sum())
         found[f"validation/{source.name}/image_loss"] = np.mean(errors)
     return found
 

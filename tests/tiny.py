@@ -30,7 +30,7 @@ class Numbers:
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def decode(self, ids) -> str:
+    def decode(self, ids, continued=False) -> str:
         return " ".join(str(int(i)) for i in ids if i < self.boi)
 
 

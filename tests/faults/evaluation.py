@@ -6,6 +6,7 @@ DIGITS = "evaluation/digits.py"
 SCENES = "evaluation/scenes.py"
 PAIRS = "evaluation/pairs.py"
 LIKELIHOOD = "evaluation/likelihood.py"
+ROW_SUMS = "pretraining/validation.py"
 DIVERSITY = "metrics/diversity.py"
 
 FAULTS = (
@@ -180,22 +181,36 @@ FAULTS = (
     Fault(
         "a bucket's last timestep is never drawn",
         LIKELIHOOD,
-        "(M,), low, high)",
-        "(M,), low, high - 1)",
+        "shape[:1], low, high)",
+        "shape[:1], low, high - 1)",
         "likelihood",
     ),
     Fault(
         "the likelihood of text is taken beside noisy images",
-        LIKELIHOOD,
-        "Noise(clean, jnp.zeros_like(noise))",
-        "Noise(clean, noise)",
-        "likelihood",
+        ROW_SUMS,
+        "corruption.unnoticed(batch.latents_BMhwc, t_BM)",
+        "jnp.ones_like(batch.latents_BMhwc)",
+        "likelihood validation",
+    ),
+    Fault(
+        "the likelihood of text is taken beside images of timestep 0",
+        ROW_SUMS,
+        "jnp.full_like(batch.image_start_BM, experiment.sampler.context_timestep)",
+        "jnp.zeros_like(batch.image_start_BM)",
+        "likelihood validation",
+    ),
+    Fault(
+        "images count at timesteps above their noise limit",
+        ROW_SUMS,
+        "noise.t_BM < batch.image_limit_BM",
+        "noise.t_BM >= 0",
+        "likelihood validation",
     ),
     Fault(
         "perplexity is a mean over positions, padding included",
-        LIKELIHOOD,
-        "(loss, weights[name].sum())",
-        "(loss, jnp.ones_like(weights[name]).sum())",
+        ROW_SUMS,
+        "(total(clean[name] * weights[name]), total(weights[name]))",
+        "(total(clean[name] * weights[name]), total(jnp.ones_like(weights[name])))",
         "likelihood",
     ),
     Fault(
@@ -208,8 +223,8 @@ FAULTS = (
     Fault(
         "a bound on rows is ignored",
         LIKELIHOOD,
-        "data.once(-(-BATCH // shards) * shards, rows)",
-        "data.once(-(-BATCH // shards) * shards)",
+        "data.numbered(size, range(len(data.sources)), rows)",
+        "data.numbered(size, range(len(data.sources)))",
         "likelihood",
     ),
     Fault(
@@ -320,8 +335,8 @@ FAULTS = (
     Fault(
         "what a likelihood is measured with depends on the size of a batch",
         LIKELIHOOD,
-        "number * B + jnp.arange(B, dtype=number.dtype)",
-        "number + jnp.arange(B, dtype=number.dtype)",
+        "losses(batch, number_B2)",
+        "losses(batch, np.arange(2 * size, dtype=np.int32).reshape(-1, 2))",
         "likelihood::test_a_likelihood_does_not_depend_on_seed_or_batch",
     ),
     Fault(

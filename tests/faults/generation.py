@@ -62,7 +62,7 @@ FAULTS = (
     Fault(
         "all rows draw the same tokens",
         "generation/devices.py",
-        "jnp.arange(count)",
+        "jnp.arange(count, dtype=jnp.int32)",
         "jnp.zeros(count, jnp.int32)",
         "generation statistics",
     ),
@@ -142,6 +142,27 @@ FAULTS = (
         "limit_B = self.devices.put(length_B + budget)",
         "limit_B = self.devices.put(np.full_like(length_B, budget))",
         "generation",
+    ),
+    Fault(
+        "every group of requests draws as the first",
+        "generation/devices.py",
+        "first + jnp.arange(count, dtype=jnp.int32)",
+        "0 * first + jnp.arange(count, dtype=jnp.int32)",
+        "generation::test_answers_in_groups_are_those_of_one_batch",
+    ),
+    Fault(
+        "all requests have caches at once",
+        "generation/devices.py",
+        "room = max(self.cache_bytes() // row_bytes, 1)",
+        "room = count",
+        "generation::test_groups_are_as_large_as_there_is_room_and_equal",
+    ),
+    Fault(
+        "the space before a continuation is lost",
+        "generation/requests.py",
+        'isinstance(request[-1], str) and request[-1] != ""',
+        "False",
+        "generation::test_an_answer_keeps_the_space_between_it_and_a_text",
     ),
     Fault(
         "later pictures replace the first",

@@ -6,8 +6,8 @@ FAULTS = (
     Fault(
         "validation rows share their noise",
         "pretraining/validation.py",
-        "jax.random.fold_in(jax.random.fold_in(key, row), i)",
-        "jax.random.fold_in(key, i)",
+        "jax.random.fold_in(jax.random.fold_in(jax.random.key(0), source), row)",
+        "jax.random.fold_in(jax.random.key(0), source)",
         "validation",
     ),
     Fault(
@@ -27,15 +27,15 @@ FAULTS = (
     Fault(
         "validation at the first timestep alone",
         "pretraining/validation.py",
-        "images_KB.mean(0)",
-        "images_KB[0]",
+        "float(np.mean(list(means.values())))",
+        "next(iter(means.values()))",
         "validation",
     ),
     Fault(
         "what a held-out row draws depends on the batch",
-        "pretraining/validation.py",
-        "np.random.default_rng((number, r))",
-        "np.random.default_rng((number, size, r))",
+        "data/pipeline.py",
+        "np.random.default_rng((n, r))",
+        "np.random.default_rng((n, batch_rows, r))",
         "validation",
     ),
     Fault(

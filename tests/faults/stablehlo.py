@@ -58,8 +58,8 @@ FAULTS = (
     Fault(
         "the merge that is likeliest comes last",
         "export/runner_tokenizer.py",
-        "(-self.scores[self.ids[a + b]], i)",
-        "(self.scores[self.ids[a + b]], i)",
+        "(-self.scores[self.ids[joined]], a, b, joined)",
+        "(self.scores[self.ids[joined]], a, b, joined)",
         TEXT,
     ),
     Fault(

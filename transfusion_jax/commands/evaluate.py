@@ -1,7 +1,6 @@
 """`evaluate`: measures a run and prints JSON."""
 
 import argparse
-import json
 import signal
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from transfusion_jax.commands.joining import (
     use_cores,
 )
 from transfusion_jax.commands.terminal import note_leading
-from transfusion_jax.files import write_json
+from transfusion_jax.files import json_text, write_json
 from transfusion_jax.host import cache_compiled
 
 
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     metrics["step"] = step
     if arguments.out:
         write_json(arguments.out, metrics)
-    print(json.dumps(metrics, indent=2))
+    print(json_text(metrics))
     return 0
 
 

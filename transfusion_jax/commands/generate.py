@@ -13,7 +13,7 @@ from transfusion_jax.commands.joining import (
     asked_mesh,
     join_processes,
 )
-from transfusion_jax.commands.terminal import say, say_leading
+from transfusion_jax.commands.terminal import note_leading, say, say_leading
 from transfusion_jax.host import cache_compiled
 
 SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
@@ -112,7 +112,12 @@ def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
     engine.require_pictures()
     image = (engine.read(arguments.image),) if arguments.image else ()
     request = (*image, arguments.prompt) if text else image
-    engine.check([request])
+    longest, trained = engine.check([request]), engine.experiment.data.row_length
+    if longest > trained:
+        note_leading(
+            f"note: the answer may reach position {longest}, and none beyond {trained} was trained "
+            f"(data.row_length); --max-tokens bounds it"
+        )
     return engine, request
 
 

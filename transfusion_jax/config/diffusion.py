@@ -84,7 +84,8 @@ class SamplerConfig:
     """Of image codes, where images are tokens (Chameleon); 0 takes the likeliest."""
     max_tokens: int = 1024
     """Positions that a request may add after its prompt, those of images included. The paper's
-    image takes 258."""
+    image takes 258. Prompt and answer may be longer than `data.row_length`, but positions beyond
+    it were never trained; `generate` says so."""
 
     def __post_init__(self):
         require(self.steps > 0, f"sampler.steps={self.steps} must be positive")

@@ -90,16 +90,25 @@ class Data:
         With `most`, at most so many rows, evenly spaced over all of them. What is random in a row
         is the same whatever the run's seed and the size of a batch.
         """
-        total = sum(len(source) for source in self.sources)
+        return (batch for batch, _ in self.numbered(batch_rows, range(len(self.sources)), most))
+
+    def numbered(
+        self, batch_rows: int, sources: Sequence[int], most: int | None = None
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """As `once`, of these sources alone: batches, and of every row the number of its source
+        and its own there, [B, 2]."""
+        ends = np.cumsum([len(self.sources[n]) for n in sources])
+        total = int(ends[-1])
         count = total if most is None else min(most, total)
-        ends = np.cumsum([len(source) for source in self.sources])
         places = (total * (2 * i + 1) // (2 * count) for i in range(count))
         found = ((place, int(np.searchsorted(ends, place, side="right"))) for place in places)
-        numbered = ((at, place - int(ends[at]) + len(self.sources[at])) for place, at in found)
-        rows = (self.row(self.sources[at], r, np.random.default_rng((at, r))) for at, r in numbered)
+        named = ((sources[at], place - int(ends[at])) for place, at in found)
+        numbers = ((n, r + len(self.sources[n])) for n, r in named)
         empty = self._pack([])
-        while batch := list(itertools.islice(rows, batch_rows)):
-            yield stack(batch + [empty] * (batch_rows - len(batch)))
+        while here := list(itertools.islice(numbers, batch_rows)):
+            rows = [self.row(self.sources[n], r, np.random.default_rng((n, r))) for n, r in here]
+            fill = batch_rows - len(here)
+            yield stack(rows + [empty] * fill), np.asarray(here + [(0, 0)] * fill, np.int32)
 
     def row(self, source: PlannedSource, r: int, rng: np.random.Generator) -> Batch:
         """Row r of a source."""

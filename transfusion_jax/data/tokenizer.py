@@ -40,9 +40,15 @@ class Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"a text is not valid UTF-8: {ascii(text[:80])}") from error
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; the image marks are left out."""
-        return self._processor.decode([int(i) for i in ids if i < self.boi])
+    def decode(self, ids: Iterable[int], continued: bool = False) -> str:
+        """Text of `ids`; the image marks are left out.
+
+        Args:
+          continued: they follow a text, so the space that they may begin with is kept.
+        """
+        before = self.encode("a") if continued else []
+        whole = self._processor.decode([*before, *(int(i) for i in ids if i < self.boi)])
+        return whole[len(self._processor.decode(before)) :]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

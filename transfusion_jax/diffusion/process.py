@@ -34,6 +34,11 @@ class Process:
         alpha, sigma = self._coefficients(t, clean.ndim)
         return alpha * clean + sigma * noise
 
+    def unnoticed(self, clean: Array, t: Array) -> Array:
+        """The noise of which x_t is the clean image itself, to rounding."""
+        alpha, sigma = self._coefficients(t, clean.ndim)
+        return (1 - alpha) / sigma * clean
+
     def target(self, clean: Array, noise: Array, t: Array) -> Array:
         """What the network should predict from x_t."""
         return self.prediction.target(clean, noise, *self._coefficients(t, clean.ndim))

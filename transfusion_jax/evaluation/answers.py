@@ -19,5 +19,7 @@ def only_picture(spans: Spans) -> np.ndarray | None:
 
 
 def only_text(spans: Spans) -> str:
-    """The text of an answer that is one text, else an empty one."""
-    return spans[0] if len(spans) == 1 and isinstance(spans[0], str) else ""
+    """The text of an answer that is one text, without the space between it and the text that it
+    continues; else an empty one."""
+    text = spans[0] if len(spans) == 1 and isinstance(spans[0], str) else ""
+    return text.removeprefix(" ")

@@ -22,6 +22,7 @@ from transfusion_jax.model.attention.intervals import row_intervals
 from transfusion_jax.pretraining.run import stored
 
 COUNTED = 256  # rows of the totals
+SHOWN = 32  # images of a row that are drawn
 
 
 def check_run(experiment: Experiment, directory: Path) -> None:
@@ -43,19 +44,21 @@ def inspect_row(data: Data, number: int, path: Path) -> str:
     L, documents = len(row.tokens_BL), int(row.segment_BL.max())
     starts = row.image_start_BM[row.image_start_BM < L]
     latents = source.source.assets.latents
-    pictures = list(row.latents_BMhwc[: len(starts)])
+    pictures = list(row.latents_BMhwc[: min(len(starts), SHOWN)])
     if latents is not None:
         codec = load_codec(latents.directory)
         pictures = [codec.picture(x) for x in pictures]
     else:
         pictures = [_shown(x, experiment.image) for x in pictures]
     lines = [f"{i:4}  {_words(data, row, i)}" for i in range(1, documents + 1)]
-    texts = [_text(data, row, int(row.segment_BL[start])) for start in starts]
+    texts = [_text(data, row, int(row.segment_BL[start])) for start in starts[:SHOWN]]
     filled = float((row.segment_BL > 0).mean())
     title = (
         f"row {number}, from {source.name}: {documents} documents, {len(starts)} images, "
         f"{filled:.1%} filled"
     )
+    if len(starts) > SHOWN:
+        title += f"; the first {SHOWN} images are drawn, {len(starts) - SHOWN} more are not"
     row_picture(row, interval, experiment.image.patches, texts, pictures, title, path)
     return "\n".join([title, *lines])
 
@@ -134,15 +137,17 @@ def row_picture(
     learned. Under both, the images with the text of their documents and their noise limits.
     `interval` holds k_start [L] and k_end [L]; an image takes so many `patches`.
     """
-    figure = plt.figure(figsize=(13, 9), layout="constrained")
+    lines = max(-(-len(pictures) // 8), 1)
+    below = max(3.8, 1.9 * lines)  # inches
+    figure = plt.figure(figsize=(13, 5.2 + below), layout="constrained")
     figure.suptitle(title, color=INK)
-    grid = figure.add_gridspec(3, 2, height_ratios=(2, 1, 2.2))
+    grid = figure.add_gridspec(3, 2, height_ratios=(2 * 5.2 / 3, 5.2 / 3, below))
     _draw_mask(figure.add_subplot(grid[:2, 0]), row, interval)
     positions = figure.add_subplot(grid[0, 1])
     _draw_documents(positions, row, patches)
     _draw_learned(figure.add_subplot(grid[1, 1], sharex=positions), row)
-    below = figure.add_subfigure(grid[2, :])
-    for number, axes in enumerate(below.subplots(max(-(-len(pictures) // 8), 1), 8).flat):
+    images = figure.add_subfigure(grid[2, :])
+    for number, axes in enumerate(images.subplots(lines, 8).flat):
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         if number < len(pictures):

@@ -1,23 +1,20 @@
 """Suite `likelihood`: held-out text perplexity, and the loss of images: by timestep where they are
 diffused, of a code where they are tokens."""
 
-import functools
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax import Array
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.pipeline import Data
-from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.generation.engine import Engine
+from transfusion_jax.pretraining.validation import Draw, Sums, Totals, row_sums
 
-NAMES = ("text", "image")
 BUCKETS = 10
 """Ranges of timesteps, as equal as can be."""
 BATCH = 16
@@ -27,47 +24,44 @@ BATCH = 16
 def likelihood(engine: Engine, samples: Path, rows: int | None) -> dict:
     """Measures at most `rows` held-out rows, evenly spaced over all of them (None: every row).
 
-    `text_perplexity`: exp of the mean loss over their text targets, images clean; left out where no
-    text is held out. `likelihood_rows`: the rows measured. And of their images, by what these are
-    to the model:
+    `text_perplexity`: exp of the mean loss over their text targets, images clean and seen as
+    generation shows finished ones; left out where no text is held out. `likelihood_rows`: the rows
+    measured. And of their images, by what these are to the model:
 
     - latents: `image_loss_by_timestep`, mean squared error of what `diffusion.loss` names, for each
-      image one timestep drawn from each tenth of the timesteps; keys are "first-last", such as
-      "0-99"; `image_loss`, their mean, where an image is held out;
+      image one timestep drawn from each tenth of the timesteps, which counts where it is below the
+      image's noise limit; keys are "first-last", such as "0-99"; `image_loss`, their mean, where an
+      image is held out;
     - codes: `code_loss`, mean cross-entropy of a code in nats; left out where no image is held out;
     - none: nothing.
     """
     data = Data(engine.experiment, engine.tokenizer, "held_out")
-    losses = _losses(engine)
-    sums = {name: (0.0, 0.0) for name in NAMES}
-    shards = engine.devices.shards
-    for number, batch in enumerate(data.once(-(-BATCH // shards) * shards, rows)):
+    losses, totals, shards = row_losses(engine), Totals(), engine.devices.shards
+    size = -(-BATCH // shards) * shards
+    for batch, number_B2 in data.numbered(size, range(len(data.sources)), rows):
         engine.moved()
-        for name, (loss, weight) in losses(batch, number).items():
-            sums[name] = sums[name][0] + loss.astype(np.float64), sums[name][1] + float(weight)
-    (text, texts), (images, image_weight) = sums["text"], sums["image"]
+        totals.add(losses(batch, number_B2))
+    means = totals.means()
+    text, images = (means.get(name, {}) for name in ("text", "image"))
     total = sum(len(source) for source in data.sources)
     return {
-        **({"text_perplexity": float(np.exp(text / texts))} if texts else {}),
-        **_image_metrics(engine.experiment, images, image_weight),
+        **({"text_perplexity": float(np.exp(text[0]))} if text else {}),
+        **_image_metrics(engine.experiment, images),
         "likelihood_rows": total if rows is None else min(rows, total),
     }
 
 
-def _image_metrics(experiment: Experiment, losses: np.ndarray | float, weight: float) -> dict:
-    """Of the sums over all images."""
+def _image_metrics(experiment: Experiment, means: dict[int, float]) -> dict:
+    """Of the mean losses of every time that images were measured."""
     kind = experiment.model.images
-    if kind == "none" or (kind == "codes" and not weight):
+    if kind == "none" or (kind == "codes" and not means):
         return {}
     if kind == "codes":
-        return {"code_loss": float(losses / weight)}
-    edges = bucket_edges(experiment.diffusion.steps) if weight else []
-    means = {
-        f"{low}-{high - 1}": float(loss / weight)
-        for (low, high), loss in zip(itertools.pairwise(edges), np.atleast_1d(losses), strict=False)
-    }
-    mean = {"image_loss": sum(means.values()) / len(means)} if means else {}
-    return {**mean, "image_loss_by_timestep": means}
+        return {"code_loss": means[0]}
+    edges = bucket_edges(experiment.diffusion.steps)
+    found = {f"{edges[i]}-{edges[i + 1] - 1}": mean for i, mean in means.items()}
+    mean = {"image_loss": sum(found.values()) / len(found)} if found else {}
+    return {**mean, "image_loss_by_timestep": found}
 
 
 def bucket_edges(steps: int) -> list[int]:
@@ -76,50 +70,26 @@ def bucket_edges(steps: int) -> list[int]:
     return [steps * i // buckets for i in range(buckets + 1)]
 
 
-def _losses(
-    engine: Engine,
-) -> Callable[[Batch, int], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """(batch, its number) -> by name, the sum of weighted losses, and of the weights.
+def draw_in(edges: list[int]) -> Draw:
+    """One timestep of every range for each image, and the same noise in all."""
 
-    Images are clean, but where they are diffused: then their loss is one of every bucket.
-    """
-    experiment = engine.experiment
-    chunk = experiment.train.vocab_chunk
-    edges = jnp.asarray(bucket_edges(experiment.diffusion.steps))
-    diffused = experiment.model.images == "latents"
+    def draw(key: Array, i: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        low, high = jnp.asarray(edges)[i], jnp.asarray(edges)[i + 1]
+        t_M = jax.random.randint(jax.random.fold_in(key, i), shape[:1], low, high)
+        return t_M, jax.random.normal(key, shape)
 
-    @jax.jit
-    def losses(parameters, batch, number):
-        model = nnx.merge(engine.graph, parameters)
-        weights = model.weights(batch)
-        # Those of a row are its own, whatever the run's seed and the size of a batch.
-        B, M, *image = batch.latents_BMhwc.shape
-        key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(
-            number * B + jnp.arange(B, dtype=number.dtype)
-        )
-        noise = jax.vmap(lambda key: jax.random.normal(key, (M, *image)))(key_B)
-        clean = jnp.zeros_like(batch.image_start_BM)
+    return draw
 
-        def total(name, noise):
-            return jnp.sum(model.losses(batch, noise, chunk)[name] * weights[name])
 
-        def bucket(i):
-            low, high = edges[i], edges[i + 1]
-            t_BM = jax.vmap(
-                lambda key: jax.random.randint(jax.random.fold_in(key, i), (M,), low, high)
-            )(key_B)
-            return total("image", Noise(t_BM, noise))
+def row_losses(engine: Engine) -> Callable[[Batch, np.ndarray], Sums]:
+    """(batch, numbers of its rows) -> sums of rows."""
+    edges = bucket_edges(engine.experiment.diffusion.steps)
+    sums = jax.jit(row_sums(engine.experiment, engine.graph, draw_in(edges), len(edges) - 1))
 
-        without_noise = Noise(clean, jnp.zeros_like(noise))
-        sums = {name: total(name, without_noise) for name in NAMES if name in weights}
-        if diffused:
-            sums["image"] = jax.lax.map(bucket, jnp.arange(len(edges) - 1))
-        return {name: (loss, weights[name].sum()) for name, loss in sums.items()}
-
-    def measured(batch, number):
-        batch = engine.devices.put(batch)
+    def measured(batch: Batch, number_B2: np.ndarray) -> Sums:
+        placed = engine.devices.put((batch, number_B2))
         with engine.devices.current():
-            sums = losses(engine.parameters, batch, np.uint32(number))
-        return engine.devices.host(sums)
+            found = sums(engine.parameters, *placed)
+        return engine.devices.host(found)
 
     return measured

@@ -9,6 +9,7 @@ import numpy as np
 
 from transfusion_jax.data.documents import Document, Image, Text
 from transfusion_jax.data.pipeline import Data, PlannedSource
+from transfusion_jax.evaluation.answers import Spans
 from transfusion_jax.evaluation.variety import Pictures, variety
 from transfusion_jax.figures import INK, frame, save, show, wrapped
 from transfusion_jax.generation.engine import Engine
@@ -26,8 +27,9 @@ def pairs(engine: Engine, samples: Path, rows: int | None) -> dict:
 
     `drawn_share`: share of captions for which a picture came. And, as `pairs_...`, the `variety` of
     what was drawn, all in one class, in the model's own images: pixels, or latents, which are the
-    codebook's entries where images are codes. They are
-    compared with at most `COMPARED` training images.
+    codebook's entries where images are codes. Latents of drawn and of held-out pictures come from
+    the pictures, decoded and encoded again; those of the training images, at most `COMPARED`, are
+    as stored.
     """
     found = _held_out_pairs(engine)
     if not found:
@@ -35,20 +37,27 @@ def pairs(engine: Engine, samples: Path, rows: int | None) -> dict:
     captions = [caption for caption, _ in found]
     pictures = [engine.picture(image) for _, image in found]
     answers = engine.generate([(caption,) for caption in captions])
-    drawn = [next((s for s in spans if not isinstance(s, str)), None) for spans in answers]
+    drawn = [_first_picture(spans) for spans in answers]
     told = engine.using(temperature=0.0).generate([(picture,) for picture in pictures])
     texts = [next((s for s in spans if isinstance(s, str)), "") for spans in told]
     pairs_grid(captions, drawn, pictures, texts, samples / "pairs.png")
     one_class = [0] * len(found)
     measured = variety(
         Pictures([None if x is None else engine.latent(engine.image(x)) for x in drawn], one_class),
-        Pictures([engine.latent(image) for _, image in found], one_class),
+        Pictures([engine.latent(engine.image(x)) for x in pictures], one_class),
         _training_images(engine, COMPARED),
     )
     return {
         "drawn_share": float(np.mean([image is not None for image in drawn])),
         **{f"pairs_{name}": value for name, value in measured.items()},
     }
+
+
+def _first_picture(spans: Spans) -> np.ndarray | None:
+    """The first picture of an answer, within the range of pictures; what holds values that are not
+    finite is none."""
+    pictures = (span for span in spans if not isinstance(span, str) and np.isfinite(span).all())
+    return next((np.clip(picture, -1, 1) for picture in pictures), None)
 
 
 def _held_out_pairs(engine: Engine) -> list[tuple[str, np.ndarray]]:

@@ -34,6 +34,7 @@ from jax import export
 
 from transfusion_jax.export.runner_tokenizer import Tokenizer
 
+LEAST, MOST, MOST_TOKENS = 1e-6, 1e6, 1 << 20  # of settings that are not 0, as in training's config
 DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "I32": np.int32}
 
 
@@ -115,6 +116,7 @@ class Model:
         cache = self.cache(length + -length % about["block"] + about["max_tokens"] + span)
         logits, length, cache = self.read(tokens, list(images), cache)
         limit, written = length + about["max_tokens"], []
+        continued = bool(self.tokenizer.decode(prompt[-1:], True))  # a text, not an image
         barred_1V = np.isin(np.arange(about["vocabulary"]), about["never"])[None]
         while True:
             room = limit - length
@@ -123,9 +125,9 @@ class Model:
             token = boi if draw else int(_choose(allowed, key, length, about["temperature"]))
             draw = False
             if token in (boi, eos) or room <= 0:
-                if text := self.tokenizer.decode(written):
+                if text := self.tokenizer.decode(written, continued):
                     yield text
-                written = []
+                written, continued = [], False
                 if token != boi or room <= 0:
                     return
             else:
@@ -216,20 +218,32 @@ def _conditions(about: dict, asked: dict, prompt: list, images: list, out: Path)
     draws = codes or "denoise" in about["programs"]
     span = about["patches"] + 2 if draws else 1
     length = 1 + len(prompt) + len(images) * (about["patches"] + 1)
+    pixels = not codes and "picture" not in about["programs"]
+    most = 1 if pixels else np.finfo(np.float32).max
+
+    def in_range(name: str) -> tuple:
+        value = set_to[name]
+        return value == 0 or LEAST <= value <= MOST, f"--{name} must be 0 or in {LEAST}..{MOST:g}"
+
     return [
         (about["pictures"], "the model's images are no pixels, and no autoencoder came with it"),
         (draws or not (images or asked["draw"]), "the model reads and writes text alone"),
+        (all(list(x.shape) == about["image"] for x in images),
+         f"--image: its shape must be {about['image']}"),
         (all(np.isin(x, np.arange(codes)).all() for x in images) or not codes,
          f"--image: codes are from 0 to {codes - 1}"),
+        (all((np.abs(x) <= most).all() for x in images),
+         f"--image: values are from {-most:g} to {most:g}"),
         (set(prompt) <= set(range(about["eoi"] + 1)), f"--ids are from 0 to {about['eoi']}"),
         (length <= about["row_length"], f"{length} positions are more than {about['row_length']}"),
         (asked["num"] > 0, "--num must be at least 1"),
         (0 <= asked["seed"] < 2**32, "--seed must be in 0..2^32 - 1"),
         (0 < set_to["steps"] <= about["timesteps"], f"--steps are 1 to {about['timesteps']}"),
-        (0 <= set_to["guidance"] < np.inf, "--guidance must be a number from 0 on"),
-        (0 <= set_to["temperature"] < np.inf, "--temperature must be a number from 0 on"),
+        in_range("guidance"),
+        in_range("temperature"),
         (not out.exists() or out.is_dir(), f"--out {out} is a file"),
-        (set_to["max_tokens"] >= span, f"--max-tokens must be at least {span}"),
+        (span <= set_to["max_tokens"] <= MOST_TOKENS,
+         f"--max-tokens must be in {span}..{MOST_TOKENS}"),
     ]  # fmt: skip
 
 
@@ -252,8 +266,8 @@ def main() -> None:
     here, number = Path(__file__).parent, 0
     about = json.loads((here / "run.json").read_text())
     try:
-        images = [np.broadcast_to(np.load(image), about["image"])] if image else []
-    except (EOFError, OSError, ValueError) as error:
+        images = [np.asarray(np.load(image), np.float32)] if image else []
+    except (EOFError, OSError, TypeError, ValueError) as error:
         parser.error(f"--image {image}: {error}")
     try:
         tokens = Tokenizer(here / "tokenizer.model").encode(text) if ids is None else ids

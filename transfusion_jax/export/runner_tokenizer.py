@@ -1,6 +1,7 @@
 """A sentencepiece model without sentencepiece, for a model exported as StableHLO (`runner.py`)."""
 
 import codecs
+import heapq
 import re
 import struct
 from pathlib import Path
@@ -47,32 +48,51 @@ class Tokenizer:
                 "run.py knows byte-pair tokenizers that keep text as it is: give --ids"
             )
         text = "▁" * bool(text and spec["dummy_prefix"]) + text.replace(" ", "▁")
-        whole = [p for p, i in self.ids.items() if self.kinds[i] == USER]
+        whole = {p for p, i in self.ids.items() if self.kinds[i] == USER}
         choices = [*map(re.escape, sorted(whole, key=len, reverse=True)), "."]
         symbols = re.findall("|".join(choices), text, re.DOTALL)
+        ids = [i for symbol in self._merged(symbols, whole) for i in self._of(symbol)]
+        unknown = self.kinds.index(UNKNOWN)  # several in a row are one
+        return [i for n, i in enumerate(ids) if not n or {i, ids[n - 1]} != {unknown}]
+
+    def _merged(self, symbols: list[str], whole: set[str]) -> list[str]:
+        """Joins pairs of neighbours, the likeliest first, as long as there are pieces of them;
+        those in `whole` stay as they are."""
+        end = len(symbols)
+        before, after = [*range(-1, end - 1)], [*range(1, end + 1)]
         fixed = [symbol in whole for symbol in symbols]
-        while True:
-            pairs = [
-                (-self.scores[self.ids[a + b]], i)
-                for i, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))
-                if a + b in self.ids and not (fixed[i] or fixed[i + 1])
-            ]
-            if not pairs:
-                ids = [i for symbol in symbols for i in self._of(symbol)]
-                unknown = self.kinds.index(UNKNOWN)  # several in a row are one
-                return [i for n, i in enumerate(ids) if not n or {i, ids[n - 1]} != {unknown}]
-            at = min(pairs)[1]
-            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-            fixed[at : at + 2] = [False]
+        pairs = []
+
+        def offer(a: int, b: int) -> None:
+            if a < 0 or b == end or fixed[a] or fixed[b]:
+                return
+            joined = symbols[a] + symbols[b]
+            if joined in self.ids:
+                heapq.heappush(pairs, (-self.scores[self.ids[joined]], a, b, joined))
+
+        for a in range(end - 1):
+            offer(a, a + 1)
+        while pairs:
+            _, a, b, joined = heapq.heappop(pairs)
+            if after[a] != b or symbols[a] + symbols[b] != joined:
+                continue  # one of them has been joined with another
+            symbols[a], symbols[b] = joined, ""
+            after[a], after[b] = after[b], -1
+            if after[a] < end:
+                before[after[a]] = a
+            offer(before[a], a)
+            offer(a, after[a])
+        return [symbol for symbol in symbols if symbol]
 
     def _of(self, symbol: str) -> list[int]:
         if symbol in self.ids or not self.bytes:
             return [self.ids.get(symbol, self.kinds.index(UNKNOWN))]
         return [self.bytes[f"<0x{byte:02X}>"] for byte in symbol.encode()]
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; marks are left out."""
-        text, first = b"", True
+    def decode(self, ids: list[int], continued: bool = False) -> str:
+        """Text of ids; marks are left out. If they follow a text, a space at their begin is
+        kept."""
+        text, first = b"", not continued
         for i in ids:
             if i >= len(self.pieces) or self.kinds[i] == CONTROL:
                 continue

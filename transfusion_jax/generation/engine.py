@@ -22,8 +22,8 @@ from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.errors import require
 from transfusion_jax.generation.devices import Devices
 from transfusion_jax.generation.images import draw_images
-from transfusion_jax.generation.requests import Request, read_requests
-from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, start
+from transfusion_jax.generation.requests import Request, ends_in_text, read_requests
+from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, cache_bytes, start
 from transfusion_jax.generation.text import write_text
 from transfusion_jax.images import MODES, read_image
 from transfusion_jax.model.attention.platforms import for_platform
@@ -57,9 +57,10 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], seed: int = 0, draw: bool = False
     ) -> list[list[Span]]:
-        """Continues every request, as one batch; returns the new spans of each.
+        """Continues every request; returns the new spans of each.
 
-        A request that has added `sampler.max_tokens` positions ends there.
+        A request that has added `sampler.max_tokens` positions ends there. Requests are answered
+        in groups whose caches fit the devices; the answers are those of one batch.
 
         Args:
           draw: begin every answer with an image, instead of leaving that to the model.
@@ -73,16 +74,37 @@ class Engine:
         self, requests: Sequence[Request], seed: int = 0, draw: bool = False
     ) -> Iterator[tuple[int, Span]]:
         """As `generate`, span by span: (number of the request, its next span)."""
+        read = self._read(requests)
+        row_bytes = cache_bytes(self.experiment.model, self._capacity(read[0]))
+        size = self.devices.group(len(requests), row_bytes)
+        for first in range(0, len(requests), size):
+            # Every group is as large, and so compiled once: the last request fills up the last.
+            chosen = np.minimum(np.arange(first, first + size), len(requests) - 1)
+            group = jax.tree.map(lambda x, rows=chosen: x[rows], read)
+            key_B = self.devices.keys(seed, first, size)
+            for row, span in self._answer(*group, key_B, draw, requests[first : first + size]):
+                yield first + row, span
+
+    def _capacity(self, batch: Batch) -> int:
+        """Positions of a cache; a row that has reached its limit still writes, past its length."""
+        budget, image = self.experiment.sampler.max_tokens, self.experiment.image
+        return batch.tokens_BL.shape[1] + budget + image.span
+
+    def _answer(
+        self,
+        batch: Batch,
+        length_B: np.ndarray,
+        key_B: Array,
+        draw: bool,
+        requests: Sequence[Request],
+    ) -> Iterator[tuple[int, Span]]:
+        """Continues the rows of a batch, of which the first are these requests, until every one is
+        done: (number of the request, its next span)."""
         count = len(requests)
-        if count > self.devices.shards:  # as many rows for every device
-            requests = [*requests, *requests[-1:] * (-count % self.devices.shards)]
-        batch, length_B = self._read(requests)
-        budget = self.experiment.sampler.max_tokens
-        # A row that has reached its limit still writes, past its length.
-        capacity = batch.tokens_BL.shape[1] + budget + self.experiment.image.span
+        continued = [ends_in_text(request) for request in requests]  # until an image comes
+        capacity, budget = self._capacity(batch), self.experiment.sampler.max_tokens
         limit_B = self.devices.put(length_B + budget)
         batch, length_B = self.devices.put((batch, length_B))
-        key_B = self.devices.keys(seed, len(requests))
         boi = self.tokenizer.boi if draw else None
         rows = self._start(self.parameters, batch, length_B, key_B, capacity=capacity, boi=boi)
         while (status_B := self.devices.host(rows.status_B)).min() < DONE:
@@ -90,7 +112,7 @@ class Engine:
                 self.moved()
                 rows, tokens_BT = self._write_text(self.parameters, rows, limit_B, budget=budget)
                 for row, tokens in enumerate(self.devices.host(tokens_BT)[:count]):
-                    if text := self.tokenizer.decode(tokens[tokens >= 0]):
+                    if text := self.tokenizer.decode(tokens[tokens >= 0], continued[row]):
                         yield row, text
             drawing = np.flatnonzero(self.devices.host(rows.status_B) == IMAGE)
             if len(drawing):
@@ -98,6 +120,7 @@ class Engine:
                 rows, image_Bhwc = self._draw_images(self.parameters, rows)
                 images = self.devices.host(image_Bhwc)
                 for row in drawing[drawing < count]:
+                    continued[row] = False
                     yield int(row), self.picture(images[row])
 
     def picture(self, image_hwc: np.ndarray) -> np.ndarray:
@@ -142,10 +165,14 @@ class Engine:
         """
         return read_image(path, *self.picture_shape)
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Raises ValueError for a request that is longer than a row, or shows a picture to a model
-        of text alone."""
-        self._read(requests)
+    def check(self, requests: Sequence[Request]) -> int:
+        """The most positions that a request and its answer may take.
+
+        Raises:
+          ValueError: a request is longer than a row, or shows a picture to a model of text alone.
+        """
+        _, length_B = self._read(requests)
+        return int(length_B.max()) + self.experiment.sampler.max_tokens
 
     def using(self, **changes: object) -> "Engine":
         """The same model with other sampler settings; raises ValueError for those that cannot
@@ -170,7 +197,7 @@ class Engine:
             other.__dict__[phase] = getattr(self, phase)
         return other
 
-    def _read(self, requests: Sequence[Request]) -> tuple[Batch, Array]:
+    def _read(self, requests: Sequence[Request]) -> tuple[Batch, np.ndarray]:
         model = self.experiment.model
         shown = any(not isinstance(span, str) for request in requests for span in request)
         require(
@@ -187,17 +214,18 @@ class Engine:
     @functools.cached_property
     def _write_text(self) -> Callable[..., tuple[Rows, Array]]:
         settings = {"experiment": self.experiment, "tokenizer": self.tokenizer}
-        return self._compiled(functools.partial(write_text, **settings), "budget")
+        return self._compiled(functools.partial(write_text, **settings), "budget", rows=1)
 
     @functools.cached_property
     def _draw_images(self) -> Callable[..., tuple[Rows, Array]]:
         settings = {"experiment": self.experiment, "tokenizer": self.tokenizer}
-        return self._compiled(functools.partial(draw_images, **settings))
+        return self._compiled(functools.partial(draw_images, **settings), rows=1)
 
-    def _compiled(self, phase: Callable, *static: str) -> Callable:
-        """A phase, a function of a model and arrays, jitted as one of parameters and arrays."""
+    def _compiled(self, phase: Callable, *static: str, rows: int | None = None) -> Callable:
+        """A phase, a function of a model and arrays, jitted as one of parameters and arrays; it
+        takes over the buffers of argument `rows`."""
 
-        @functools.partial(jax.jit, static_argnames=static)
+        @functools.partial(jax.jit, static_argnames=static, donate_argnums=rows)
         def run(parameters, *arrays, **options):
             return phase(nnx.merge(self.graph, parameters), *arrays, **options)
 

@@ -2,10 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from transfusion_jax.batch import Batch
 from transfusion_jax.config import Experiment
@@ -20,13 +17,18 @@ BUCKET = 32
 """Prompts are padded to a multiple of this, so few lengths are compiled."""
 
 
+def ends_in_text(request: Request) -> bool:
+    """Whether what it is answered with goes on after a text, not after an image or nothing."""
+    return bool(request) and isinstance(request[-1], str) and request[-1] != ""
+
+
 def read_requests(
     requests: Sequence[Request],
     experiment: Experiment,
     tokenizer: Tokenizer,
     encode: Callable[[np.ndarray], np.ndarray],
-) -> tuple[Batch, Array]:
-    """Every request as a row, `<s>` first, and the rows' lengths [B].
+) -> tuple[Batch, np.ndarray]:
+    """Every request as a row, `<s>` first, and the rows' lengths [B], on the host.
 
     Args:
       encode: from a picture to an image of the model.
@@ -46,7 +48,7 @@ def read_requests(
         pack([(prompt, 0, length)], padded, experiment.image)
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    return jax.tree.map(jnp.asarray, stack(rows)), jnp.asarray(lengths, jnp.int32)
+    return stack(rows), np.asarray(lengths, np.int32)
 
 
 def _prompt(

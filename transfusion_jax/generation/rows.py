@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from transfusion_jax.batch import Batch
+from transfusion_jax.config import ModelConfig
 from transfusion_jax.model.interface import Context, Model
 from transfusion_jax.model.transformer import KVCache
 
@@ -38,6 +39,12 @@ class Rows(NamedTuple):
     def place_key_B(self) -> Array:
         """Keys of what each row draws at its next position."""
         return jax.vmap(jax.random.fold_in)(self.key_B, self.length_B)
+
+
+def cache_bytes(model: ModelConfig, capacity: int) -> int:
+    """Of a row with so many positions."""
+    cache = jax.eval_shape(lambda: KVCache.zeros(model, 1, capacity))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 def start(

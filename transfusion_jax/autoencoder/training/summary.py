@@ -1,6 +1,5 @@
 """The end of a training: averaged weights, measured on held-out pictures, saved as a codec."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from transfusion_jax.autoencoder.training import losses
 from transfusion_jax.autoencoder.training.judges import Judges
 from transfusion_jax.autoencoder.training.reconstruction import compare, write_grid
 from transfusion_jax.autoencoder.training.state import Blueprint, State
-from transfusion_jax.files import write_atomic
+from transfusion_jax.files import write_json
 from transfusion_jax.parallel.processes import is_leader
 from transfusion_jax.training.observation import Moved, nothing
 
@@ -151,5 +150,5 @@ def finish(
             summary["latent_scale"],
             0.0,
         )
-        write_atomic(directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_json(directory / "summary.json", summary)
     return summary
