@@ -17,6 +17,7 @@ from transfusion_jax.data.pipeline import Data
 from transfusion_jax.errors import ComeAgain
 from transfusion_jax.pretraining.run import open_run, stored, tokenizer_of
 from transfusion_jax.training import directory as directory_lib
+from transfusion_jax.training import lock as lock_lib
 from transfusion_jax.training.directory import check_directory, open_directory
 from transfusion_jax.training.lock import Lock
 from transfusion_jax.training.loop import train
@@ -192,6 +193,23 @@ def test_a_directory_in_use_is_refused_until_it_is_closed(tmp_path):
         line.open_run(LINE, tmp_path / "run", print)
     first.directory.close()
     line.open_run(LINE, tmp_path / "run", print).directory.close()
+
+
+def test_a_run_that_another_machine_holds_may_come_free(tmp_path, monkeypatch):
+    """As where a host is gone, and an NFS server still keeps its lock."""
+    first = line.open_run(LINE, tmp_path / "run", print)
+    (tmp_path / "new").mkdir()
+    new = Lock(tmp_path / "new" / "lock")
+    (tmp_path / "boot").write_text("another boot")
+    monkeypatch.setattr(lock_lib, "BOOT", tmp_path / "boot")
+    with pytest.raises(ComeAgain, match=r"is in use by process .*; .* is gone, remove .*run/lock"):
+        line.open_run(LINE, tmp_path / "run", print)
+    with pytest.raises(ValueError, match="is in use by process"):  # there is no run yet
+        line.open_run(LINE, tmp_path / "new", print)
+    (tmp_path / "run" / "lock").unlink()
+    line.open_run(LINE, tmp_path / "run", print).directory.close()
+    first.directory.close()
+    new.release()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ESTALE])

@@ -16,8 +16,8 @@ from transfusion_jax.errors import ComeAgain, require
 from transfusion_jax.files import appears, write_atomic
 from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.checkpoint import Checkpoints, Report
-from transfusion_jax.training.lock import Lock
-from transfusion_jax.training.owner import CONFIG, SUMMARY, check_owner
+from transfusion_jax.training.lock import InUse, Lock
+from transfusion_jax.training.owner import CONFIG, LOCK, SUMMARY, check_owner
 from transfusion_jax.training.storage_errors import STORAGE
 
 Fingerprints = tuple[tuple[str, str], ...]
@@ -76,15 +76,18 @@ def check_directory(experiment: Any, directory: Path) -> None:
 
 
 def _problem(error: OSError | ValueError, directory: Path) -> tuple[str, bool]:
-    """An error of opening a directory in a line, and whether it may pass: storage that fails under
-    a run that is there already."""
-    storage = isinstance(error, OSError) and error.errno in STORAGE
-    if not (storage and os.path.exists(directory / CONFIG)):
+    """An error of opening a directory in a line, and whether it may pass: under a run that is there
+    already, storage that fails, or a lock of another machine, which may be gone."""
+    if not os.path.exists(directory / CONFIG):
         return str(error), False
-    return (
-        f"cannot open the run in {directory} ({error.strerror}); the same command tries again",
-        True,
-    )
+    if isinstance(error, InUse) and error.elsewhere:
+        return f"{error}; if that host is gone, remove {directory / LOCK}", True
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        line = (
+            f"cannot open the run in {directory} ({error.strerror}); the same command tries again"
+        )
+        return line, True
+    return str(error), False
 
 
 def _raise_together(problem: tuple[str, bool] | None) -> None:
@@ -112,7 +115,7 @@ def open_directory(
       ValueError: the data under the run has changed since the checkpoint; processes read different
         data, or do not share the directory; or another run is using it.
       CheckpointError: the run has checkpoints, and none can be read.
-      ComeAgain: the run's storage fails, which may pass.
+      ComeAgain: the run's storage fails, or another machine holds the run, which may pass.
     """
     _check_same(fingerprints)
     lock, problem = _prepared(path, dumps(experiment), fill) if is_leader() else (None, None)
@@ -177,7 +180,7 @@ def _prepared(
     """A new run's directory filled, or an existing one as it is; its lock, or why there is none."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = Lock(path / "lock")
+        lock = Lock(path / LOCK)
     except (OSError, ValueError) as error:
         return None, _problem(error, path)
     if not (path / CONFIG).exists():
