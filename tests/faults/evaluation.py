@@ -283,6 +283,20 @@ FAULTS = (
         "commands",
     ),
     Fault(
+        "one of several processes waits with its fault",
+        "commands/main.py",
+        "        if not _joined():\n            raise\n",
+        "        raise\n",
+        "commands::test_one_of_several_processes_shows_a_fault_and_does_not_wait",
+    ),
+    Fault(
+        "a broken chip ends a run for good",
+        "commands/main.py",
+        "str(error).startswith(PASSING)",
+        "False",
+        "commands::test_hardware_that_fails_is_one_line_and_may_work_again",
+    ),
+    Fault(
         "faults of the package pass for bad input",
         "commands/main.py",
         "except BadInput as error:",
