@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import line
 import pytest
@@ -229,6 +230,20 @@ def test_storage_that_fails_under_a_run_may_come_back(tmp_path, monkeypatch, num
                 opened(tmp_path / "another")
     opened(tmp_path / "run", changed)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["colour"] == "blue"
+
+
+def test_storage_that_says_nothing_may_be_that_of_a_run(tmp_path, monkeypatch):
+    """As where an NFS mount is stale: not even whether there is a run can be asked."""
+
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    opened(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stale)
+        patch.setattr(Path, "stat", stale)
+        with pytest.raises(ComeAgain, match="cannot open the run"):
+            check_directory(LINE, tmp_path / "run")
 
 
 def test_a_directory_is_held_on_a_disk_that_is_too_full_for_a_name(tmp_path, monkeypatch):

@@ -75,18 +75,26 @@ def check_directory(experiment: Any, directory: Path) -> None:
     _raise_together(problem)
 
 
+def may_pass(error: OSError, directory: Path) -> bool:
+    """Whether an error is one of storage that fails under a run that is there already. Storage that
+    does not even say what is there counts as that of a run."""
+    if error.errno not in STORAGE:
+        return False
+    try:
+        (directory / CONFIG).stat()
+    except OSError as found:
+        return found.errno in STORAGE
+    return True
+
+
 def _problem(error: OSError | ValueError, directory: Path) -> tuple[str, bool]:
     """An error of opening a directory in a line, and whether it may pass: under a run that is there
     already, storage that fails, or a lock of another machine, which may be gone."""
-    if not os.path.exists(directory / CONFIG):
-        return str(error), False
-    if isinstance(error, InUse) and error.elsewhere:
+    if isinstance(error, OSError) and may_pass(error, directory):
+        line = f"cannot open the run in {directory} ({error.strerror})"
+        return f"{line}; the same command tries again", True
+    if isinstance(error, InUse) and error.elsewhere and os.path.exists(directory / CONFIG):
         return f"{error}; if that host is gone, remove {directory / LOCK}", True
-    if isinstance(error, OSError) and error.errno in STORAGE:
-        line = (
-            f"cannot open the run in {directory} ({error.strerror}); the same command tries again"
-        )
-        return line, True
     return str(error), False
 
 
