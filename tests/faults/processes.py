@@ -32,6 +32,20 @@ FAULTS = (
         "processes::test_processes_that_do_not_make_a_run_are_one_line",
     ),
     Fault(
+        "what processes said is kept for ever",
+        "parallel/processes.py",
+        "if is_leader() and number:",
+        "if False:",
+        "processes::test_processes_tell_each_other_in_three_calls_and_leave_nothing_behind",
+    ),
+    Fault(
+        "the first process is named, whoever says nothing",
+        "parallel/processes.py",
+        'return f"process {missing[0]}" if missing',
+        'return "process 0" if missing',
+        "processes::test_a_process_that_says_nothing_is_named",
+    ),
+    Fault(
         "all stop where the first was asked",
         "parallel/stopping.py",
         "self._stop_at = max(points) + 1",
