@@ -11,11 +11,13 @@ import line
 import pytest
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
-from transfusion_jax.config import Experiment, TrainConfig
+from transfusion_jax.config import Experiment, TokenizerConfig, TrainConfig
 from transfusion_jax.config.fields import flattened
 from transfusion_jax.config.stored import differences, dumps
 from transfusion_jax.data.pipeline import Data
+from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.errors import ComeAgain
+from transfusion_jax.preflight.data import _known_tokenizer as known_tokenizer
 from transfusion_jax.pretraining.run import open_run, stored, tokenizer_of
 from transfusion_jax.training import directory as directory_lib
 from transfusion_jax.training import lock as lock_lib
@@ -65,6 +67,22 @@ def test_a_run_that_lost_its_tokenizer_gets_no_other(tmp_path):
         stored(tmp_path, print)
     with pytest.raises(ValueError, match="has lost its tokenizer.model"):
         tokenizer_of(experiment, tmp_path)
+
+
+def test_what_an_interrupted_start_left_is_not_the_tokenizer_of_the_next(experiment, tmp_path):
+    """It may have been started with another one."""
+    left = train_tokenizer(["five numbers and six"] * 20, 290)
+    asked = train_tokenizer(["a small red star"] * 20, 290)
+    (tmp_path / "asked.model").write_bytes(asked.model)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tokenizer.model").write_bytes(left.model)
+    config = TokenizerConfig(path=str(tmp_path / "asked.model"))
+    started = replace(experiment, tokenizer=config)
+    assert tokenizer_of(started, run).model == asked.model
+    assert known_tokenizer(experiment, run, []) is None  # one is yet to be trained
+    (run / "config.json").write_text(dumps(started))
+    assert tokenizer_of(started, run).model == left.model
 
 
 def test_fields_that_may_change_are_stored_anew_and_others_are_refused(tmp_path):

@@ -32,6 +32,20 @@ FAULTS = (
         "processes::test_processes_that_do_not_make_a_run_are_one_line",
     ),
     Fault(
+        "each process sees for itself whether a run has begun",
+        "pretraining/run.py",
+        'gathered(stored_steps(directory / "checkpoints"))[0]',
+        'stored_steps(directory / "checkpoints")',
+        "initial::test_one_process_says_whether_the_run_has_begun",
+    ),
+    Fault(
+        "what an interrupted start left is the tokenizer of the next",
+        "pretraining/run.py",
+        "    if not (directory / CONFIG).exists():  #",
+        "    if not path.exists() and not (directory / CONFIG).exists():  #",
+        "directory::test_what_an_interrupted_start_left_is_not_the_tokenizer_of_the_next",
+    ),
+    Fault(
         "what processes said is kept for ever",
         "parallel/processes.py",
         "if is_leader() and number:",
