@@ -11,6 +11,7 @@ import line
 import pytest
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
+from transfusion_jax.commands.main import main
 from transfusion_jax.config import Experiment, TokenizerConfig, TrainConfig
 from transfusion_jax.config.fields import flattened
 from transfusion_jax.config.stored import differences, dumps
@@ -27,6 +28,7 @@ from transfusion_jax.training.loop import train
 from transfusion_jax.training.metrics import read_metrics
 from transfusion_jax.training.watchdog import Watch
 
+DIGITS = str(Path(__file__).parent.parent / "experiments" / "digits.py")
 LINE = line.Line()
 
 
@@ -212,6 +214,34 @@ def test_a_directory_in_use_is_refused_until_it_is_closed(tmp_path):
         line.open_run(LINE, tmp_path / "run", print)
     first.directory.close()
     line.open_run(LINE, tmp_path / "run", print).directory.close()
+
+
+def test_a_directory_that_another_run_took_before_the_lock_is_refused(tmp_path):
+    """Two starts that find an empty directory: the second one hears of the first's config."""
+    opened(tmp_path / "run", replace(LINE, slope=3.0))  # since `check_directory` passed ours
+    with pytest.raises(ValueError, match=r"what differs: slope: 3\.0 -> 2\.0"):
+        open_directory(tmp_path / "run", LINE, None, (), lambda path: None, print)
+    Lock(tmp_path / "run" / "lock").release()  # not held by who was refused
+
+
+def test_a_directory_is_held_until_the_run_is_evaluated(tmp_path, monkeypatch):
+    held = []
+
+    def summarise(directory, *_):
+        with pytest.raises(ValueError, match="is in use"):
+            Lock(directory / "lock")
+        held.append(directory)
+        return {}
+
+    def open_line(experiment, directory, report):
+        return line.open_run(LINE, directory, report)
+
+    monkeypatch.setattr("transfusion_jax.pretraining.run.open_run", open_line)
+    monkeypatch.setattr("transfusion_jax.commands.instruments.equipped", lambda run, *_: run)
+    monkeypatch.setattr("transfusion_jax.evaluation.summary.summarise", summarise)
+    assert main(("train", DIGITS, "--run-dir", str(tmp_path / "run"))) == 0
+    assert held == [tmp_path / "run"]
+    Lock(tmp_path / "run" / "lock").release()
 
 
 def test_a_run_that_another_machine_holds_may_come_free(tmp_path, monkeypatch):

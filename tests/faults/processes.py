@@ -109,6 +109,20 @@ FAULTS = (
         "directory",
     ),
     Fault(
+        "whose a directory is under its lock is not asked",
+        "training/directory.py",
+        "        check_owner(experiment, path)  # again",
+        "        # again",
+        "directory::test_a_directory_that_another_run_took_before_the_lock_is_refused",
+    ),
+    Fault(
+        "a run is evaluated without its lock",
+        "training/directory.py",
+        "return self.lock.kept() if self.lock else contextlib.nullcontext()",
+        "return contextlib.nullcontext()",
+        "directory::test_a_directory_is_held_until_the_run_is_evaluated",
+    ),
+    Fault(
         "a run that is done keeps its directory",
         "training/directory.py",
         "            self.lock.release()\n",

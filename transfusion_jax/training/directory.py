@@ -4,6 +4,7 @@ config.json     the resolved experiment; written last, so a directory with one i
 checkpoints/    Orbax: the state, the seconds of training, the digests of the data
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -44,6 +45,10 @@ class RunDirectory:
     def start(self) -> int:
         """Steps taken."""
         return 0 if self.state is None else int(self.state.step)
+
+    def kept(self) -> contextlib.AbstractContextManager[None]:
+        """No other run uses the directory until the block ends, though this is closed before."""
+        return self.lock.kept() if self.lock else contextlib.nullcontext()
 
     def close(self) -> None:
         """Waits for the checkpoint in progress, and lets another run use the directory."""
@@ -121,12 +126,13 @@ def open_directory(
 
     Raises:
       ValueError: the data under the run has changed since the checkpoint; processes read different
-        data, or do not share the directory; or another run is using it.
+        data, or do not share the directory; or another run is using it, or has used it since it
+        passed.
       CheckpointError: the run has checkpoints, and none can be read.
       ComeAgain: the run's storage fails, or another machine holds the run, which may pass.
     """
     _check_same(fingerprints)
-    lock, problem = _prepared(path, dumps(experiment), fill) if is_leader() else (None, None)
+    lock, problem = _prepared(path, experiment, fill) if is_leader() else (None, None)
     _raise_together(problem)
     try:
         return _opened(path, experiment, abstract, fingerprints, report, lock)
@@ -183,17 +189,21 @@ def _check_same(fingerprints: Fingerprints) -> None:
 
 
 def _prepared(
-    path: Path, config: str, fill: Callable[[Path], None]
+    path: Path, experiment: Any, fill: Callable[[Path], None]
 ) -> tuple[Lock | None, tuple[str, bool] | None]:
     """A new run's directory filled, or an existing one as it is; its lock, or why there is none."""
+    lock = None
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = Lock(path / LOCK)
+        check_owner(experiment, path)  # again: another run may have had it since
     except (OSError, ValueError) as error:
+        if lock:
+            lock.release()
         return None, _problem(error, path)
     if not (path / CONFIG).exists():
         fill(path)
-        write_atomic(path / CONFIG, config.encode())
+        write_atomic(path / CONFIG, dumps(experiment).encode())
     return lock, None
 
 

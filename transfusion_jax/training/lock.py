@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -35,6 +36,7 @@ class Lock:
 
     def __init__(self, file: Path) -> None:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = descriptor
         self.release = weakref.finalize(self, os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,6 +50,15 @@ class Lock:
         with contextlib.suppress(OSError):  # a full disk: it is held without a name
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{holder}\n{_machine()}\n".encode(), 0)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Held until the block ends, whoever releases it before."""
+        copy = os.dup(self._descriptor)
+        try:
+            yield
+        finally:
+            os.close(copy)
 
 
 def _in_use(file: Path, descriptor: int) -> InUse:
