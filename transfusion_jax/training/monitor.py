@@ -23,7 +23,7 @@ from transfusion_jax.training.profile import Profiler
 from transfusion_jax.training.settings import Settings
 from transfusion_jax.training.update import Metrics
 from transfusion_jax.training.watchdog import check_finite
-from transfusion_jax.training.weights_and_biases import Mirror
+from transfusion_jax.training.weights_and_biases import mirror
 
 
 class Monitor:
@@ -54,7 +54,7 @@ class Monitor:
         if leader:
             self._log = MetricsLog(directory, start, report)
         if instruments.project:  # which may refuse the run; then no process starts it
-            leader_does(lambda: self._log.copy_to(Mirror(instruments.project, directory)))
+            leader_does(lambda: self._log.copy_to(mirror(instruments.project, directory, report)))
         self._gauges = Gauges(feed, devices)
         self._profiler = Profiler(instruments.profile, directory / "profile", report)
         self._watcher = LossWatcher(instruments.loss_watch) if instruments.loss_watch else None
