@@ -215,6 +215,29 @@ def test_hardware_that_fails_is_one_line_and_may_work_again(capsys, monkeypatch,
     assert capsys.readouterr().err == f"{line}: {message}\n"
 
 
+FIRST = """
+import os
+import signal
+from dataclasses import replace
+
+own = os.getpid()
+os.getpid = lambda: 1
+from transfusion_jax.commands.main import COMMANDS, main
+
+def run(arguments):
+    os.kill(own, signal.SIGTERM)
+    signal.pause()
+
+COMMANDS["evaluate"] = replace(COMMANDS["evaluate"], run=run)
+main(("evaluate", "x"))
+"""
+
+
+def test_the_first_process_of_a_container_hears_sigterm_from_its_start():
+    """The kernel would drop it; here it would end with -15."""
+    assert subprocess.run([sys.executable, "-c", FIRST], timeout=100).returncode == 42
+
+
 def test_a_killed_process_of_preparation_is_work_that_failed(capsys, monkeypatch, tmp_path):
     def killed(*_):
         raise BrokenProcessPool("A process was terminated abruptly")

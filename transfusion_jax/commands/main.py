@@ -6,7 +6,9 @@ the same command continues. Errors are one line on standard error.
 
 import argparse
 import errno
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -65,6 +67,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if os.getpid() == 1:  # of a container: the kernel drops a SIGTERM that nothing handles
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(AGAIN))  # until a command does
     keep_freed_memory()
     try:
         parser, commands = _parsers()

@@ -10,6 +10,7 @@ import jax
 from tqdm import tqdm
 
 from transfusion_jax.errors import Stopped
+from transfusion_jax.host import bar_intervals
 from transfusion_jax.parallel.processes import is_leader, leader_does
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.feed import Feed
@@ -65,7 +66,7 @@ class Monitor:
             desc="training",
             dynamic_ncols=True,
             disable=not leader,
-            mininterval=0.5,
+            **bar_intervals(),
         )
         self._observed: dict[int, dict[str, float]] = {}
         self._compiled = False
