@@ -135,8 +135,9 @@ def gathered(value: Any) -> list[Any]:
     client = distributed.global_state.client
     number = next(_questions)
     question = f"transfusion_jax/{number}"
-    client.key_value_set(f"{question}/{jax.process_index()}", json.dumps(value))
+    said = json.dumps(value)
     try:
+        client.key_value_set(f"{question}/{jax.process_index()}", said)
         client.wait_at_barrier(question, WAIT)
         answers = dict(client.key_value_dir_get(question))
         if is_leader() and number:  # all are here, so all have read the answers before
