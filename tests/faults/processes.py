@@ -109,6 +109,13 @@ FAULTS = (
         "directory",
     ),
     Fault(
+        "a lock of a machine that is gone ends a run for good",
+        "training/lock.py",
+        "elsewhere = bool(machine) and machine != _machine()",
+        "elsewhere = False",
+        "directory::test_a_run_that_another_machine_holds_may_come_free",
+    ),
+    Fault(
         "whose a directory is under its lock is not asked",
         "training/directory.py",
         "        check_owner(experiment, path)  # again",
