@@ -1,5 +1,6 @@
 """`check`: each check on invented facts, the facts of this process, and real processes."""
 
+import errno
 import json
 import os
 import socket
@@ -49,6 +50,7 @@ def fact(process: int, **changes) -> Facts:
         memory=95 * GIB,
         data={"digits": {"digest": "built in"}, "data/mine": {"digest": "d" * 64}},
         directory=None,
+        passes=False,
         free=100 * GIB,
         held=0,
         clock=1000.0,
@@ -150,19 +152,20 @@ def test_space_is_that_of_the_kept_checkpoints_and_one_more(free, held, fits):
     assert finding.passes == (not fits and held > 0)  # a run that is there may find room
 
 
-@pytest.mark.parametrize(
-    ("said", "held", "passes"),
-    [
-        ("cannot write to x: [Errno 28] No space left on device", 1, True),
-        ("cannot write to x: [Errno 28] No space left on device", 0, False),
-        ("cannot write to x: [Errno 13] Permission denied", 1, False),
-    ],
-)
-def test_a_full_directory_of_a_run_that_is_there_may_find_room(said, held, passes):
-    facts = pod(directory=said)
-    facts[0] = replace(facts[0], held=held)
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_directory_may_come_back_where_it_may_in_all_processes(passes):
+    facts = pod(directory="cannot write to x: [Errno 28] No space left on device", passes=True)
+    facts[3] = fact(3, directory="cannot write to x", passes=passes)
     (finding,) = [finding for finding in judge(facts, ASKED) if not finding.ok]
     assert finding.passes == passes
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_space_is_not_known_where_the_directory_cannot_be_read(passes):
+    facts = [fact(0, directory="cannot read x", passes=passes, free=None)]
+    failed = [finding for finding in judge(facts, ASKED) if not finding.ok]
+    assert [finding.check for finding in failed] == ["run directory", "space"]
+    assert {finding.passes for finding in failed} == {passes}
 
 
 def test_devices_of_a_cpu_share_the_memory_of_the_machine():
@@ -333,16 +336,51 @@ def test_the_directory_is_left_as_it_was(experiment, tmp_path):
 def test_a_directory_that_cannot_be_used_is_a_problem(experiment, tmp_path):
     (tmp_path / "file").touch()
     for path, message in [("file/run", "cannot write to"), ("file", "is a file")]:
-        assert message in run_directory.directory_problem(experiment, tmp_path / path)
+        line, passes = run_directory.directory_problem(experiment, tmp_path / path)
+        assert message in line and not passes
     (tmp_path / "notes.txt").touch()
-    assert "holds" in run_directory.directory_problem(experiment, tmp_path)
+    assert "holds" in run_directory.directory_problem(experiment, tmp_path)[0]
+
+
+STORAGE = [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ESTALE]
+
+
+@pytest.mark.parametrize("number", [*STORAGE, errno.EACCES])
+@pytest.mark.parametrize("method", ["write_text", "read_text"])
+def test_storage_that_fails_under_a_run_is_as_it_is_to_train(
+    experiment, tmp_path, monkeypatch, number, method
+):
+    def failing(*_):
+        raise OSError(number, os.strerror(number))
+
+    directory = tmp_path / "run"
+    monkeypatch.setattr(Path, method, failing)
+    line, passes = run_directory.directory_problem(experiment, directory)
+    assert os.strerror(number) in line and not passes  # there is no run yet
+    directory.mkdir()
+    (directory / "config.json").write_bytes(dumps(experiment).encode())
+    line, passes = run_directory.directory_problem(experiment, directory)
+    assert os.strerror(number) in line and passes == (number in STORAGE)
+
+
+@pytest.mark.parametrize("method", ["_free", "_held"])
+def test_storage_that_does_not_say_its_size_may_come_back(
+    experiment, tmp_path, monkeypatch, method
+):
+    def failing(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    (tmp_path / "config.json").write_text(dumps(experiment))
+    monkeypatch.setattr(facts_module, method, failing)
+    (found,) = collect(experiment, tmp_path)
+    assert "Stale file handle" in found.directory and found.passes and found.free is None
 
 
 def test_a_process_that_does_not_see_the_leaders_file_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "PATIENCE", 0.0)
-    assert "is not the directory" in run_directory._read(tmp_path, "abc")
+    assert "is not the directory" in run_directory._read(tmp_path, "abc")[0]
     run_directory.token_file(tmp_path, "abc").write_text("xyz")
-    assert "does not hold" in run_directory._read(tmp_path, "abc")
+    assert "does not hold" in run_directory._read(tmp_path, "abc")[0]
 
 
 def test_what_checkpoints_hold_already_is_counted(experiment, tmp_path):

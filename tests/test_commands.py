@@ -10,7 +10,9 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import tyro
@@ -165,6 +167,75 @@ def test_faults_of_ours_are_not_dressed_up(monkeypatch, kind):
     running(monkeypatch, work)
     with pytest.raises(kind, match="a fault"):
         main(("evaluate", "x"))
+
+
+def left(monkeypatch) -> list[int]:
+    """The codes with which this process, as if it had joined others, leaves them."""
+    codes = []
+    others = SimpleNamespace(joined=lambda: True, leave=lambda code, at_once: codes.append(code))
+    monkeypatch.setitem(sys.modules, "transfusion_jax.parallel.processes", others)
+    return codes
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, jax.errors.JaxRuntimeError])
+def test_one_of_several_processes_shows_a_fault_and_does_not_wait(capsys, monkeypatch, kind):
+    """An exception that left `main` would wait minutes for the others."""
+
+    def work(arguments: argparse.Namespace) -> int:
+        raise kind("INVALID_ARGUMENT: a fault")
+
+    running(monkeypatch, work)
+    codes = left(monkeypatch)
+    assert main(("evaluate", "x")) == 1
+    assert codes == [1]
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.endswith("error: INVALID_ARGUMENT: a fault\n")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "INTERNAL: Core halted unexpectedly: INTERNAL: Accelerator device halted prematurely",
+        "UNAVAILABLE: a device",
+        "ABORTED: a transfer",
+        "DATA_LOSS: a transfer",
+        "FAILED_PRECONDITION: The program continuator has halted unexpectedly.",
+    ],
+)
+def test_hardware_that_fails_is_one_line_and_may_work_again(capsys, monkeypatch, message, alone):
+    def work(arguments: argparse.Namespace) -> int:
+        raise jax.errors.JaxRuntimeError(f"{message}\nand details")
+
+    running(monkeypatch, work)
+    codes = [] if alone else left(monkeypatch)
+    assert main(("evaluate", "x")) == 42
+    assert codes == ([] if alone else [42])
+    line = "error: a device or a transfer failed; the same command tries again"
+    assert capsys.readouterr().err == f"{line}: {message}\n"
+
+
+FIRST = """
+import os
+import signal
+from dataclasses import replace
+
+own = os.getpid()
+os.getpid = lambda: 1
+from transfusion_jax.commands.main import COMMANDS, main
+
+def run(arguments):
+    os.kill(own, signal.SIGTERM)
+    signal.pause()
+
+COMMANDS["evaluate"] = replace(COMMANDS["evaluate"], run=run)
+main(("evaluate", "x"))
+"""
+
+
+def test_the_first_process_of_a_container_hears_sigterm_from_its_start():
+    """The kernel would drop it; here it would end with -15."""
+    assert subprocess.run([sys.executable, "-c", FIRST], timeout=100).returncode == 42
 
 
 def test_a_killed_process_of_preparation_is_work_that_failed(capsys, monkeypatch, tmp_path):

@@ -5,24 +5,30 @@ import shutil
 import socket
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import line
 import pytest
 
 from transfusion_jax.autoencoder.config import AutoencoderExperiment
-from transfusion_jax.config import Experiment, TrainConfig
+from transfusion_jax.commands.main import main
+from transfusion_jax.config import Experiment, TokenizerConfig, TrainConfig
 from transfusion_jax.config.fields import flattened
 from transfusion_jax.config.stored import differences, dumps
 from transfusion_jax.data.pipeline import Data
+from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.errors import ComeAgain
+from transfusion_jax.preflight.data import _known_tokenizer as known_tokenizer
 from transfusion_jax.pretraining.run import open_run, stored, tokenizer_of
 from transfusion_jax.training import directory as directory_lib
+from transfusion_jax.training import lock as lock_lib
 from transfusion_jax.training.directory import check_directory, open_directory
 from transfusion_jax.training.lock import Lock
 from transfusion_jax.training.loop import train
 from transfusion_jax.training.metrics import read_metrics
 from transfusion_jax.training.watchdog import Watch
 
+DIGITS = str(Path(__file__).parent.parent / "experiments" / "digits.py")
 LINE = line.Line()
 
 
@@ -63,6 +69,22 @@ def test_a_run_that_lost_its_tokenizer_gets_no_other(tmp_path):
         stored(tmp_path, print)
     with pytest.raises(ValueError, match="has lost its tokenizer.model"):
         tokenizer_of(experiment, tmp_path)
+
+
+def test_what_an_interrupted_start_left_is_not_the_tokenizer_of_the_next(experiment, tmp_path):
+    """It may have been started with another one."""
+    left = train_tokenizer(["five numbers and six"] * 20, 290)
+    asked = train_tokenizer(["a small red star"] * 20, 290)
+    (tmp_path / "asked.model").write_bytes(asked.model)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tokenizer.model").write_bytes(left.model)
+    config = TokenizerConfig(path=str(tmp_path / "asked.model"))
+    started = replace(experiment, tokenizer=config)
+    assert tokenizer_of(started, run).model == asked.model
+    assert known_tokenizer(experiment, run, []) is None  # one is yet to be trained
+    (run / "config.json").write_text(dumps(started))
+    assert tokenizer_of(started, run).model == left.model
 
 
 def test_fields_that_may_change_are_stored_anew_and_others_are_refused(tmp_path):
@@ -194,6 +216,51 @@ def test_a_directory_in_use_is_refused_until_it_is_closed(tmp_path):
     line.open_run(LINE, tmp_path / "run", print).directory.close()
 
 
+def test_a_directory_that_another_run_took_before_the_lock_is_refused(tmp_path):
+    """Two starts that find an empty directory: the second one hears of the first's config."""
+    opened(tmp_path / "run", replace(LINE, slope=3.0))  # since `check_directory` passed ours
+    with pytest.raises(ValueError, match=r"what differs: slope: 3\.0 -> 2\.0"):
+        open_directory(tmp_path / "run", LINE, None, (), lambda path: None, print)
+    Lock(tmp_path / "run" / "lock").release()  # not held by who was refused
+
+
+def test_a_directory_is_held_until_the_run_is_evaluated(tmp_path, monkeypatch):
+    held = []
+
+    def summarise(directory, *_):
+        with pytest.raises(ValueError, match="is in use"):
+            Lock(directory / "lock")
+        held.append(directory)
+        return {}
+
+    def open_line(experiment, directory, report):
+        return line.open_run(LINE, directory, report)
+
+    monkeypatch.setattr("transfusion_jax.pretraining.run.open_run", open_line)
+    monkeypatch.setattr("transfusion_jax.commands.instruments.equipped", lambda run, *_: run)
+    monkeypatch.setattr("transfusion_jax.evaluation.summary.summarise", summarise)
+    assert main(("train", DIGITS, "--run-dir", str(tmp_path / "run"))) == 0
+    assert held == [tmp_path / "run"]
+    Lock(tmp_path / "run" / "lock").release()
+
+
+def test_a_run_that_another_machine_holds_may_come_free(tmp_path, monkeypatch):
+    """As where a host is gone, and an NFS server still keeps its lock."""
+    first = line.open_run(LINE, tmp_path / "run", print)
+    (tmp_path / "new").mkdir()
+    new = Lock(tmp_path / "new" / "lock")
+    (tmp_path / "boot").write_text("another boot")
+    monkeypatch.setattr(lock_lib, "BOOT", tmp_path / "boot")
+    with pytest.raises(ComeAgain, match=r"is in use by process .*; .* is gone, remove .*run/lock"):
+        line.open_run(LINE, tmp_path / "run", print)
+    with pytest.raises(ValueError, match="is in use by process"):  # there is no run yet
+        line.open_run(LINE, tmp_path / "new", print)
+    (tmp_path / "run" / "lock").unlink()
+    line.open_run(LINE, tmp_path / "run", print).directory.close()
+    first.directory.close()
+    new.release()
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ESTALE])
 @pytest.mark.parametrize("where", ["check_owner", "Lock", "write_atomic"])
 def test_storage_that_fails_under_a_run_may_come_back(tmp_path, monkeypatch, number, where):
@@ -211,6 +278,20 @@ def test_storage_that_fails_under_a_run_may_come_back(tmp_path, monkeypatch, num
                 opened(tmp_path / "another")
     opened(tmp_path / "run", changed)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["colour"] == "blue"
+
+
+def test_storage_that_says_nothing_may_be_that_of_a_run(tmp_path, monkeypatch):
+    """As where an NFS mount is stale: not even whether there is a run can be asked."""
+
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    opened(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stale)
+        patch.setattr(Path, "stat", stale)
+        with pytest.raises(ComeAgain, match="cannot open the run"):
+            check_directory(LINE, tmp_path / "run")
 
 
 def test_a_directory_is_held_on_a_disk_that_is_too_full_for_a_name(tmp_path, monkeypatch):

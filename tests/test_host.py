@@ -1,5 +1,7 @@
 """Settings of the host process."""
 
+import io
+import itertools
 import math
 import os
 import subprocess
@@ -9,8 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
-from transfusion_jax.host import cache_compiled, core_quota, process_start
+from transfusion_jax.host import bar_intervals, cache_compiled, core_quota, process_start
 
 CACHED = """
 import sys
@@ -78,6 +81,19 @@ def test_a_directory_that_cannot_be_made_is_said_and_nothing_is_kept(tmp_path, m
     monkeypatch.setattr("jax.config", default)
     assert cache_compiled(said.append) is None
     assert "compiled programs are not kept" in said[0] and "Not a directory" in said[0]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_in_a_log_file_is_rarely_written(monkeypatch, tmp_path, terminal):
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+    shown = io.StringIO()
+    clock = itertools.count()  # a second for each look at it
+    with tqdm(file=shown, disable=False, **bar_intervals()) as bar:
+        bar._time = lambda: float(next(clock))
+        bar.start_t = bar.last_print_t = 0.0
+        for _ in range(600):
+            bar.update()
+    assert shown.getvalue().count("\r") in (range(300, 700) if terminal else range(4, 25))
 
 
 def test_the_start_of_this_process_is_known():

@@ -27,6 +27,7 @@ from transfusion_jax.config.stored import dumps, loads
 from transfusion_jax.data.tokenizer import train_tokenizer
 from transfusion_jax.preflight.data import data_facts, initial_facts
 from transfusion_jax.pretraining import initial
+from transfusion_jax.pretraining import run as run_module
 from transfusion_jax.pretraining.initial import initialise_from, open_weights
 from transfusion_jax.pretraining.run import open_run
 from transfusion_jax.tensors import open_tensors
@@ -288,6 +289,16 @@ def test_what_one_process_finds_all_raise(exported, monkeypatch):
     monkeypatch.setattr(initial, "gathered", lambda own: [own, "it is not here"])
     with pytest.raises(ValueError, match="^process 1: it is not here"):
         start(exported, tiny_experiment())
+
+
+@pytest.mark.parametrize("steps", [[], [3]])
+def test_one_process_says_whether_the_run_has_begun(exported, tmp_path, monkeypatch, steps):
+    """What each sees for itself on a network file system may differ for a while."""
+    begun = []
+    monkeypatch.setattr(run_module, "gathered", lambda own: [steps, own])
+    monkeypatch.setattr(run_module, "initialise_from", lambda *_: begun.append("from weights"))
+    open_run(a_run(exported), tmp_path / "run", lambda said: None).directory.close()
+    assert begun == ([] if steps else ["from weights"])
 
 
 def test_bad_input_is_one_line(exported, tmp_path, capsys):

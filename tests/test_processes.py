@@ -1,5 +1,6 @@
 """Several real processes: they train as one does, stop together, and notice when one is gone."""
 
+import itertools
 import json
 import os
 import re
@@ -7,13 +8,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
+from coordination import Service
 
 from transfusion_jax.commands.main import main
+from transfusion_jax.errors import ProcessLost
+from transfusion_jax.parallel import processes as processes_lib
 from transfusion_jax.parallel.roll_call import call_roll
 
 TINY = """
@@ -207,6 +214,54 @@ def test_a_run_in_which_nothing_moves_ends_itself(workplace):
     code, _, err = found[0]
     assert code == 42 and "nothing has moved for" in err.splitlines()[-1]
     assert "slowly" in (workplace / "still" / "stacks-0.txt").read_text()
+
+
+def answers(monkeypatch, service: Service, work, processes) -> list:
+    """What `work(process)` returns or raises in each of the processes, which are threads here."""
+    here = threading.local()
+    state = SimpleNamespace(client=service)
+    monkeypatch.setattr(processes_lib.distributed, "global_state", state)
+    monkeypatch.setattr(jax, "process_count", lambda: service.count)
+    monkeypatch.setattr(jax, "process_index", lambda: here.process)
+    questions = {process: itertools.count() for process in processes}
+
+    class Questions:
+        def __next__(self):
+            return next(questions[here.process])
+
+    monkeypatch.setattr(processes_lib, "_questions", Questions())
+
+    def run(process):
+        here.process = process
+        try:
+            return work(process)
+        except ProcessLost as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(run, processes))
+
+
+def test_processes_tell_each_other_in_three_calls_and_leave_nothing_behind(monkeypatch):
+    service = Service(12)
+
+    def work(process):
+        return [processes_lib.gathered([question, process]) for question in range(5)]
+
+    found = answers(monkeypatch, service, work, range(12))
+    expected = [[[question, process] for process in range(12)] for question in range(5)]
+    assert found == [expected] * 12
+    assert set(service.values) == {f"transfusion_jax/4/{process}" for process in range(12)}
+    calls = {name: service.calls.count(name) for name in set(service.calls)}
+    assert calls == {"set": 60, "barrier": 60, "dir_get": 60, "delete": 4}
+
+
+@pytest.mark.parametrize(("lost", "name"), [("task", "process 2"), ("coordinator", "process 0")])
+def test_a_process_that_says_nothing_is_named(monkeypatch, lost, name):
+    service = Service(4)
+    service.lost = lost
+    found = answers(monkeypatch, service, lambda process: processes_lib.gathered(1), [0, 1, 3])
+    assert all(f"{name} of 4 does not answer: UNAVAILABLE" in said for said in found)
 
 
 @pytest.mark.parametrize(

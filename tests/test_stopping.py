@@ -4,36 +4,17 @@ import threading
 import time
 
 import pytest
+from coordination import Service
 
 from transfusion_jax.parallel import stopping as stopping_module
 from transfusion_jax.parallel.stopping import Stopping
 
 
-class Service:
-    """What JAX's client of the coordination service does."""
-
-    def __init__(self):
-        self.values = {}
-        self.changed = threading.Condition()
-
-    def key_value_set(self, key, value, allow_overwrite=False):
-        with self.changed:
-            assert allow_overwrite or key not in self.values
-            self.values[key] = value
-            self.changed.notify_all()
-
-    def blocking_key_value_get(self, key, milliseconds):
-        with self.changed:
-            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
-                raise RuntimeError("DEADLINE_EXCEEDED: " + key)
-            return self.values[key]
-
-
 @pytest.fixture
 def three(monkeypatch):
     monkeypatch.setattr(stopping_module, "POLL", 20)
-    service = Service()
-    made = [Stopping(service, number, 3) for number in range(3)]
+    service = Service(3)
+    made = [Stopping(service, number) for number in range(3)]
     yield made
     for one in made:
         one.close()

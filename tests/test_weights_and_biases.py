@@ -59,8 +59,10 @@ def shown(directory, name="digits"):
         6, lambda step, state, moved: Observation(pictures={"seen": np.zeros((4, 4, 1), np.uint8)})
     )
     instruments = Instruments((look,), project=Project(name, "mine", {"train": {"steps": 12}}))
-    run = line.open_run(line.Line(), directory, lambda said: None)
-    train(replace(run, instruments=instruments), lambda said: None)
+    said = []
+    run = line.open_run(line.Line(), directory, said.append)
+    train(replace(run, instruments=instruments), said.append)
+    return said
 
 
 def test_rows_and_pictures_go_there_and_a_restart_continues_the_run(told, tmp_path, monkeypatch):
@@ -85,6 +87,31 @@ def test_rows_and_pictures_go_there_and_a_restart_continues_the_run(told, tmp_pa
 def test_a_service_that_refuses_is_one_line(told, tmp_path):
     with pytest.raises(WorkFailed, match="Weights & Biases: permission denied"):
         shown(tmp_path / "run", "closed")
+
+
+@pytest.mark.parametrize("kind", ["Error", "ConnectionError"])
+def test_a_run_that_is_there_goes_on_where_the_service_cannot_be_reached(
+    told, tmp_path, monkeypatch, kind
+):
+    import wandb
+
+    def unreachable(**options):
+        raise getattr(wandb, kind, ConnectionError)("timed out")
+
+    reached = wandb.init
+    monkeypatch.setattr(wandb, "init", unreachable)
+    for _ in range(2):  # a first start that was refused has left no run there
+        with pytest.raises(WorkFailed, match="Weights & Biases: timed out"):
+            shown(tmp_path / "run")
+    monkeypatch.setattr(wandb, "init", reached)
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "moved", line.signal_at(7))
+        shown(tmp_path / "run")
+    monkeypatch.setattr(wandb, "init", unreachable)
+    said = shown(tmp_path / "run")
+    assert said.count("Weights & Biases: timed out; this start is not shown there") == 1
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(text)["step"] for text in lines] == [*range(1, 13)]
 
 
 def test_a_service_that_fails_later_is_told_and_training_goes_on(told, tmp_path, monkeypatch):

@@ -92,6 +92,13 @@ def use_every_core(rows: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
+def bar_intervals() -> dict[str, float]:
+    """Seconds between two states of a progress bar, as tqdm's options. In a log file all of them
+    are kept, and are one line."""
+    seconds = 0.5 if sys.stderr.isatty() else 60.0
+    return {"mininterval": seconds, "maxinterval": 20 * seconds}
+
+
 def process_start() -> float:
     """When this process was started, as `time.time()` counts; now, where the system does not say
     it."""

@@ -298,6 +298,27 @@ FAULTS = (
         "commands",
     ),
     Fault(
+        "one of several processes waits with its fault",
+        "commands/main.py",
+        "        if not _joined():\n            raise\n",
+        "        raise\n",
+        "commands::test_one_of_several_processes_shows_a_fault_and_does_not_wait",
+    ),
+    Fault(
+        "the first process of a container does not hear SIGTERM while it starts",
+        "commands/main.py",
+        "    if os.getpid() == 1:",
+        "    if False:",
+        "commands::test_the_first_process_of_a_container_hears_sigterm_from_its_start",
+    ),
+    Fault(
+        "a broken chip ends a run for good",
+        "commands/main.py",
+        "str(error).startswith(PASSING)",
+        "False",
+        "commands::test_hardware_that_fails_is_one_line_and_may_work_again",
+    ),
+    Fault(
         "faults of the package pass for bad input",
         "commands/main.py",
         "except BadInput as error:",

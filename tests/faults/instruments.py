@@ -4,6 +4,13 @@ from faults.fault import Fault
 
 FAULTS = (
     Fault(
+        "a run that is there ends where Weights & Biases cannot be reached",
+        "training/weights_and_biases.py",
+        "        if not (directory / IDENTITY).exists():\n            raise",
+        "        if True:\n            raise",
+        "weights_and_biases::test_a_run_that_is_there_goes_on_where_the_service_cannot_be_reached",
+    ),
+    Fault(
         "validation rows share their noise",
         "pretraining/validation.py",
         "jax.random.fold_in(jax.random.fold_in(jax.random.key(0), source), row)",

@@ -76,9 +76,23 @@ FAULTS = (
     Fault(
         "any directory is the run directory",
         "preflight/run_directory.py",
-        "    if not appears(token_file(directory, token), PATIENCE):\n        return f",
-        "    if not appears(token_file(directory, token), PATIENCE):\n        return None and f",
+        "if not appears(token_file(directory, token), PATIENCE):",
+        "if False:",
         "check",
+    ),
+    Fault(
+        "a directory that one process has lost for good may come back",
+        "preflight/judgement.py",
+        "passes = all(fact.passes",
+        "passes = any(fact.passes",
+        "check::test_a_directory_may_come_back_where_it_may_in_all_processes",
+    ),
+    Fault(
+        "storage that fails before there is a run passes",
+        "training/directory.py",
+        "        return found.errno in STORAGE\n",
+        "        return True\n",
+        "check::test_storage_that_fails_under_a_run_is_as_it_is_to_train",
     ),
     Fault(
         "sources that do not fit together pass the check",

@@ -114,7 +114,7 @@ FAULTS = (
     Fault(
         "a resumed run reads the weights again",
         "pretraining/run.py",
-        'if experiment.train.initial and not stored_steps(directory / "checkpoints"):',
+        'if experiment.train.initial and not gathered(stored_steps(directory / "checkpoints"))[0]:',
         "if experiment.train.initial:",
         f"{INITIAL}::test_a_new_run_starts_from_weights_and_a_resumed_one_does_not_read_them",
     ),

@@ -6,7 +6,9 @@ the same command continues. Errors are one line on standard error.
 
 import argparse
 import errno
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ from transfusion_jax.commands import (
 from transfusion_jax.commands.bad_input import BadInput, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.help import help_text
-from transfusion_jax.errors import ComeAgain, ProcessLost, WorkFailed
+from transfusion_jax.errors import AGAIN, ComeAgain, ProcessLost, WorkFailed
 from transfusion_jax.host import keep_freed_memory
 
 COMMANDS: dict[str, Command] = {
@@ -46,6 +48,15 @@ COMMANDS: dict[str, Command] = {
 }
 HELP = ("-h", "--help")
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in JAX's error
+# Beginnings of JAX's errors of hardware. A compiler that fails begins like the first, and fails
+# again; but a run that ends in its third week for a broken chip costs more than some restarts.
+PASSING = (
+    "INTERNAL:",
+    "UNAVAILABLE:",
+    "ABORTED:",
+    "DATA_LOSS:",
+    "FAILED_PRECONDITION: The program continuator has halted",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,6 +67,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if os.getpid() == 1:  # of a container: the kernel drops a SIGTERM that nothing handles
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(AGAIN))  # until a command does
     keep_freed_memory()
     try:
         parser, commands = _parsers()
@@ -73,26 +86,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         return _fail(str(error), 2)
     except ProcessLost as error:
-        return _fail(str(error), 42, at_once=True)  # JAX is about to abort
+        return _fail(str(error), AGAIN, at_once=True)  # JAX is about to abort
     except ComeAgain as error:
-        return _fail(str(error), 42)
+        return _fail(str(error), AGAIN)
     except WorkFailed as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
     except MemoryError as error:
         return _fail(f"memory is full: {error}", 1)
-    except RuntimeError as error:
-        if OUT_OF_MEMORY not in str(error):
-            raise
-        return _fail(f"the memory of a device is full: {str(error).splitlines()[0]}", 1)
     except OSError as error:
         return _fail(f"the disk is full: {error}" if error.errno == errno.ENOSPC else str(error), 1)
     except Exception as error:
+        if isinstance(error, RuntimeError) and OUT_OF_MEMORY in str(error):
+            return _fail(f"the memory of a device is full: {_first_line(error)}", 1)
+        if _from_jax(error) and str(error).startswith(PASSING):
+            line = (
+                f"a device or a transfer failed; the same command tries again: {_first_line(error)}"
+            )
+            return _fail(line, AGAIN)
         if not _joined():
             raise
         traceback.print_exc()
         return _fail(str(error), 1)  # an ordinary exit would wait for the other processes
+
+
+def _from_jax(error: Exception) -> bool:
+    """Whether JAX's runtime raised it; imports no JAX."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -56,14 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
             opened = open_run(experiment, directory, say_leading)
             opened = equipped(opened, experiment, window, say_leading)
         cache_compiled(say_leading)
-        outcome = train(opened, say_leading, watch, process_start())
-        if outcome.stopped_by:
-            return AGAIN
-        seconds = outcome.seconds
-        account = outcome.account
-        del outcome, opened  # evaluation needs the averaged weights only
-        with user_input(), noticing_loss():
-            summary = summarise(directory, seconds, account, say_leading, watch.check)
+        with opened.directory.kept():  # started again, it must not evaluate beside this one
+            outcome = train(opened, say_leading, watch, process_start())
+            if outcome.stopped_by:
+                return AGAIN
+            seconds = outcome.seconds
+            account = outcome.account
+            del outcome, opened  # evaluation needs the averaged weights only
+            with user_input(), noticing_loss():
+                summary = summarise(directory, seconds, account, say_leading, watch.check)
     if is_leader():
         _report(directory, summary)
     return 0

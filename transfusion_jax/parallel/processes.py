@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed, xla_bridge
 
 from transfusion_jax.config import ProcessesConfig
-from transfusion_jax.errors import ComeAgain, ProcessLost, WorkFailed, require
+from transfusion_jax.errors import ProcessLost, WorkFailed, require
 from transfusion_jax.parallel.clusters import alone_in_a_step, check_kubernetes
 from transfusion_jax.parallel.roll_call import call_roll
 
@@ -133,15 +133,29 @@ def gathered(value: Any) -> list[Any]:
     if count == 1:
         return [value]
     client = distributed.global_state.client
-    question = f"transfusion_jax/{next(_questions)}"
-    client.key_value_set(f"{question}/{jax.process_index()}", json.dumps(value))
-    answers = []
-    for process in range(count):
-        try:
-            answers.append(json.loads(client.blocking_key_value_get(f"{question}/{process}", WAIT)))
-        except RuntimeError as error:
-            raise ProcessLost(f"process {process} of {count} does not answer: {error}") from error
-    return answers
+    number = next(_questions)
+    question = f"transfusion_jax/{number}"
+    said = json.dumps(value)
+    try:
+        client.key_value_set(f"{question}/{jax.process_index()}", said)
+        client.wait_at_barrier(question, WAIT)
+        answers = dict(client.key_value_dir_get(question))
+        if is_leader() and number:  # all are here, so all have read the answers before
+            client.key_value_delete(f"transfusion_jax/{number - 1}")
+    except RuntimeError as error:
+        silent = _silent(client, question, count)
+        raise ProcessLost(f"{silent} of {count} does not answer: {error}") from error
+    return [json.loads(answers[f"{question}/{process}"]) for process in range(count)]
+
+
+def _silent(client: Any, question: str, count: int) -> str:
+    """The first process that said nothing; process 0, which keeps what is said, if that is gone."""
+    try:
+        said = dict(client.key_value_dir_get(question))
+    except RuntimeError:
+        return "process 0"
+    missing = [process for process in range(count) if f"{question}/{process}" not in said]
+    return f"process {missing[0]}" if missing else "a process"  # which the error names
 
 
 def leader_does(work: Callable[[], None]) -> None:
@@ -171,7 +185,7 @@ def noticing_loss() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if not joined() or isinstance(error, ComeAgain):
+        if not joined():
             raise
         if lost := lost_processes():
             names = " and ".join(map(str, lost))

@@ -24,15 +24,14 @@ class Stopping:
     latest of these is where all stop.
     """
 
-    def __init__(self, client: Any, process: int, count: int) -> None:
+    def __init__(self, client: Any, process: int) -> None:
         """
         Args:
           client: of the coordination service.
-          process: the number of this one, of `count`.
+          process: the number of this one.
         """
         self._client = client
         self._process = process
-        self._count = count
         self._lock = threading.Lock()
         self._passed = 0
         self._stop_at: int | None = None
@@ -74,15 +73,12 @@ class Stopping:
     def _agree(self, why: str) -> None:
         with self._lock:
             self._client.key_value_set(f"{ASKED}/{self._process}", str(self._passed))
-            points = [
-                int(self._client.blocking_key_value_get(f"{ASKED}/{process}", PATIENCE))
-                for process in range(self._count)
-            ]
+            self._client.wait_at_barrier(ASKED, PATIENCE)
+            points = [int(point) for _, point in self._client.key_value_dir_get(ASKED)]
             self._why = why
             self._stop_at = max(points) + 1
 
 
 def stopping() -> Stopping:
     """Of the processes that have joined."""
-    client = distributed.global_state.client
-    return Stopping(client, jax.process_index(), jax.process_count())
+    return Stopping(distributed.global_state.client, jax.process_index())

@@ -17,6 +17,7 @@ from transfusion_jax.pretraining.initial import check_tokenizer, open_weights
 from transfusion_jax.pretraining.run import latent_space, tokenizer_of
 from transfusion_jax.pretraining.validation import held_out
 from transfusion_jax.training.checkpoint import stored_steps
+from transfusion_jax.training.owner import CONFIG
 
 
 def data_facts(experiment: Experiment, directory: Path) -> dict[str, dict[str, str]]:
@@ -59,7 +60,7 @@ def _known_tokenizer(
     experiment: Experiment, directory: Path, sources: Sequence[tuple[str, Source]]
 ) -> Tokenizer | None:
     """That of the run; None where training is to make it."""
-    known = experiment.tokenizer.path or (directory / "tokenizer.model").exists()
+    known = experiment.tokenizer.path or (directory / CONFIG).exists()
     if known or any(source.assets.tokenizer for _, source in sources):
         return tokenizer_of(experiment, directory)
     return None

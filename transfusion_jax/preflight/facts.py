@@ -21,6 +21,7 @@ from transfusion_jax.parallel.processes import gathered
 from transfusion_jax.preflight.data import data_facts, initial_facts
 from transfusion_jax.preflight.needs import Needs, needs_of
 from transfusion_jax.preflight.run_directory import directory_problem
+from transfusion_jax.training.directory import may_pass
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain")
 ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -47,8 +48,10 @@ class Facts:
     """By source, `digest` or `problem`."""
     directory: str | None
     """Why the run directory cannot be used; None if it can."""
-    free: int
-    """Bytes free where the run directory is or will be."""
+    passes: bool
+    """Whether that may pass by itself."""
+    free: int | None
+    """Bytes free where the run directory is or will be; None where its storage does not say."""
     held: int
     """Bytes of the checkpoints that are already in it."""
     clock: float
@@ -63,8 +66,17 @@ class Facts:
 
 
 def collect(experiment: Experiment, directory: Path) -> list[Facts]:
-    """The facts of every process, in the order of processes. All must call it."""
+    """The facts of every process, in the order of processes. All must call it.
+
+    Raises:
+      ComeAgain: the run's storage fails, which may pass.
+    """
     problem = directory_problem(experiment, directory)
+    free, held = None, 0
+    try:
+        free, held = _free(directory), _held(directory / "checkpoints")
+    except OSError as error:
+        problem = problem or (f"cannot read {directory}: {error}", may_pass(error, directory))
     devices = jax.local_devices()
     known = {
         "process": jax.process_index(),
@@ -77,9 +89,10 @@ def collect(experiment: Experiment, directory: Path) -> list[Facts]:
         "needs": needs_of(experiment),
         "memory": _memory(devices),
         "data": data_facts(experiment, directory) | initial_facts(experiment, directory),
-        "directory": problem,
-        "free": _free(directory),
-        "held": _held(directory / "checkpoints"),
+        "directory": problem and problem[0],
+        "passes": problem is not None and problem[1],
+        "free": free,
+        "held": held,
     }
     gathered(None)  # all have come this far, so all read their clock now
     facts = Facts(**known, clock=time.time())

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from transfusion_jax.planning.describe import size
 from transfusion_jax.preflight.facts import Facts
-from transfusion_jax.training.storage_errors import FULL
 
 SKEW = 5.0
 """Seconds that the clocks of two hosts may differ by: logs are compared by time, and storage
@@ -21,7 +20,8 @@ class Finding:
     text: str
     """One line: what was found, or the problem."""
     passes: bool = False
-    """Whether the problem may pass by itself: the disk is full under a run that has checkpoints."""
+    """Whether the problem may pass by itself: storage fails, or is full, under a run that is
+    there."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def data(facts: Sequence[Facts]) -> Finding:
 def directory(facts: Sequence[Facts]) -> Finding:
     """Every process writes to the run directory, and it is one directory."""
     if problems := _problems(facts, lambda fact: fact.directory):
-        full = all(FULL in fact.directory for fact in facts if fact.directory)
-        return Finding("run directory", False, problems, passes=full and facts[0].held > 0)
+        passes = all(fact.passes for fact in facts if fact.directory)
+        return Finding("run directory", False, problems, passes)
     return Finding("run directory", True, "every process can write to it")
 
 
@@ -135,6 +135,9 @@ def space(facts: Sequence[Facts], asked: Asked) -> Finding:
     leader = facts[0]
     if leader.needs.problem:
         return Finding("space", False, "not known while the mesh does not fit")
+    if leader.free is None:
+        unknown = "not known while the run directory cannot be read"
+        return Finding("space", False, unknown, leader.passes)
     count = asked.keep_checkpoints + 1
     total = count * leader.needs.checkpoint
     kept = f"{count} checkpoints of {size(leader.needs.checkpoint)}"

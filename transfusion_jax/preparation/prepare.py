@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from transfusion_jax.data.sources.dataset import open_dataset
 from transfusion_jax.errors import require
+from transfusion_jax.host import bar_intervals
 from transfusion_jax.preparation import directory
 from transfusion_jax.preparation.config import Preparation
 from transfusion_jax.preparation.finish import PreparationFailed, finish_dataset
@@ -117,7 +118,8 @@ def _write_shards(begun: Begun, mine: list[int], workers: int) -> None:
     if not mine:
         return
     directory.remove_partials(job.out, set(mine))
-    with tqdm(total=sum(len(job.items(k)) for k in mine), unit="item", desc="preparing") as bar:
+    total = sum(len(job.items(k)) for k in mine)
+    with tqdm(total=total, unit="item", desc="preparing", **bar_intervals()) as bar:
         if job.settings.encode is None and min(workers, len(mine)) > 1:
             for items in make_shards(job, mine, workers):
                 bar.update(items)

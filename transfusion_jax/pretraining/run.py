@@ -25,7 +25,7 @@ from transfusion_jax.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion_jax.files import local_path, write_atomic
 from transfusion_jax.model.work import batch_work, model_flops
 from transfusion_jax.parallel.mesh import make_mesh, process_rows
-from transfusion_jax.parallel.processes import check_collectives, is_leader
+from transfusion_jax.parallel.processes import check_collectives, gathered, is_leader
 from transfusion_jax.parallel.rules import batch_sharding
 from transfusion_jax.pretraining.initial import initialise_from
 from transfusion_jax.pretraining.state import Blueprint, blueprint
@@ -42,6 +42,7 @@ from transfusion_jax.training.feed import Feed
 from transfusion_jax.training.instruments import Instruments
 from transfusion_jax.training.loop import Run
 from transfusion_jax.training.loss_watch import LossWatch
+from transfusion_jax.training.owner import CONFIG
 from transfusion_jax.training.weights_and_biases import Project
 
 
@@ -64,7 +65,7 @@ def open_run(experiment: Experiment, directory: Path, report: Report) -> Run:
     feed = _feed(data, planned)
     validators = (validator(planned, mesh, tokenizer),) if experiment.train.validate_every else ()
     initialise = planned.initialise
-    if experiment.train.initial and not stored_steps(directory / "checkpoints"):
+    if experiment.train.initial and not gathered(stored_steps(directory / "checkpoints"))[0]:
         autoencoder = latents.directory if latents else None
         initialise = initialise_from(
             experiment.train.initial, planned, tokenizer, report, autoencoder
@@ -199,7 +200,7 @@ def stored(directory: Path, report: Report) -> tuple[Experiment, Tokenizer]:
     Raises:
       ValueError: `directory` is no run directory, or its tokenizer is lost.
     """
-    path = directory / "config.json"
+    path = directory / CONFIG
     if not path.is_file():
         raise ValueError(f"{directory} is not a run directory: it has no config.json")
     text = path.read_text(errors="replace")
@@ -232,12 +233,12 @@ def tokenizer_of(experiment: Experiment, directory: Path) -> Tokenizer:
       ValueError: the run's own is lost, or there is none to take.
     """
     path = directory / "tokenizer.model"
-    if not path.exists():
-        if (directory / "config.json").exists():
-            raise ValueError(f"{directory} has lost its tokenizer.model: no other fits its weights")
+    if not (directory / CONFIG).exists():  # an interrupted start may have left another's
         if not experiment.tokenizer.path:
             return _sources_tokenizer(experiment)
         path = local_path(experiment.tokenizer.path)
+    elif not path.exists():
+        raise ValueError(f"{directory} has lost its tokenizer.model: no other fits its weights")
     try:
         return Tokenizer(path.read_bytes(), str(path))
     except OSError as error:

@@ -4,6 +4,7 @@ config.json     the resolved experiment; written last, so a directory with one i
 checkpoints/    Orbax: the state, the seconds of training, the digests of the data
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from transfusion_jax.errors import ComeAgain, require
 from transfusion_jax.files import appears, write_atomic
 from transfusion_jax.parallel.processes import gathered, is_leader
 from transfusion_jax.training.checkpoint import Checkpoints, Report
-from transfusion_jax.training.lock import Lock
-from transfusion_jax.training.owner import CONFIG, SUMMARY, check_owner
+from transfusion_jax.training.lock import InUse, Lock
+from transfusion_jax.training.owner import CONFIG, LOCK, SUMMARY, check_owner
 from transfusion_jax.training.storage_errors import STORAGE
 
 Fingerprints = tuple[tuple[str, str], ...]
@@ -44,6 +45,10 @@ class RunDirectory:
     def start(self) -> int:
         """Steps taken."""
         return 0 if self.state is None else int(self.state.step)
+
+    def kept(self) -> contextlib.AbstractContextManager[None]:
+        """No other run uses the directory until the block ends, though this is closed before."""
+        return self.lock.kept() if self.lock else contextlib.nullcontext()
 
     def close(self) -> None:
         """Waits for the checkpoint in progress, and lets another run use the directory."""
@@ -75,16 +80,27 @@ def check_directory(experiment: Any, directory: Path) -> None:
     _raise_together(problem)
 
 
+def may_pass(error: OSError, directory: Path) -> bool:
+    """Whether an error is one of storage that fails under a run that is there already. Storage that
+    does not even say what is there counts as that of a run."""
+    if error.errno not in STORAGE:
+        return False
+    try:
+        (directory / CONFIG).stat()
+    except OSError as found:
+        return found.errno in STORAGE
+    return True
+
+
 def _problem(error: OSError | ValueError, directory: Path) -> tuple[str, bool]:
-    """An error of opening a directory in a line, and whether it may pass: storage that fails under
-    a run that is there already."""
-    storage = isinstance(error, OSError) and error.errno in STORAGE
-    if not (storage and os.path.exists(directory / CONFIG)):
-        return str(error), False
-    return (
-        f"cannot open the run in {directory} ({error.strerror}); the same command tries again",
-        True,
-    )
+    """An error of opening a directory in a line, and whether it may pass: under a run that is there
+    already, storage that fails, or a lock of another machine, which may be gone."""
+    if isinstance(error, OSError) and may_pass(error, directory):
+        line = f"cannot open the run in {directory} ({error.strerror})"
+        return f"{line}; the same command tries again", True
+    if isinstance(error, InUse) and error.elsewhere and os.path.exists(directory / CONFIG):
+        return f"{error}; if that host is gone, remove {directory / LOCK}", True
+    return str(error), False
 
 
 def _raise_together(problem: tuple[str, bool] | None) -> None:
@@ -110,12 +126,13 @@ def open_directory(
 
     Raises:
       ValueError: the data under the run has changed since the checkpoint; processes read different
-        data, or do not share the directory; or another run is using it.
+        data, or do not share the directory; or another run is using it, or has used it since it
+        passed.
       CheckpointError: the run has checkpoints, and none can be read.
-      ComeAgain: the run's storage fails, which may pass.
+      ComeAgain: the run's storage fails, or another machine holds the run, which may pass.
     """
     _check_same(fingerprints)
-    lock, problem = _prepared(path, dumps(experiment), fill) if is_leader() else (None, None)
+    lock, problem = _prepared(path, experiment, fill) if is_leader() else (None, None)
     _raise_together(problem)
     try:
         return _opened(path, experiment, abstract, fingerprints, report, lock)
@@ -172,17 +189,21 @@ def _check_same(fingerprints: Fingerprints) -> None:
 
 
 def _prepared(
-    path: Path, config: str, fill: Callable[[Path], None]
+    path: Path, experiment: Any, fill: Callable[[Path], None]
 ) -> tuple[Lock | None, tuple[str, bool] | None]:
     """A new run's directory filled, or an existing one as it is; its lock, or why there is none."""
+    lock = None
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = Lock(path / "lock")
+        lock = Lock(path / LOCK)
+        check_owner(experiment, path)  # again: another run may have had it since
     except (OSError, ValueError) as error:
+        if lock:
+            lock.release()
         return None, _problem(error, path)
     if not (path / CONFIG).exists():
         fill(path)
-        write_atomic(path / CONFIG, config.encode())
+        write_atomic(path / CONFIG, dumps(experiment).encode())
     return lock, None
 
 

@@ -38,8 +38,8 @@ class MetricsLog:
         self._report = report
         self._failing = self._unsent = False
 
-    def copy_to(self, mirror: Mirror) -> None:
-        """Sends what is logged from now on there as well."""
+    def copy_to(self, mirror: Mirror | None) -> None:
+        """Sends what is logged from now on there as well, if anywhere."""
         self._mirror = mirror
 
     def write(self, row: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ import jax
 from tqdm import tqdm
 
 from transfusion_jax.errors import Stopped
+from transfusion_jax.host import bar_intervals
 from transfusion_jax.parallel.processes import is_leader, leader_does
 from transfusion_jax.training.checkpoint import Report
 from transfusion_jax.training.feed import Feed
@@ -23,7 +24,7 @@ from transfusion_jax.training.profile import Profiler
 from transfusion_jax.training.settings import Settings
 from transfusion_jax.training.update import Metrics
 from transfusion_jax.training.watchdog import check_finite
-from transfusion_jax.training.weights_and_biases import Mirror
+from transfusion_jax.training.weights_and_biases import mirror
 
 
 class Monitor:
@@ -54,7 +55,7 @@ class Monitor:
         if leader:
             self._log = MetricsLog(directory, start, report)
         if instruments.project:  # which may refuse the run; then no process starts it
-            leader_does(lambda: self._log.copy_to(Mirror(instruments.project, directory)))
+            leader_does(lambda: self._log.copy_to(mirror(instruments.project, directory, report)))
         self._gauges = Gauges(feed, devices)
         self._profiler = Profiler(instruments.profile, directory / "profile", report)
         self._watcher = LossWatcher(instruments.loss_watch) if instruments.loss_watch else None
@@ -65,7 +66,7 @@ class Monitor:
             desc="training",
             dynamic_ncols=True,
             disable=not leader,
-            mininterval=0.5,
+            **bar_intervals(),
         )
         self._observed: dict[int, dict[str, float]] = {}
         self._compiled = False

@@ -7,9 +7,10 @@ from typing import Any
 from transfusion_jax.config.stored import differences, loads
 
 CONFIG = "config.json"
+LOCK = "lock"
 SUMMARY = "summary.json"  # of a finished run: its numbers
 # What an interrupted start can leave behind, before there is a config.
-STARTED = ("tokenizer.model", "ledger.json", "autoencoder", "lock")
+STARTED = ("tokenizer.model", "ledger.json", "autoencoder", LOCK)
 
 # And of one that was killed, or ended by its watchdog.
 LEFT = r"\.partial$|^stacks-\d+\.txt$"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transfusion_jax.errors import WorkFailed, require
 from transfusion_jax.files import write_atomic
 
 IDENTITY = "wandb_id"
-"""The file in a run directory that names the run there, so that restarts continue it."""
+"""The file in a run directory that names the run there, once there is one: restarts continue it."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,20 @@ class Mirror:
         import wandb
 
         file = directory / IDENTITY
-        if not file.exists():
-            write_atomic(file, secrets.token_hex(4).encode())
+        identity = file.read_text() if file.exists() else secrets.token_hex(4)
         try:
             self._run = wandb.init(
                 project=project.project,
                 name=project.name,
-                id=file.read_text(),
+                id=identity,
                 resume="allow",
                 config=project.config,
                 dir=str(directory),
             )
-        except wandb.Error as error:
+        except (wandb.Error, OSError) as error:
             raise WorkFailed(f"Weights & Biases: {error}") from error
+        if not file.exists():
+            write_atomic(file, identity.encode())
         self._image = wandb.Image
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -77,3 +79,18 @@ class Mirror:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def mirror(project: Project, directory: Path, report: Callable[[str], None]) -> Mirror | None:
+    """The mirror of a run; None where a run that was shown there goes on without it.
+
+    Raises:
+      WorkFailed: the service refuses a new run, or cannot be reached.
+    """
+    try:
+        return Mirror(project, directory)
+    except WorkFailed as error:
+        if not (directory / IDENTITY).exists():
+            raise
+        report(f"{error}; this start is not shown there")
+        return None

@@ -92,18 +92,19 @@ def train_autoencoder(
       TrainingFailed: too many steps in a row without finite gradients, or the final checkpoint was
         not written.
     """
-    outcome = train(opened.run, report, watch)
-    if outcome.stopped_by:
-        return None
-    return finish(
-        opened.blueprint,
-        outcome.state,
-        opened.judges,
-        opened.held_out,
-        opened.run.directory.path,
-        outcome.seconds,
-        watch.check if watch else nothing,
-    )
+    with opened.run.directory.kept():  # no other run while this one is measured
+        outcome = train(opened.run, report, watch)
+        if outcome.stopped_by:
+            return None
+        return finish(
+            opened.blueprint,
+            outcome.state,
+            opened.judges,
+            opened.held_out,
+            opened.run.directory.path,
+            outcome.seconds,
+            watch.check if watch else nothing,
+        )
 
 
 def _feed(experiment: AutoencoderExperiment, known: Sequence[np.ndarray]) -> Feed:
