@@ -160,8 +160,8 @@ FAULTS = (
     Fault(
         "a U-Net that does not know the timestep",
         "model/patches/unet.py",
-        "y_Nhwc = y_Nhwc + project(time_NE, self.time_Ec)[:, None, None]",
-        "y_Nhwc = y_Nhwc + 0 * project(time_NE, self.time_Ec)[:, None, None]",
+        "added(y_Nhwc, project(time_NE, self.time_Ec)[:, None, None])",
+        "added(y_Nhwc, 0 * project(time_NE, self.time_Ec)[:, None, None])",
         "unet",
     ),
     Fault(

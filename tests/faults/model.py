@@ -146,8 +146,8 @@ FAULTS = (
     Fault(
         "learned patch positions unused",
         "model/patches/linear.py",
-        "self.position_PD[...].astype(self.dtype)[None, None]",
-        "0.0 * self.position_PD[...].astype(self.dtype)[None, None]",
+        "self.position_PD[...][None, None]",
+        "0.0 * self.position_PD[...][None, None]",
         "model",
     ),
     Fault(
@@ -156,5 +156,12 @@ FAULTS = (
         "-(-8 * self.width // 3 // 256) * 256",
         "(8 * self.width // 3 // 256) * 256",
         "model::test_presets_have_the_sizes_of_table_2",
+    ),
+    Fault(
+        "a bias is added in the dtype of the products",
+        "model/layers.py",
+        "return (x.astype(jnp.float32) + part.astype(jnp.float32)).astype(x.dtype)",
+        "return x + part.astype(x.dtype)",
+        "model::test_gradients_of_what_is_added_everywhere_are_sums_in_float32",
     ),
 )

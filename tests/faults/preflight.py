@@ -143,4 +143,11 @@ FAULTS = (
         "        if False:\n            check_tokenizer(",
         "initial::test_check_asks_for_the_tokenizer_of_the_weights",
     ),
+    Fault(
+        "a source that process 0 lacks ends the check",
+        "preflight/judgement.py",
+        "for name in dict.fromkeys(name for fact in facts for name in fact.data):",
+        "for name in facts[0].data:",
+        "check::test_a_source_that_one_host_lacks_is_named",
+    ),
 )

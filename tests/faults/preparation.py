@@ -55,7 +55,7 @@ FAULTS = (
     Fault(
         "crop not centred",
         "images.py",
-        "(picture.width - width * scale) / 2, (picture.height - height * scale) / 2",
+        "(picture.width - box_width) / 2, (picture.height - box_height) / 2",
         "0, 0",
         "readers",
     ),
@@ -104,7 +104,7 @@ FAULTS = (
     Fault(
         "pictures that json names left out",
         "preparation/readers/documents.py",
-        "if _holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):",
+        "if holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):",
         "if False:",
         "readers",
     ),
@@ -184,5 +184,40 @@ FAULTS = (
         "step = min(max(len(picture_hwc) // 8, 1), MOST_APART)",
         "step = MOST_APART",
         "prepare::test_pictures_that_differ_in_few_rows_are_on_both_sides",
+    ),
+    Fault(
+        "a crop is rounded out of its picture",
+        "images.py",
+        "box_width = min(picture.width, picture.height * width / height)",
+        "box_width = width * min(picture.width / width, picture.height / height)",
+        "readers::test_no_size_of_a_good_picture_is_refused",
+    ),
+    Fault(
+        "the first long texts fill the tokenizer's sample",
+        "preparation/vocabulary.py",
+        "texts += text[:most]",
+        "texts += text",
+        "prepare::test_a_trained_tokenizer_has_seen_all_inputs_however_long_their_texts",
+    ),
+    Fault(
+        "a second picture in a sample's JSON is dropped",
+        "preparation/readers/tars.py",
+        "if holds_picture(metadata, beside_picture=True):",
+        "if False:",
+        "readers::test_a_second_picture_in_a_sample_s_json_is_rejected",
+    ),
+    Fault(
+        "a column of names of pictures is left out",
+        "preparation/readers/tables.py",
+        "pictures += _named_in_cells(opened, columns)",
+        "pictures += []",
+        "readers::test_a_column_of_names_of_pictures_is_never_left_out",
+    ),
+    Fault(
+        "the text beside a captioned picture is a document",
+        "preparation/readers/inputs.py",
+        "if name in texts - beside - spare]",
+        "if name in texts - beside]",
+        "readers::test_text_beside_a_picture_that_a_line_names_is_no_document",
     ),
 )
