@@ -211,8 +211,18 @@ def test_hardware_that_fails_is_one_line_and_may_work_again(capsys, monkeypatch,
     codes = [] if alone else left(monkeypatch)
     assert main(("evaluate", "x")) == 42
     assert codes == ([] if alone else [42])
-    line = "error: a device or a transfer failed; the same command tries again"
-    assert capsys.readouterr().err == f"{line}: {message}\n"
+    line = "error: a device, a transfer or the compiler failed; the same command tries again"
+    said = capsys.readouterr().err
+    assert said.endswith(f"\n{line}: {message}\n") and "and details" in said
+
+
+def test_a_compiler_that_fails_a_plan_is_a_fault(monkeypatch):
+    def work(arguments: argparse.Namespace) -> int:
+        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed")
+
+    monkeypatch.setitem(COMMANDS, "plan", replace(COMMANDS["plan"], run=work))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
+        main(("plan", "x"))
 
 
 FIRST = """

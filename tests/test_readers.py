@@ -436,14 +436,17 @@ def test_a_second_picture_in_a_sample_s_json_is_rejected(tmp_path):
     second = (
         {"caption": "a", "image_b": "3b.png"},
         {"caption": "a", "edited": "data:image/png;base64,x"},
-        {"caption": "a", "file_name": "0.png", "url": "http://x/y.png", "n": 1, "more": None},
     )
+    metadata = {
+        "caption": "a", "image": "0.jpg", "file_name": "x.png", "url": "http://x/y.png", "n": 1,
+        "meta": {"original_filename": "IMG_1.JPG"}, "exif": {"Image": "/9j/x"}, "more": None,
+    }  # fmt: skip
     members = [(f"{i}.json", json.dumps(value).encode()) for i, value in enumerate(second)]
     path = tar(tmp_path / "x.tar", ("0.png", png()), ("1.png", png()), *members[:2])
     assert items(the_reader(path)) == ["unknown key with a picture"] * 2
     ignored = Columns(ignored=("image_b", "edited"))
     assert items(the_reader(path, ignored)) == [(("a",), (png(),))] * 2
-    own = tar(tmp_path / "own.tar", ("0.png", png()), ("0.json", members[2][1]))
+    own = tar(tmp_path / "own.tar", ("0.png", png()), ("0.json", json.dumps(metadata).encode()))
     assert items(the_reader(own)) == [(("a",), (png(),))]
 
 
@@ -536,8 +539,16 @@ def test_no_column_with_pictures_or_text_is_left_out_unsaid(tmp_path):
         ({"image": [png()], "caption": ["a"], "edited_image": ["b.png"]}, "edited_image"),
         ({"image": [png()], "caption": ["a"], "image_url": ["http://x/b.png"]}, None),
         ({"image": [png()], "captions": [["a"]], "text": ["b"]}, "captions"),
-        ({"text": ["a"], "extra": [{"name": "b.png", "n": 1}]}, "extra"),
-        ({"text": ["a"], "extra": [{"name": "b", "n": 1}], "label": [1]}, None),
+        ({"text": ["a"], "extra": [{"image": "b.png", "n": 1}]}, "extra"),
+        ({"text": ["a"], "extra": [{"image": "b", "n": 1}], "label": [1]}, None),
+        # As in Flickr30k, COCO and FineWeb.
+        (
+            {"image": [{"bytes": png(), "path": "b.jpg"}], "caption": ["a"], "filename": ["b.jpg"]},
+            None,
+        ),
+        ({"image": [png()], "caption": ["a"], "file_name": ["b.jpg"], "coco": ["c.jpg"]}, None),
+        ({"image": [{"bytes": png(), "path": "b.jpg"}], "text": ["a"], "photo": ["x/B.png"]}, None),
+        ({"text": ["a"], "url": ["https://x/File:Foo.jpg"], "dump": ["d"]}, None),
         ({"text": ["a"] * 3, "source": [None, "", "data:image/png;base64,x"]}, "source"),
     ],
 )

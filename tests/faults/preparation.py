@@ -104,7 +104,7 @@ FAULTS = (
     Fault(
         "pictures that json names left out",
         "preparation/readers/documents.py",
-        "if holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):",
+        "if _holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):",
         "if False:",
         "readers",
     ),
@@ -202,7 +202,7 @@ FAULTS = (
     Fault(
         "a second picture in a sample's JSON is dropped",
         "preparation/readers/tars.py",
-        "if holds_picture(metadata, beside_picture=True):",
+        "if holds_another_picture(value, os.path.basename(name)):",
         "if False:",
         "readers::test_a_second_picture_in_a_sample_s_json_is_rejected",
     ),

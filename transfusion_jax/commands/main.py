@@ -48,6 +48,7 @@ COMMANDS: dict[str, Command] = {
 }
 HELP = ("-h", "--help")
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in JAX's error
+ON_DEVICES = ("train", "autoencoder", "evaluate", "generate")  # not `plan`, which only compiles
 # Beginnings of JAX's errors of hardware. A compiler that fails begins like the first, and fails
 # again; but a run that ends in its third week for a broken chip costs more than some restarts.
 PASSING = (
@@ -100,14 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY in str(error):
             return _fail(f"the memory of a device is full: {_first_line(error)}", 1)
-        if _from_jax(error) and str(error).startswith(PASSING):
-            line = (
-                f"a device or a transfer failed; the same command tries again: {_first_line(error)}"
-            )
-            return _fail(line, AGAIN)
-        if not _joined():
+        passing = words[0] in ON_DEVICES and _from_jax(error) and str(error).startswith(PASSING)
+        if not passing and not _joined():
             raise
         traceback.print_exc()
+        if passing:
+            line = "a device, a transfer or the compiler failed; the same command tries again"
+            return _fail(f"{line}: {_first_line(error)}", AGAIN)
         return _fail(str(error), 1)  # an ordinary exit would wait for the other processes
 
 

@@ -16,6 +16,7 @@ the byte.
 import itertools
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,13 +104,13 @@ def _check_inputs(inputs: Sequence[str]) -> None:
         "name at least one input: a folder, .jsonl, .tar, .parquet, .txt or tfds:NAME",
     )
     places = [path if path.startswith("tfds:") else os.path.realpath(path) for path in inputs]
-    named = zip(inputs, places, strict=True)
-    for (path, place), (other, outer) in itertools.permutations(named, 2):
-        require(place != outer, f"{path} is named twice: all in it would be there twice")
-        require(
-            not place.startswith(os.path.join(outer, "")),
-            f"{path} lies in {other}: all in it would be there twice",
-        )
+    count = Counter(places)
+    for path, place in zip(inputs, places, strict=True):
+        require(count[place] == 1, f"{path} is named twice: all in it would be there twice")
+        outer = next((str(x) for x in Path(place).parents if str(x) in count), None)
+        if outer:
+            other = inputs[places.index(outer)]
+            raise ValueError(f"{path} lies in {other}: all in it would be there twice")
 
 
 def _write_shards(begun: Begun, mine: list[int], workers: int) -> None:

@@ -32,6 +32,10 @@ PICTURE_WORDS = frozenset(
     "gif bmp".split()
 )
 FILE_NAME_KEYS = frozenset("files file_names filename filenames".split())
+DESCRIBING_WORDS = frozenset(
+    "file files filename name names path paths id ids url urls uri".split()
+)
+"""In keys of what describes a picture: `image_path`, `pictureId`."""
 BASE64_STARTS = ("iVBORw0KG", "/9j/", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WebP
 
 
@@ -55,8 +59,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def names_picture(key: str) -> bool:
     """Whether a key or column is called after pictures: `img`, `image_id`, `photoURL`."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
-    return key.lower() in FILE_NAME_KEYS or any(word.lower() in PICTURE_WORDS for word in words)
+    return key.lower() in FILE_NAME_KEYS or not _words(key).isdisjoint(PICTURE_WORDS)
+
+
+def _words(key: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)}
+
+
+def holds_another_picture(metadata: Any, own: str, key: str = "") -> bool:
+    """Whether what stands beside a picture, in a tar's JSON or a table's cells, holds a second one:
+    encoded, or named under a key that is called after pictures (`edited_image`, not `file_name`).
+
+    Args:
+      own: the stem of the picture's file, whatever its ending; empty where it has none.
+      key: what `metadata` stands under.
+    """
+    if key.lower() == "exif":
+        return False
+    if isinstance(metadata, dict):
+        return any(holds_another_picture(value, own, key) for key, value in metadata.items())
+    if isinstance(metadata, list):
+        return any(holds_another_picture(value, own, key) for value in metadata)
+    if not isinstance(metadata, str):
+        return False
+    if metadata.startswith(("data:image/", *BASE64_STARTS)):
+        return True
+    words = _words(key)
+    called = not words.isdisjoint(PICTURE_WORDS) and words.isdisjoint(DESCRIBING_WORDS)
+    stem = os.path.basename(metadata).partition(".")[0].lower()
+    return called and is_picture(metadata) and "://" not in metadata and stem != own.lower()
 
 
 def document_of(content: bytes, name: str, folder: Folder, at: str, ignored: Set[str]) -> Raw:
@@ -73,14 +104,14 @@ def document_of(content: bytes, name: str, folder: Folder, at: str, ignored: Set
     value = json_of(content, name)
     if not isinstance(value, dict):
         raise Rejected("not a document", name, content)
-    value = present(value, ignored)
+    value = _present(value, ignored)
     files = [key for key in FILE_KEYS if key in value]
     texts = [key for key in TEXT_KEYS if key in value]
     spans = value.get("spans")
     if len(files) > 1 or len(texts) > 1 or (spans is not None and files + texts):
         raise Rejected("ambiguous keys", name, content)
     metadata = {key: v for key, v in value.items() if key not in (*files, *texts, "spans")}
-    if holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):
+    if _holds_picture(metadata, beside_picture=bool(files) or _has_picture(spans)):
         raise Rejected("unknown key with a picture", name, content)
     if files:
         picture = _picture(value[files[0]], name, folder, at, content)
@@ -118,10 +149,10 @@ def _span(
 ) -> str | Picture:
     if isinstance(value, str):
         return value
-    value = present(value, ignored) if isinstance(value, dict) else {}
+    value = _present(value, ignored) if isinstance(value, dict) else {}
     known = [key for key in (*FILE_KEYS, "text") if key in value]
     metadata = {key: v for key, v in value.items() if key not in known}
-    if len(known) != 1 or holds_picture(metadata, beside_picture=known != ["text"]):
+    if len(known) != 1 or _holds_picture(metadata, beside_picture=known != ["text"]):
         raise Rejected("not a document", name, content)
     if known == ["text"]:
         return string_of(value["text"], name)
@@ -135,12 +166,11 @@ def _picture(file: Any, name: str, folder: Folder, at: str, content: bytes) -> P
     return Picture(functools.partial(folder.read, path, file), path)
 
 
-def present(value: dict, ignored: Set[str]) -> dict:
-    """The object without nulls and what is ignored."""
+def _present(value: dict, ignored: Set[str]) -> dict:
     return {key: v for key, v in value.items() if v is not None and key not in ignored}
 
 
-def holds_picture(metadata: dict, beside_picture: bool) -> bool:
+def _holds_picture(metadata: dict, beside_picture: bool) -> bool:
     """Whether a value seems to be a picture or the name of one.
 
     Beside a picture, keys such as `image_id` and `image_url` describe it, and only what looks like

@@ -14,7 +14,7 @@ from transfusion_jax.preparation.readers.collection import Scanned
 from transfusion_jax.preparation.readers.documents import (
     TEXT_KEYS,
     captions_of,
-    holds_picture,
+    holds_another_picture,
     names_picture,
 )
 from transfusion_jax.preparation.readers.folder import Folder
@@ -199,19 +199,21 @@ def _check_columns(
 
 
 def _named_in_cells(file: Any, columns: Columns) -> list[str]:
-    """The other columns of strings, or with strings inside, whose first rows name pictures."""
-    pairs = columns.image in file.schema_arrow.names
-    known = {columns.image, *TEXT_KEYS, columns.caption, columns.text, *columns.ignored}
-    others = [field.name for field in file.schema_arrow
-              if field.name not in known and not _holds_bytes(field.type)]  # fmt: skip
-    if not others:
-        return []
+    """The other columns whose first rows hold pictures as text, or name others than their own."""
+    schema = file.schema_arrow
+    known = {*TEXT_KEYS, columns.image, columns.caption, columns.text, *columns.ignored}
+    others = [x.name for x in schema if x.name not in known and not _holds_bytes(x.type)]
+    own = f"{columns.image}.path"  # of a struct; there may be none
     try:
-        batch = next(file.iter_batches(LOOKED_AT, columns=others), None)
+        batch = next(file.iter_batches(LOOKED_AT, columns=[*others, own]), None)
     except Exception:  # decoders raise whatever they like; the rows will be counted
         return []
-    rows = batch.to_pylist() if batch is not None else []
-    return [name for name in others if any(holds_picture({name: row[name]}, pairs) for row in rows)]
+    found = set()
+    for row in batch.to_pylist() if batch is not None else ():
+        path = (row.get(columns.image) or {}).get("path") or ""
+        stem = os.path.basename(path).partition(".")[0]
+        found.update(x for x in others if holds_another_picture(row[x], stem, x))
+    return [name for name in others if name in found]
 
 
 def _holds_bytes(kind: Any) -> bool:

@@ -11,11 +11,9 @@ import numpy as np
 
 from transfusion_jax.preparation.readers.collection import Scanned
 from transfusion_jax.preparation.readers.documents import (
-    TEXT_KEYS,
     captions_of,
-    holds_picture,
+    holds_another_picture,
     json_of,
-    present,
 )
 from transfusion_jax.preparation.readers.folder import Folder, read_at
 from transfusion_jax.preparation.readers.raw import (
@@ -111,8 +109,7 @@ class WebDataset:
         if ending == ".txt":
             captions = (text_of(caption, name),)
         else:
-            picture = os.path.basename(members[pictures[0]].name)
-            captions = self._captions(caption, name, picture)
+            captions = self._captions(caption, name)
         load = functools.partial(self._picture, members[pictures[0]], name)
         return Raw(name, (Picture(load),), captions)
 
@@ -120,21 +117,12 @@ class WebDataset:
         """Of `.thumb.jpg`, whether `thumb` is ignored, or `thumb.jpg`."""
         return not self._ignored.isdisjoint({ending[1:], ending.split(".")[1]})
 
-    def _captions(self, content: bytes, name: str, picture: str) -> tuple[str, ...]:
-        """Those in a sample's JSON.
-
-        Raises:
-          Rejected: it has none, or seems to hold another picture than the sample's own.
-        """
+    def _captions(self, content: bytes, name: str) -> tuple[str, ...]:
+        """Those in a sample's JSON; raises Rejected if it has none, or holds another picture."""
         value = json_of(content, name)
         if isinstance(value, dict):
-            value = present(value, self._ignored)
-            metadata = {
-                key: v
-                for key, v in value.items()
-                if key not in TEXT_KEYS and not (isinstance(v, str) and v.endswith(picture))
-            }
-            if holds_picture(metadata, beside_picture=True):
+            value = {key: v for key, v in value.items() if key not in self._ignored}
+            if holds_another_picture(value, os.path.basename(name)):
                 raise Rejected("unknown key with a picture", name, content)
         return captions_of(value, name)
 
