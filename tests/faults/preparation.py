@@ -195,8 +195,8 @@ FAULTS = (
     Fault(
         "the first long texts fill the tokenizer's sample",
         "preparation/vocabulary.py",
-        "texts += text[:most]",
-        "texts += text",
+        "characters += min(len(text), most)",
+        "characters += len(text)",
         "prepare::test_a_trained_tokenizer_has_seen_all_inputs_however_long_their_texts",
     ),
     Fault(
