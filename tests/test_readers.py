@@ -444,6 +444,9 @@ def test_a_second_picture_in_a_sample_s_json_is_rejected(tmp_path):
     members = [(f"{i}.json", json.dumps(value).encode()) for i, value in enumerate(second)]
     path = tar(tmp_path / "x.tar", ("0.png", png()), ("1.png", png()), *members[:2])
     assert items(the_reader(path)) == ["unknown key with a picture"] * 2
+    deep = b'{"caption": "a", "x": ' + b"[" * 600 + b'"0.png"' + b"]" * 600 + b"}"
+    nested = tar(tmp_path / "deep.tar", ("0.png", png()), ("0.json", deep))
+    assert items(the_reader(nested)) == [(("a",), (png(),))]
     ignored = Columns(ignored=("image_b", "edited"))
     assert items(the_reader(path, ignored)) == [(("a",), (png(),))] * 2
     own = tar(tmp_path / "own.tar", ("0.png", png()), ("0.json", json.dumps(metadata).encode()))

@@ -216,8 +216,8 @@ FAULTS = (
     Fault(
         "the text beside a captioned picture is a document",
         "preparation/readers/inputs.py",
-        "if name in texts - beside - spare]",
-        "if name in texts - beside]",
+        "and n not in captioning]",
+        "and n not in beside]",
         "readers::test_text_beside_a_picture_that_a_line_names_is_no_document",
     ),
 )

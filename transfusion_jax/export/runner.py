@@ -25,6 +25,7 @@ import json
 import struct
 import sys
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -99,7 +100,15 @@ class Model:
             return [0] * self.about["patches"]
         return (self.about["vocabulary"] + image_hwc.reshape(-1).astype(int)).tolist()
 
-    def generate(self, prompt, images=(), seed=0, row=0, draw=False, **asked):
+    def generate(
+        self,
+        prompt: list[int],
+        images: Sequence[np.ndarray] = (),
+        seed: int = 0,
+        row: int = 0,
+        draw: bool = False,
+        **asked: float | None,
+    ) -> Iterator[str | np.ndarray]:
         """Continues a document of text ids and images; yields texts and images [h, w, c].
 
         Args:

@@ -74,20 +74,27 @@ def holds_another_picture(metadata: Any, own: str, key: str = "") -> bool:
       own: the stem of the picture's file, whatever its ending; empty where it has none.
       key: what `metadata` stands under.
     """
-    if key.lower() == "exif":
-        return False
-    if isinstance(metadata, dict):
-        return any(holds_another_picture(value, own, key) for key, value in metadata.items())
-    if isinstance(metadata, list):
-        return any(holds_another_picture(value, own, key) for value in metadata)
-    if not isinstance(metadata, str):
-        return False
-    if metadata.startswith(("data:image/", *BASE64_STARTS)):
+    waiting = [(key, metadata)]
+    while waiting:
+        key, found = waiting.pop()
+        if key.lower() == "exif":
+            continue
+        if isinstance(found, dict):
+            waiting += found.items()
+        elif isinstance(found, list):
+            waiting += ((key, value) for value in found)
+        elif isinstance(found, str) and _is_another_picture(found, own, key):
+            return True
+    return False
+
+
+def _is_another_picture(text: str, own: str, key: str) -> bool:
+    if text.startswith(("data:image/", *BASE64_STARTS)):
         return True
     words = _words(key)
     called = not words.isdisjoint(PICTURE_WORDS) and words.isdisjoint(DESCRIBING_WORDS)
-    stem = os.path.basename(metadata).partition(".")[0].lower()
-    return called and is_picture(metadata) and "://" not in metadata and stem != own.lower()
+    stem = os.path.basename(text).partition(".")[0].lower()
+    return called and is_picture(text) and "://" not in text and stem != own.lower()
 
 
 def document_of(content: bytes, name: str, folder: Folder, at: str, ignored: Set[str]) -> Raw:

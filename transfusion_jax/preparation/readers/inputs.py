@@ -148,11 +148,11 @@ def _in_folder(path: str, folder: Folder, columns: Columns, each: Each) -> list[
             one = f"{path}/{names[0]}" if len(names) == 1 else f"{path} ({ending})"
             files.append(_files(one, folder, ending, names, columns, each))
     pictures = _uncaptioned(listing, [*inputs, *files], folder)
-    texts = {name for name in listing.names if name.endswith(".txt")}
-    spare = texts.intersection(map(caption_file, filter(is_picture, listing.names)))
-    beside = spare.intersection(caption_file(listing.names[i]) for i in pictures.tolist())
-    spare -= beside  # of pictures that a line names
-    texts = [i for i, name in enumerate(listing.names) if name in texts - beside - spare]
+    captioning = {caption_file(name) for name in listing.names if is_picture(name)}
+    captioning.intersection_update(listing.names)
+    beside = captioning.intersection(caption_file(listing.names[i]) for i in pictures.tolist())
+    spare = len(captioning - beside)  # of pictures that a line names
+    texts = [i for i, n in enumerate(listing.names) if n.endswith(".txt") and n not in captioning]
     if len(pictures):
         if not (inputs or files or beside or texts):
             raise ValueError(
@@ -168,7 +168,7 @@ def _in_folder(path: str, folder: Folder, columns: Columns, each: Each) -> list[
     if not inputs and not files:
         raise ValueError(f"no pair found in {path}, nor any other file that can be read")
     first, *others = [*inputs, *files]
-    return [dataclasses.replace(first, unread=_unread(listing, len(spare))), *others]
+    return [dataclasses.replace(first, unread=_unread(listing, spare)), *others]
 
 
 def _unread(listing: Listing, spare: int) -> tuple[tuple[str, int], ...]:

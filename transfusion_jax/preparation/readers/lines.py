@@ -155,6 +155,8 @@ def file_key(file: str, root: Path) -> int:
 
 
 def _place(file: str, root: Path) -> str:
+    if "\0" in file:  # no file, and some versions of Python cut a path there
+        return file
     folder, name = os.path.split(os.path.join(root, file))  # "a.png/" is no file
     return os.path.join(os.path.abspath(folder), name)
 
