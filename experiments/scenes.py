@@ -66,8 +66,15 @@ def config() -> Experiment:
             ema_decay=0.998,
             checkpoint_every=500,
         ),
+        # What it draws is as asked for in one case of two; what it reads, in nine of ten.
         sampler=replace(
-            base.sampler, kind="ddim", guidance=3.0, context_timestep=30, max_tokens=160
+            base.sampler,
+            kind="ddim",
+            steps=12,
+            guidance=3.0,
+            candidates=32,
+            context_timestep=30,
+            max_tokens=160,
         ),
         evaluation=("scenes",),
     )

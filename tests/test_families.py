@@ -27,7 +27,7 @@ from transfusion_jax.data.pipeline import Data, stack
 from transfusion_jax.diffusion.process import Noise
 from transfusion_jax.generation.engine import Engine
 from transfusion_jax.generation.guidance import guidance
-from transfusion_jax.generation.rows import Rows
+from transfusion_jax.generation.rows import IMAGE, Rows
 from transfusion_jax.model.build import build
 from transfusion_jax.model.interface import Context, Model
 from transfusion_jax.model.layers import float32_product
@@ -345,16 +345,20 @@ def _drawn(net: Model, asked: Experiment, prompt: list[int], key):
     hidden, cache = net.extend(tokens, empty)
     length = jnp.asarray([len(prompt)], jnp.int32)
     keys = jnp.stack([key])
-    made = Rows(cache, length, hidden[:, -1], jnp.asarray([1], jnp.int32), keys)
+    state = jnp.asarray([IMAGE], jnp.int32)
+    made = Rows(cache, length, tokens, jnp.ones_like(length), hidden[:, -1], state, keys)
     contrast = guidance(net, made, asked, tiny.TOKENIZER)
-    return net.draw(made.context, contrast, asked.sampler, keys)
+    drawn = net.draw(made.context, contrast, asked.sampler, keys)
+    return drawn, net.show(drawn, made.context, 0)
 
 
+@pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("name", ["chameleon", "unet", "causal"])
-def test_the_engine_draws(name):
+def test_the_engine_draws(name, candidates):
     plan = tiny.planned(experiment(name))
     parameters = tiny.talkative(tiny.random_parameters(plan))
     engine = Engine(plan.experiment, tiny.TOKENIZER, plan.graph, parameters)
+    engine = engine.using(candidates=candidates)
     for spans in engine.generate([("5 3",), ("9 9 3",)], seed=1):
         images = [x for x in spans if isinstance(x, np.ndarray)]
         assert images and all(x.shape == plan.experiment.image.shape for x in images)

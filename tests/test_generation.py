@@ -1,4 +1,3 @@
-import functools
 import json
 from dataclasses import replace
 
@@ -7,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_engine import liking, random_engine, uncached
 
 from transfusion_jax.config import ImageConfig, MeshConfig, SamplerConfig
 from transfusion_jax.config import stored as stored_config
@@ -19,28 +19,12 @@ from transfusion_jax.generation.devices import Devices
 from transfusion_jax.generation.engine import Engine
 from transfusion_jax.generation.rows import DONE, IMAGE, TEXT, Rows, feed
 from transfusion_jax.generation.text import choose
-from transfusion_jax.model.build import build
 from transfusion_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
 def engine(experiment, tokenizer):
-    """A random model."""
-    net = build(experiment, 3)
-    net.patches.out_DZ[...] = 0.3 * jax.random.normal(jax.random.key(1), net.patches.out_DZ.shape)
-    graph, parameters = nnx.split(net, nnx.Param)
-    return Engine(experiment, tokenizer, graph, nnx.to_pure_dict(parameters))
-
-
-def liking(engine, token, amount=1.0):
-    """The engine with a token made likelier everywhere: hidden states are pushed to a direction
-    that it reads."""
-    parameters = jax.tree.map(jnp.asarray, engine.parameters)
-    output = parameters["output_DV"].at[:, token].set(amount)
-    embedding = parameters["embedding_VD"] + 1.0
-    return replace(
-        engine, parameters={**parameters, "output_DV": output, "embedding_VD": embedding}
-    )
+    return random_engine(experiment, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +32,6 @@ def drawing(engine, tokenizer):
     """A model that begins an image wherever it may; compiled once for all that leave its settings
     alone."""
     return liking(engine, tokenizer.boi)
-
-
-def uncached(engine, spans):
-    """Logits after an unfinished document, run in one piece as in training."""
-    document = sequence(Document(tuple(spans)), engine.tokenizer, engine.experiment.image.patches)
-    row = pack([(document, 0, len(document.tokens))], 96, engine.experiment.image)
-    batch = jax.tree.map(jnp.asarray, stack([row]))
-    t = jnp.full_like(batch.image_start_BM, engine.experiment.sampler.context_timestep)
-    return all_logits(engine.graph, engine.parameters, batch, t)[0, len(document.tokens) - 1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def all_logits(graph, parameters, batch, t_BM):
-    model = nnx.merge(graph, parameters)
-    return model.logits(model(batch, batch.latents_BMhwc, t_BM)[0])
 
 
 def test_greedy_text_is_the_argmax_of_the_uncached_model(engine, experiment):
@@ -265,7 +234,7 @@ def test_temperature_divides_the_logits(temperature, share):
     logits = jnp.broadcast_to(jnp.log(jnp.asarray([1.0, 3.0])), (count, 2))
     keys = jax.random.split(jax.random.key(0), count)
     nothing = jnp.zeros((count,), jnp.int32)
-    rows = Rows(None, nothing, logits, nothing, keys)
+    rows = Rows(None, nothing, nothing, nothing, logits, nothing, keys)
     drawn = choose(logits, rows, temperature)
     assert float(drawn.mean()) == pytest.approx(share, abs=0.025)  # four standard errors at most
     later = choose(logits, rows._replace(length_B=nothing + 1), temperature)

@@ -329,7 +329,7 @@ def test_lengths_bound_documents(words, split):
 def test_documents_hold_the_pictures_and_words_of_their_example(words, side):
     source = Scenes(of(side), "train")
     kinds = Counter()
-    for index in range(60):
+    for index in range(240):
         found = example("train", index)
         (document,) = source.documents([index], words, np.random.default_rng(index))
         images = [span for span in document.spans if isinstance(span, Image)]
@@ -341,10 +341,16 @@ def test_documents_hold_the_pictures_and_words_of_their_example(words, side):
         if isinstance(found, Pair):
             assert len(images) == 1 and text in found.captions
         else:
-            assert [type(span) for span in document.spans] == [Text, Image, Text, Image, Text]
             assert text == found.instruction and judge(images[1].latent_hwc) == found.target
-            assert [i.noise_limit for i in images] == [500, 1000]
-    assert min(kinds[Pair], kinds[Edit]) > 3
+            order = [type(span) for span in document.spans]
+            kinds[len(order)] += 1
+            if len(order) == 4:  # what was done
+                assert order == [Text, Image, Image, Text]
+                assert [i.noise_limit for i in images] == [500, 500]
+            else:
+                assert order == [Text, Image, Text, Image, Text]
+                assert [i.noise_limit for i in images] == [500, 1000]
+    assert min(kinds[Pair], kinds[4], kinds[5]) > 2
 
 
 @pytest.mark.long
@@ -361,7 +367,8 @@ def test_scene_edits_are_edits_alone(words):
 
 
 def test_edits_lose_their_instruction_or_all_that_comes_before(words):
-    source = Scenes(replace(of(32), data=DataConfig(caption_dropout=1.0)), "train")
+    data = DataConfig(caption_dropout=1.0, image_first=0.0)
+    source = Scenes(replace(of(32), data=data), "train")
     edit = next(i for i in itertools.count() if isinstance(example("train", i), Edit))
     target = render(example("train", edit).target, 32)
     counts = Counter()
@@ -372,6 +379,21 @@ def test_edits_lose_their_instruction_or_all_that_comes_before(words):
         assert sequence(document, words, source.experiment.image.patches).weight.sum() == 0
         counts[len(images), len(document.spans)] += 1
     assert set(counts) == {(1, 3), (2, 4)} and min(counts.values()) > 150
+
+
+def test_what_was_done_is_said_behind_both_pictures(words):
+    """All of it is learned, in as many documents as pairs that begin with their picture."""
+    data = DataConfig(caption_dropout=1.0, image_first=0.3)
+    source = Scenes(replace(of(32), data=data), "train")
+    edit = next(i for i in itertools.count() if isinstance(example("train", i), Edit))
+    documents = source.documents([edit] * 500, words, np.random.default_rng(0))
+    said = [d for d in documents if len(d.spans[-1].ids) > 1]
+    assert len(said) / 500 == pytest.approx(0.3, abs=0.06)  # three standard errors
+    ids = words.encode(example("train", edit).instruction)
+    for document in said:
+        row = sequence(document, words, source.experiment.image.patches)
+        assert row.weight.sum() == 2 + len(ids) + 1  # two images that begin, words, the end
+        assert document.spans[-1].ids == [*ids, words.eos]
 
 
 @pytest.mark.parametrize(

@@ -271,16 +271,16 @@ FAULTS = (
     ),
     Fault(
         "generate ignores --max-tokens",
-        "commands/generate.py",
-        'SAMPLER = ("guidance", "steps", "temperature", "max_tokens")',
-        'SAMPLER = ("guidance", "steps", "temperature")',
+        "commands/sampling.py",
+        '"candidates", "temperature", "max_tokens")',
+        '"candidates", "temperature")',
         "commands",
     ),
     Fault(
         "a temperature of 0 is taken for none given",
-        "commands/generate.py",
-        "if value is not None})",
-        "if value})",
+        "commands/sampling.py",
+        "if value is not None}",
+        "if value}",
         "commands",
     ),
     Fault(

@@ -13,6 +13,7 @@ from transfusion_jax.commands.joining import (
     join_processes,
     use_cores,
 )
+from transfusion_jax.commands.sampling import add_sampling, asked_sampling
 from transfusion_jax.commands.terminal import note_leading
 from transfusion_jax.files import json_text, write_json
 from transfusion_jax.host import cache_compiled
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="held-out rows to measure likelihoods on, evenly spaced over all, at most; "
         "or `all` (default: 512)",
     )
+    add_sampling(parser)
     parser.add_argument("--out", type=local, metavar="FILE", help="also write the JSON to a file")
     add_mesh(parser)
     add_processes(parser)
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             if not asked_mesh(arguments):  # as in training, so that the numbers are the same
                 use_cores(stored(arguments.run_dir, lambda line: None)[0])
             engine, step = load_engine(arguments.run_dir, note_leading, asked_mesh(arguments))
+            engine = engine.using(**asked_sampling(arguments))
             names = names or engine.experiment.evaluation
             check_suites(engine, names)
         if not names:

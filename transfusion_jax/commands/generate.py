@@ -13,11 +13,9 @@ from transfusion_jax.commands.joining import (
     asked_mesh,
     join_processes,
 )
+from transfusion_jax.commands.sampling import add_sampling, asked_sampling
 from transfusion_jax.commands.terminal import note_leading, say, say_leading
 from transfusion_jax.host import cache_compiled
-
-SAMPLER = ("guidance", "steps", "temperature", "max_tokens")
-"""Flags that override fields of the run's sampler."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,18 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num", type=int, default=1, metavar="N", help="how many continuations (default: 1)"
     )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        metavar="W",
-        help="classifier-free guidance of images; 1 is none (default: the run's sampler.guidance)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        metavar="S",
-        help="denoising steps of an image (default: the run's sampler.steps)",
-    )
+    add_sampling(parser)
     parser.add_argument(
         "--seed", type=int, default=0, metavar="K", help="of all random draws (default: 0)"
     )
@@ -105,8 +92,7 @@ def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
     check_directory("--out", arguments.out)
     join_processes(arguments)
     engine, _ = load_engine(arguments.run_dir, say_leading, asked_mesh(arguments))
-    asked = {name: getattr(arguments, name) for name in SAMPLER}
-    engine = engine.using(**{name: value for name, value in asked.items() if value is not None})
+    engine = engine.using(**asked_sampling(arguments))
     if arguments.draw and engine.experiment.model.images == "none":
         raise ValueError(f"--draw: the model of {arguments.run_dir} is of text alone")
     engine.require_pictures()

@@ -9,6 +9,7 @@ from transfusion_jax.errors import require
 LEAST, MOST = 1e-6, 1e6
 """Of settings of the sampler that are not 0; float32 computes with such numbers."""
 MOST_TOKENS = 1 << 20
+MOST_CANDIDATES = 1 << 10
 """Of `max_tokens`: the cache has room for all of them."""
 
 
@@ -78,6 +79,9 @@ class SamplerConfig:
     """The timestep at which finished images are seen by what follows them. They are clean, so 0;
     small models have rarely been shown exactly 0, and read images better at a little more (our
     choice)."""
+    candidates: int = 1
+    """Images drawn for every one that is kept: that behind which the model finds the text before
+    it likeliest, as it reads captions of images. 1 draws one (the paper)."""
     temperature: float = 0.0
     """Of text; 0 is greedy (the paper)."""
     image_temperature: float = 1.0
@@ -89,6 +93,10 @@ class SamplerConfig:
 
     def __post_init__(self):
         require(self.steps > 0, f"sampler.steps={self.steps} must be positive")
+        require(
+            1 <= self.candidates <= MOST_CANDIDATES,
+            f"sampler.candidates={self.candidates} must be in 1..{MOST_CANDIDATES:,}",
+        )
         for name in ("guidance", "clip", "temperature", "image_temperature"):
             value = getattr(self, name)
             require(math.isfinite(value), f"sampler.{name}={value} must be a finite number")

@@ -208,8 +208,11 @@ class Engine:
 
     @functools.cached_property
     def _start(self) -> Callable[..., Rows]:
-        timestep = self.experiment.sampler.context_timestep
-        return self._compiled(functools.partial(start, timestep=timestep), "capacity", "boi")
+        settings = {
+            "timestep": self.experiment.sampler.context_timestep,
+            "eoi": self.tokenizer.eoi,
+        }
+        return self._compiled(functools.partial(start, **settings), "capacity", "boi")
 
     @functools.cached_property
     def _write_text(self) -> Callable[..., tuple[Rows, Array]]:

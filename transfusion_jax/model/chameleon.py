@@ -80,7 +80,7 @@ class Chameleon(TokenModel):
 
     def draw(
         self, context: Context, guidance: Guidance | None, sampling: SamplerConfig, key_B: Array
-    ) -> tuple[Array, KVCache]:
+    ) -> Array:
         """Writes P codes, one after another; guidance is on their logits."""
 
         def step(i, carry):
@@ -99,8 +99,13 @@ class Chameleon(TokenModel):
 
         codes_BP = jnp.zeros((len(key_B), self.image.patches))
         contexts = (context,) if guidance is None else (context, guidance.empty)
-        codes_BP, contexts = jax.lax.fori_loop(0, self.image.patches, step, (codes_BP, contexts))
-        return codes_BP.reshape(-1, *self.image.shape), contexts[0].cache
+        codes_BP, _ = jax.lax.fori_loop(0, self.image.patches, step, (codes_BP, contexts))
+        return codes_BP.reshape(-1, *self.image.shape)
+
+    def show(self, image_Bhwc: Array, context: Context, timestep: int) -> KVCache:
+        codes_BP = image_Bhwc.astype(jnp.int32).reshape(len(image_Bhwc), -1)
+        _, cache = self.extend(self.config.vocab_size + codes_BP, context)
+        return cache
 
     def multiplications(self) -> dict[str, int]:
         """Logits of a code are those of its position, the one before it."""

@@ -6,7 +6,7 @@ may depend on which family a model is of.
 | who | uses |
 |---|---|
 | the objective | `losses`, `weights`, `coefficients` |
-| the engine | `new_cache`, `read`, `extend`, `logits`, `draw` |
+| the engine | `new_cache`, `read`, `extend`, `logits`, `draw`, `show` |
 | planning | `multiplications` |
 | state, checkpoints, loading | `build.abstract_model`, `build.build` |
 """
@@ -85,15 +85,15 @@ class Model(Protocol):
 
     def draw(
         self, context: Context, guidance: Guidance | None, sampling: SamplerConfig, key_B: Array
-    ) -> tuple[Array, KVCache]:
+    ) -> Array:
         """An image [B, h, w, c] for every row, whose context ends in BOI.
 
         Row b's random numbers depend on `key_B[b]` alone.
-
-        Returns:
-          The images, and the cache that holds them in the P positions after the context, as what
-          follows is to see them.
         """
+
+    def show(self, image_Bhwc: Array, context: Context, timestep: int) -> KVCache:
+        """The cache with a finished image of every row in the P positions after its context, which
+        ends in BOI, seen at a timestep by what follows."""
 
     # Planning
 

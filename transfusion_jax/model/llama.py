@@ -55,8 +55,11 @@ class Llama(TokenModel):
 
     def draw(
         self, context: Context, guidance: Guidance | None, sampling: SamplerConfig, key_B: Array
-    ) -> tuple[Array, KVCache]:
+    ) -> Array:
         raise AssertionError("BOI is never written, so nothing is drawn")
+
+    def show(self, image_Bhwc: Array, context: Context, timestep: int) -> KVCache:
+        raise AssertionError("nothing is drawn, so there is nothing to show")
 
     def multiplications(self) -> dict[str, int]:
         return {

@@ -115,7 +115,7 @@ class Transfusion(TokenModel):
 
     def draw(
         self, context: Context, guidance: Guidance | None, sampling: SamplerConfig, key_B: Array
-    ) -> tuple[Array, KVCache]:
+    ) -> Array:
         """Denoises P patches in place: each step overwrites the cache entries of the one before."""
 
         def predict(x_Bhwc, t):
@@ -131,11 +131,11 @@ class Transfusion(TokenModel):
             )(key_B)
 
         steps = sampler(sampling, self.process)
-        image_Bhwc = steps.sample(noise(steps.steps), predict, noise)
-        # What follows sees the clean image.
-        seen_at = jnp.int32(sampling.context_timestep)
-        _, cache = self.denoise(image_Bhwc, seen_at, context)
-        return image_Bhwc, cache
+        return steps.sample(noise(steps.steps), predict, noise)
+
+    def show(self, image_Bhwc: Array, context: Context, timestep: int) -> KVCache:
+        _, cache = self.denoise(image_Bhwc, jnp.int32(timestep), context)
+        return cache
 
     def multiplications(self) -> dict[str, int]:
         """Norms and embeddings multiply nothing. In a mixture, a patch multiplies the weights of

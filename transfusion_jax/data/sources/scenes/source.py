@@ -19,6 +19,7 @@ import numpy as np
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.documents import (
     Document,
+    Image,
     Text,
     interleaved_document,
     pair_document,
@@ -170,15 +171,25 @@ class Scenes:
         return [self._document(index, tokenizer, rng) for index in indices]
 
     def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
-        """A `pair_document`, or the picture, instruction and picture of an edit, interleaved."""
+        """A `pair_document`, or an edit.
+
+        The latter is `<s> BOI a EOI make it red BOI b EOI </s>`, an `interleaved_document`; in a
+        share of `data.image_first` it is `<s> BOI a EOI BOI b EOI make it red </s>`.
+        """
         found = example(self.split, index, self.edit_share)
-        side = self.experiment.image.height
-        settings = tokenizer, self.experiment.data, self.experiment.diffusion, rng
+        side, data = self.experiment.image.height, self.experiment.data
+        settings = tokenizer, data, self.experiment.diffusion, rng
         ids = [tokenizer.encode(text) for text in _texts(found)]
         before = render(found.scene, side)
         if isinstance(found, Pair):
             return pair_document(ids, before, *settings)
-        return interleaved_document([before, Text(ids[0]), render(found.target, side)], *settings)
+        instruction, after = Text(ids[0]), render(found.target, side)
+        if rng.random() >= data.image_first:
+            return interleaved_document([before, instruction, after], *settings)
+        bos, eos = [tokenizer.bos], [tokenizer.eos]
+        limit = self.experiment.diffusion.context_limit
+        images = [Image(x, limit) for x in (before, after)]
+        return Document((Text(bos), *images, Text([*ids[0], *eos])))
 
     def _examples(self) -> Iterator[Pair | Edit]:
         return (example(self.split, index, self.edit_share) for index in range(self.count))

@@ -1,0 +1,33 @@
+"""Flags of the commands that draw: they override fields of the run's sampler."""
+
+import argparse
+
+FIELDS = ("guidance", "steps", "candidates", "temperature", "max_tokens")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="classifier-free guidance of images; 1 is none (default: the run's sampler.guidance)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="S",
+        help="denoising steps of an image (default: the run's sampler.steps)",
+    )
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        metavar="N",
+        help="images drawn for every one that is kept, the one that the model itself reads as its "
+        "text (default: the run's sampler.candidates)",
+    )
+
+
+def asked_sampling(arguments: argparse.Namespace) -> dict:
+    """Of `sampler`, the fields given."""
+    asked = {name: getattr(arguments, name, None) for name in FIELDS}
+    return {name: value for name, value in asked.items() if value is not None}
