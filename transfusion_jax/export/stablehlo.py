@@ -47,6 +47,9 @@ def write(trained: Trained, out: Path, dtype: str, report: Report) -> None:
         )
         for name, shape in trained.shapes.items()
     }
+    candidates = experiment.sampler.candidates
+    if candidates > 1:
+        report(f"note: run.py draws one image, not the best of sampler.candidates={candidates}")
     graph, _ = abstract_model(experiment)
     weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in planned.items()}
     found = programs(experiment, graph, weights)
