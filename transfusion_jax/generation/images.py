@@ -33,8 +33,8 @@ def _best(model: Model, rows: Rows, experiment: Experiment, tokenizer: Tokenizer
     """Of `sampler.candidates` images of every row, that behind which its text is likeliest, the
     first of equals; [B, h, w, c].
 
-    DALL-E chooses among its samples by a model of its own (Ramesh et al. 2021, arXiv 2102.12092,
-    section 2.6). Here the model that draws reads as well.
+    DALL-E has its samples ranked by another model (Ramesh et al. 2021, arXiv 2102.12092, section
+    2.6). Here the model that draws reads as well.
     """
     empty = guidance(model, rows, experiment, tokenizer)
 
