@@ -23,7 +23,7 @@ from transfusion_jax.commands import main as command_line
 from transfusion_jax.commands.help import flags, sections
 from transfusion_jax.commands.main import COMMANDS, main
 from transfusion_jax.commands.terminal import table
-from transfusion_jax.config import ImageConfig
+from transfusion_jax.config import ImageConfig, SourceConfig
 from transfusion_jax.data.sources.sums import problems
 from transfusion_jax.errors import WorkFailed
 from transfusion_jax.generation import engine as engine_module
@@ -277,7 +277,13 @@ def engine(experiment, tokenizer, monkeypatch) -> FakeEngine:
 
 def test_generate_asks_as_it_is_told(engine, tmp_path, capsys):
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "white.png")
-    options = {"guidance": 1.5, "steps": 3, "temperature": 0.5, "max_tokens": 77}
+    options = {
+        "guidance": 1.5,
+        "steps": 3,
+        "candidates": 5,
+        "temperature": 0.5,
+        "max_tokens": 77,
+    }
     words = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     image = ("--image", str(tmp_path / "white.png"))
     out = tmp_path / "out"
@@ -313,13 +319,39 @@ def test_an_answer_beyond_the_positions_of_training_is_said(engine, tmp_path, ca
 
 def test_a_setting_that_cannot_work_is_bad_input(engine, tmp_path, capsys):
     line = ("generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"))
-    for option in ("--max-tokens", "--steps"):
+    for option in ("--max-tokens", "--steps", "--candidates"):
         assert main((*line, option, "0")) == 2
         field = option[2:].replace("-", "_")
         assert f"sampler.{field}=0" in capsys.readouterr().err
     assert main((*line, "--image", str(tmp_path / "none.png"))) == 2
     assert "cannot read the image" in capsys.readouterr().err
     assert engine.calls == [] and not (tmp_path / "out").exists()
+
+
+def test_evaluate_draws_as_it_is_told_and_says_so(engine, capsys):
+    options = {"guidance": 1.5, "steps": 3, "candidates": 5}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert json.loads(printed(capsys, "evaluate", "run", *words))["sampler"] == options
+    assert engine.calls[-1].sampler == replace(engine.calls[-1].sampler, **options)
+    assert "sampler" not in json.loads(printed(capsys, "evaluate", "run"))
+    for option in ("--steps", "--candidates"):
+        assert main(("evaluate", "run", option, "0")) == 2
+        assert f"sampler.{option[2:]}=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, flag", [(("--draw",), "--draw"),
+                                         (("--candidates", "4"), "--candidates")])  # fmt: skip
+def test_a_model_of_text_alone_is_not_asked_for_images(
+    engine, tmp_path, capsys, monkeypatch, words, flag
+):
+    text = replace(engine.experiment.model, family="llama", image_attention="causal")
+    sources = (SourceConfig("sums"),)
+    data = replace(engine.experiment.data, sources=sources)
+    found = replace(engine, experiment=replace(engine.experiment, model=text, data=data))
+    monkeypatch.setattr(engine_module, "load_engine", lambda *_: (found, 40))
+    line = ("generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"))
+    assert main((*line, *words)) == 2
+    assert f"{flag}: the model of run is of text alone" in capsys.readouterr().err
 
 
 def test_latents_without_an_autoencoder_are_no_pictures(engine, tmp_path, capsys, monkeypatch):

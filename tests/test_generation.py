@@ -310,6 +310,9 @@ def test_answers_in_groups_are_those_of_one_batch(engine, drawing, monkeypatch):
     monkeypatch.setattr("transfusion_jax.generation.devices.CACHE_BYTES", 3 * row_bytes - 1)
     grouped = some.generate([(p,) for p in prompts], 6)
     assert sizes == [2, 2, 2]
+    sizes.clear()
+    some.using(candidates=2).generate([(p,) for p in prompts], 6)
+    assert sizes == [1] * 5  # each is read on a cache of its own
     assert {type(span) for spans in at_once for span in spans} == {str, np.ndarray}
     for got, expected in zip(grouped, at_once, strict=True):
         for span, other in zip(got, expected, strict=True):

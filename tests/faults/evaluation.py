@@ -277,6 +277,20 @@ FAULTS = (
         "commands",
     ),
     Fault(
+        "candidates asked for are not drawn",
+        "commands/sampling.py",
+        '"steps", "candidates", "temp',
+        '"steps", "temp',
+        "commands::test_generate_asks_as_it_is_told",
+    ),
+    Fault(
+        "evaluate draws as the run says, whatever is asked",
+        "commands/evaluate.py",
+        "engine.using(**asked)",
+        "engine",
+        "commands::test_evaluate_draws_as_it_is_told_and_says_so",
+    ),
+    Fault(
         "a temperature of 0 is taken for none given",
         "commands/sampling.py",
         "if value is not None}",

@@ -202,15 +202,15 @@ FAULTS = (
     Fault(
         "a text is read without its end",
         "generation/reading.py",
-        "(i <= count_B) & (count_B > 0)",
-        "(i < count_B) & (count_B > 0)",
+        "(number_1T <= count_B1) & (count_B1 > 0)",
+        "(number_1T < count_B1) & (count_B1 > 0)",
         "candidates::test_a_text_is_read_behind_the_image_and_all_that_was_shown",
     ),
     Fault(
         "an end is read for a row without a text",
         "generation/reading.py",
-        "(i <= count_B) & (count_B > 0)",
-        "i <= count_B",
+        "(number_1T <= count_B1) & (count_B1 > 0)",
+        "number_1T <= count_B1",
         "candidates::test_a_text_is_read_behind_the_image_and_all_that_was_shown",
     ),
     Fault(

@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
             if not asked_mesh(arguments):  # as in training, so that the numbers are the same
                 use_cores(stored(arguments.run_dir, lambda line: None)[0])
             engine, step = load_engine(arguments.run_dir, note_leading, asked_mesh(arguments))
-            engine = engine.using(**asked_sampling(arguments))
+            asked = asked_sampling(arguments)
+            engine = engine.using(**asked)
             names = names or engine.experiment.evaluation
             check_suites(engine, names)
         if not names:
@@ -64,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not is_leader():
         return 0
     metrics["step"] = step
+    if asked:
+        metrics["sampler"] = asked
     if arguments.out:
         write_json(arguments.out, metrics)
     print(json_text(metrics))

@@ -93,8 +93,9 @@ def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
     join_processes(arguments)
     engine, _ = load_engine(arguments.run_dir, say_leading, asked_mesh(arguments))
     engine = engine.using(**asked_sampling(arguments))
-    if arguments.draw and engine.experiment.model.images == "none":
-        raise ValueError(f"--draw: the model of {arguments.run_dir} is of text alone")
+    for flag, given in (("--draw", arguments.draw), ("--candidates", arguments.candidates)):
+        if given and engine.experiment.model.images == "none":
+            raise ValueError(f"{flag}: the model of {arguments.run_dir} is of text alone")
     engine.require_pictures()
     image = (engine.read(arguments.image),) if arguments.image else ()
     request = (*image, arguments.prompt) if text else image

@@ -76,6 +76,8 @@ class Engine:
         """As `generate`, span by span: (number of the request, its next span)."""
         read = self._read(requests)
         row_bytes = cache_bytes(self.experiment.model, self._capacity(read[0]))
+        if self.experiment.sampler.candidates > 1:
+            row_bytes *= 2  # a candidate is read on a cache of its own
         size = self.devices.group(len(requests), row_bytes)
         for first in range(0, len(requests), size):
             # Every group is as large, and so compiled once: the last request fills up the last.

@@ -7,7 +7,7 @@ from jax import Array
 from transfusion_jax.config import Experiment
 from transfusion_jax.data.tokenizer import Tokenizer
 from transfusion_jax.generation.guidance import guidance
-from transfusion_jax.generation.reading import text_likelihood
+from transfusion_jax.generation.reading import text_lengths, text_likelihood
 from transfusion_jax.generation.rows import IMAGE, TEXT, Rows, add_image
 from transfusion_jax.model.interface import Model
 
@@ -31,7 +31,7 @@ def draw_images(
 
 def _best(model: Model, rows: Rows, experiment: Experiment, tokenizer: Tokenizer) -> Array:
     """Of `sampler.candidates` images of every row, that behind which its text is likeliest, the
-    first of equals; [B, h, w, c].
+    first of equals; [B, h, w, c]. Where no row has a text, one is drawn.
 
     DALL-E has its samples ranked by another model (Ramesh et al. 2021, arXiv 2102.12092, section
     2.6). Here the model that draws reads as well.
@@ -56,4 +56,5 @@ def _best(model: Model, rows: Rows, experiment: Experiment, tokenizer: Tokenizer
         return drawn(rows.place_key_B)
     shape = jax.eval_shape(drawn, rows.place_key_B).shape
     none_yet = jnp.zeros(shape), jnp.full(shape[:1], jnp.nan)
-    return jax.lax.fori_loop(0, candidates, step, none_yet)[0]
+    count = jnp.where((text_lengths(rows) > 0).any(), candidates, 1)
+    return jax.lax.fori_loop(0, count, step, none_yet)[0]
