@@ -361,6 +361,7 @@ def test_scene_edits_are_edits_alone(words):
         (source,) = load_sources(experiment, split)
         for document in source.documents(range(40), words, np.random.default_rng(0)):
             images = [span for span in document.spans if isinstance(span, Image)]
+            assert [type(x) for x in document.spans] == [Text, Image, Text, Image, Text]
             before, after = (judge(image.latent_hwc) for image in images)
             assert before != after and all(_belongs(s, split) for s in (before, after))
         assert source.lengths(words)[:40].min() > 2 * experiment.image.span

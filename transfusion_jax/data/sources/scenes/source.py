@@ -173,8 +173,9 @@ class Scenes:
     def _document(self, index: int, tokenizer: Tokenizer, rng: np.random.Generator) -> Document:
         """A `pair_document`, or an edit.
 
-        The latter is `<s> BOI a EOI make it red BOI b EOI </s>`, an `interleaved_document`; in a
-        share of `data.image_first` it is `<s> BOI a EOI BOI b EOI make it red </s>`.
+        The latter is `<s> BOI a EOI make it red BOI b EOI </s>`, an `interleaved_document`. In a
+        share of `data.image_first` it is `<s> BOI a EOI BOI b EOI make it red </s>`, unless the
+        source is of edits alone.
         """
         found = example(self.split, index, self.edit_share)
         side, data = self.experiment.image.height, self.experiment.data
@@ -184,7 +185,8 @@ class Scenes:
         if isinstance(found, Pair):
             return pair_document(ids, before, *settings)
         instruction, after = Text(ids[0]), render(found.target, side)
-        if rng.random() >= data.image_first:
+        # Were edits all there is, a picture would mostly be followed by another, not by a caption.
+        if self.edit_share == 1 or rng.random() >= data.image_first:
             return interleaved_document([before, instruction, after], *settings)
         bos, eos = [tokenizer.bos], [tokenizer.eos]
         limit = self.experiment.diffusion.context_limit
