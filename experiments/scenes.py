@@ -67,7 +67,7 @@ def config() -> Experiment:
             ema_decay=0.998,
             checkpoint_every=500,
         ),
-        # What it draws is as asked for in one case of two; what it reads, in nine of ten.
+        # What it draws is as asked for in two cases of five; what it reads, in nine of ten.
         sampler=replace(
             base.sampler,
             kind="ddim",

@@ -14,7 +14,7 @@ An image is 16 patches of 2x2 pixels to the one, 16 codes of 64 to the other, so
 same, and FLOPs but for the logits of codes. The other half of the rows are comparisons in words;
 Llama has them in every row, so twice as many. Of the changes for stability Chameleon has norms and
 z-loss; the learning rate is that of all.
-Hardware: two CPU cores; run on an H100, its Llamas on a CPU: docs/results.md.
+Hardware: two CPU cores, 81 minutes beside other work: docs/results.md.
 """
 
 from collections.abc import Iterator

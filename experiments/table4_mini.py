@@ -3,7 +3,7 @@
     transfusion-jax sweep experiments/table4_mini.py
 
 Its data is that of table3_mini.py, which says how it is prepared.
-Hardware: two CPU cores; where images are, run on an H100: docs/results.md.
+Hardware: two CPU cores: docs/results.md.
 """
 
 from collections.abc import Iterator

@@ -9,8 +9,8 @@ from transfusion_jax.errors import require
 LEAST, MOST = 1e-6, 1e6
 """Of settings of the sampler that are not 0; float32 computes with such numbers."""
 MOST_TOKENS = 1 << 20
-MOST_CANDIDATES = 1 << 10
 """Of `max_tokens`: the cache has room for all of them."""
+MOST_CANDIDATES = 1 << 10
 
 
 @dataclass(frozen=True)
