@@ -14,6 +14,7 @@ from flax import nnx
 
 from transfusion_jax.config import (
     DataConfig,
+    DiffusionConfig,
     Experiment,
     ImageConfig,
     MeshConfig,
@@ -216,6 +217,33 @@ def test_packed_equals_unpacked(name):
     for k in whole:
         np.testing.assert_allclose(parts[k], whole[k], rtol=1e-4)
         assert whole[k] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_bfloat16_the_gradients_are_those_of_float32(name):
+    """But for rounding: also late in a long row, and at timesteps that bfloat16 cannot tell
+    apart."""
+    batch = rows(name, "documents with images", "several images")
+    late = replace(batch, position_BL=batch.position_BL + 8191)
+    noise = noise_of(batch)._replace(t_BM=noise_of(batch).t_BM + 897)
+    found = []
+    for dtype, packed in (("float32", batch), ("bfloat16", batch), ("bfloat16", late)):
+        small = experiment(name, diffusion=DiffusionConfig(steps=1000))
+        plan = tiny.planned(replace(small, model=replace(small.model, compute_dtype=dtype)))
+
+        def mean(parameters, packed=packed, graph=plan.graph):
+            net = nnx.merge(graph, parameters)
+            weights, losses = net.weights(packed), net.losses(packed, noise, 16)
+            sums = [(losses[k] * weights[k]).sum() / weights[k].sum().clip(1) for k in losses]
+            return sum(sums)
+
+        found.append(jax.jit(jax.value_and_grad(mean))(tiny.random_parameters(plan)))
+    (loss, gradients), *narrow = found
+    for its_loss, its_gradients in narrow:
+        assert its_loss == pytest.approx(float(loss), rel=5e-3)
+        for a, b in zip(*map(jax.tree.leaves, (gradients, its_gradients)), strict=True):
+            assert np.linalg.norm(b - a) < 0.1 * np.linalg.norm(a)
 
 
 def _alone(batch, noise: Noise, document: int):

@@ -25,6 +25,20 @@ FAULTS = (
         "model llama_oracle",
     ),
     Fault(
+        "rope's positions rounded to bfloat16",
+        "model/rope.py",
+        "position_BL[:, :, None, None].astype(jnp.float32)",
+        "position_BL[:, :, None, None].astype(jnp.bfloat16)",
+        "families::test_in_bfloat16_the_gradients_are_those_of_float32",
+    ),
+    Fault(
+        "timesteps rounded to the compute dtype",
+        "model/patches/linear.py",
+        "timestep.sinusoid(t_BM)",
+        "timestep.sinusoid(t_BM.astype(self.dtype))",
+        "families::test_in_bfloat16_the_gradients_are_those_of_float32",
+    ),
+    Fault(
         "norm takes the variance",
         "model/layers.py",
         "jnp.mean(x * x, axis=-1, keepdims=True)",
