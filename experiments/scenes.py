@@ -53,7 +53,7 @@ def config() -> Experiment:
             sources=(SourceConfig("scenes"),),
             row_length=96,
             batch_rows=24,
-            image_first=0.4,
+            image_first=0.5,
             max_epochs=100.0,
         ),
         # Each word is one piece.

@@ -21,6 +21,7 @@ def config() -> Experiment:
         base,
         name="scenes_hour",
         model=replace(base.model, width=128, mlp_width=384),
+        data=replace(base.data, image_first=0.4),
         optimizer=replace(base.optimizer, learning_rate=2e-3),
         train=replace(base.train, steps=16_000),
     )

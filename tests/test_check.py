@@ -342,7 +342,7 @@ def test_a_directory_that_cannot_be_used_is_a_problem(experiment, tmp_path):
     assert "holds" in run_directory.directory_problem(experiment, tmp_path)[0]
 
 
-STORAGE = [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ESTALE]
+STORAGE = [errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, errno.EDQUOT, errno.ESTALE]
 
 
 @pytest.mark.parametrize("number", [*STORAGE, errno.EACCES])

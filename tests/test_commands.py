@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from PIL import Image
 from transfusion_jax.commands import main as command_line
 from transfusion_jax.commands.help import flags, sections
 from transfusion_jax.commands.main import COMMANDS, main
-from transfusion_jax.commands.terminal import table
+from transfusion_jax.commands.terminal import say, table
 from transfusion_jax.config import ImageConfig, SourceConfig
 from transfusion_jax.data.sources.sums import problems
 from transfusion_jax.errors import WorkFailed
@@ -339,10 +341,9 @@ def test_evaluate_draws_as_it_is_told_and_says_so(engine, capsys):
         assert f"sampler.{option[2:]}=0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, flag", [(("--draw",), "--draw"),
-                                         (("--candidates", "4"), "--candidates")])  # fmt: skip
+@pytest.mark.parametrize("words", ["--draw", "--candidates 4", "--steps 7", "--guidance 0"])
 def test_a_model_of_text_alone_is_not_asked_for_images(
-    engine, tmp_path, capsys, monkeypatch, words, flag
+    engine, tmp_path, capsys, monkeypatch, words
 ):
     text = replace(engine.experiment.model, family="llama", image_attention="causal")
     sources = (SourceConfig("sums"),)
@@ -350,6 +351,7 @@ def test_a_model_of_text_alone_is_not_asked_for_images(
     found = replace(engine, experiment=replace(engine.experiment, model=text, data=data))
     monkeypatch.setattr(engine_module, "load_engine", lambda *_: (found, 40))
     line = ("generate", "run", "--prompt", "a", "--out", str(tmp_path / "out"))
+    flag, *_ = words = words.split()
     assert main((*line, *words)) == 2
     assert f"{flag}: the model of run is of text alone" in capsys.readouterr().err
 
@@ -372,15 +374,45 @@ def test_latents_without_an_autoencoder_are_no_pictures(engine, tmp_path, capsys
     assert engine.calls == [] and not (tmp_path / "out").exists()
 
 
+def test_every_prompt_is_a_request_behind_all_images(engine, tmp_path, capsys):
+    images = []
+    for value in (255, 0):
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / f"{value}.png")
+        images += ["--image", str(tmp_path / f"{value}.png")]
+    prompts = ("--prompt", "a", "--prompt", "b")
+    line = ("generate", "run", *prompts, *images, "--out", str(tmp_path / "out"))
+    printed(capsys, *line, "--num", "2")
+    (call,) = engine.calls
+    assert [text for *_, text in call.requests] == ["a", "a", "b", "b"]
+    assert all([x.mean() for x in shown] == [1, -1] for *shown, _ in call.requests)
+    stored = (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in stored] == ["a", "a", "b", "b"]
+
+
 def test_outputs_of_several_answers_number_their_pictures_on(tmp_path):
     answers = [[PICTURE, "x", PICTURE], [], ["y"], [PICTURE]]
-    lines = [json.loads(line) for line in write_outputs(tmp_path, "p", answers).splitlines()]
+    lines = [json.loads(line) for line in write_outputs(tmp_path, "pqrs", answers).splitlines()]
+    assert "".join(line["prompt"] for line in lines) == "pqrs"
     assert [line["spans"] for line in lines] == [
         [{"image": "0.png"}, {"text": "x"}, {"image": "1.png"}],
         [],
         [{"text": "y"}],
         [{"image": "2.png"}],
     ]
+
+
+def test_what_was_evaluated_is_printed_where_it_cannot_be_written(engine, capsys, monkeypatch):
+    def full(path, values):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("transfusion_jax.commands.evaluate.write_json", full)
+    assert main(("evaluate", "run", "--out", "numbers.json")) == 1
+    assert json.loads(capsys.readouterr().out)["text_accuracy"] == 1.0
+
+
+def test_texts_of_data_do_nothing_to_a_terminal(capsys):
+    say("a \x1b[31mred\x1b[0m\u202e bé \u732b\nline")
+    assert capsys.readouterr().out == "a \\x1b[31mred\\x1b[0m\\u202e bé \u732b\nline\n"
 
 
 def test_evaluate_prints_json(engine, tmp_path, capsys, monkeypatch):

@@ -20,6 +20,7 @@ from transfusion_jax.commands.main import main
 
 pytestmark = pytest.mark.one_jax
 
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 EXPERIMENT = """
 from transfusion_jax.config import *
@@ -159,6 +160,26 @@ def test_from_a_folder_to_a_sample(kind, folder, codec, tmp_path, monkeypatch, c
     for path in tmp_path.glob("out*/*.png"):
         with Image.open(path) as picture:
             assert picture.size == (32, 32)
+
+
+@pytest.mark.long
+def test_text_alone_has_an_experiment_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(f"The {number}th text says little. " * 20)
+    for name in ("data/text", "data/mine"):
+        assert prepare(texts, Path(name)) == 0
+    capsys.readouterr()
+    assert main(["train", str(EXPERIMENTS / "own_data.py")]) == 2
+    said = capsys.readouterr().err
+    assert "no training document of data/mine has an image" in said and "own_text.py" in said
+    few = "--train.steps 2 --optimizer.warmup-steps 1 --model.layers 1 --model.width 32"
+    assert main(["train", str(EXPERIMENTS / "own_text.py"), *few.split()]) == 0
+    assert json.loads(Path("runs/own_text/summary.json").read_text())["text_perplexity"] > 1
+    line = ["generate", "runs/own_text", "--prompt", "The", "--max-tokens", "4", "--out", "out"]
+    assert main(line) == 0
 
 
 @pytest.mark.long

@@ -131,6 +131,16 @@ def test_captions_parse_back_and_are_true_of_their_scene(shown):
         assert claim is not None and holds(claim, scene), (text, scene)
 
 
+def test_three_captions_of_four_relate_two_things_that_can_be_told_apart():
+    related, count = 0, 0
+    for pair in examples("train", Pair, 2000):
+        if len(pair.scene.objects) == 2 and len({o.kind for o in pair.scene.objects}) == 2:
+            claims = list(map(parse, pair.captions))
+            related += sum(bool(claim.relations) for claim in claims)
+            count += len(claims)
+    assert count > 1000 and 0.7 < related / count < 0.8
+
+
 def contradictions(scene: Scene) -> dict[str, Scene]:
     """Scenes that differ from this one in one respect."""
     free = next(p for p in itertools.product(range(3), repeat=2) if scene.at(p) is None)

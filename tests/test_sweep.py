@@ -237,6 +237,55 @@ def test_another_sampler_evaluates_again_and_keeps_no_number_of_the_one_before(p
     assert "not finished" in row
 
 
+def test_damage_of_another_point_stops_none(place, capsys):
+    assert main(("sweep", "three.py", "--only", "b")) == 0
+    Path("runs", "three", "b", "summary.json").write_text("{")
+    capsys.readouterr()
+    assert main(("sweep", "three.py", "--index", "0")) == 0
+    said = capsys.readouterr().out
+    assert "b is left out: runs/three/b/summary.json is not JSON" in said
+    rows = [line.split("|")[1:3] for line in said.splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in row] for row in rows[2:]] == [
+        ["a", "finished"],
+        ["b", "unusable"],
+        ["c", "not run"],
+    ]
+    assert "b/summary.json is not JSON" in fails(capsys, "sweep", "three.py", "--index", "1")
+
+
+def test_a_point_that_ran_another_config_than_was_read_has_failed(place, capsys):
+    """As where the sweep's file changes while it runs."""
+    (place.path / "b.json").write_text((place.path / "a.json").read_text())
+    assert main(("sweep", "three.py")) == 1
+    said = capsys.readouterr()
+    assert said.err == "error: 1 of 3 points failed: b (exit code 1)\n"
+    assert "point 2 of 3, b: runs/three/b holds a run of another config" in said.out
+    (row,) = [line for line in said.out.splitlines() if line.startswith("| b ")]
+    assert "unusable" in row and "0.125" not in row
+
+
+def test_what_a_resumed_run_may_change_is_shown_as_it_ran(place, capsys):
+    assert main(("sweep", "three.py")) == 0
+    file = place.path / "runs" / "three" / "c" / "config.json"
+    ran = json.loads(file.read_text())
+    ran["model"]["remat"] = "minimal"
+    file.write_text(json.dumps(ran))
+    capsys.readouterr()
+    assert main(("sweep", "three.py")) == 0
+    said = capsys.readouterr().out
+    assert "point 3 of 3, c: finished already, with model.remat=minimal\n" in said
+    assert "model.remat=minimal" in next(x for x in said.splitlines() if x.startswith("| c "))
+
+
+def test_a_table_that_cannot_be_read_is_written_anew(place):
+    assert main(("sweep", "three.py")) == 0
+    file = place.path / "runs" / "three" / "table.csv"
+    before = file.read_bytes()
+    file.write_bytes(b"\xff\x00" + before)
+    assert main(("sweep", "three.py", "--table")) == 0
+    assert file.read_bytes() == before
+
+
 def test_another_suite_evaluates_again(place, capsys):
     assert main(("sweep", "three.py", "--only", "a")) == 0
     capsys.readouterr()
@@ -333,6 +382,10 @@ def test_bad_input_starts_nothing(place, capsys, line, message):
         ("yield replace(config(), name='x/y')", "a point cannot be called 'x/y'"),
         ("yield replace(config(), name='')", "a point cannot be called ''"),
         ("yield replace(config(), name='lr:1')", "a point cannot be called 'lr:1': it is run as"),
+        ("yield replace(config(), name='table.csv')", "a point cannot be called 'table.csv': it"),
+        ("yield replace(config(), name='config.json')", "cannot be called 'config.json': it is"),
+        ("yield replace(config(), name='a\\nb')", "a point cannot be called 'a\\nb': it is a"),
+        ("yield replace(config(), name='-x')", "a point cannot be called '-x': it is a file, a f"),
         ("return []", "yields nothing"),
         ("yield int('x')", "invalid literal for int"),
         ("yield 3", "must yield experiments"),

@@ -32,8 +32,29 @@ FAULTS = (
     Fault(
         "directories of another config are seen when their point comes",
         POINTS,
-        "        check_owner(point.experiment, point.directory)\n",
-        "",
+        "        check_owner(point.experiment, point.directory)\n    for",
+        "        pass\n    for",
+        "sweep",
+    ),
+    Fault(
+        "a point that ran another config than was read counts",
+        RUNNER,
+        "if code == 0 and (trouble := point.trouble()):",
+        "if trouble := None:",
+        "sweep",
+    ),
+    Fault(
+        "a finished point is shown with what is asked for now",
+        TABLE,
+        "experiments = [point.as_run() for point in points]",
+        "experiments = [point.experiment for point in points]",
+        "sweep",
+    ),
+    Fault(
+        "damage of another point stops an array job",
+        POINTS,
+        "    for point in asked:\n",
+        "    for point in points:\n",
         "sweep",
     ),
     Fault(

@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     metrics["step"] = step
     if asked:
         metrics["sampler"] = asked
+    print(json_text(metrics), flush=True)
     if arguments.out:
         write_json(arguments.out, metrics)
-    print(json_text(metrics))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`generate`: continues a prompt with text and images."""
+"""`generate`: continues prompts with text and images."""
 
 import argparse
 import signal
@@ -20,9 +20,19 @@ from transfusion_jax.host import cache_compiled
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=local, metavar="RUN_DIR", help="a trained run")
-    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     parser.add_argument(
-        "--image", type=local, metavar="FILE", help="an image that comes before the prompt"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="the text to continue; given several times, each is a request of its own",
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        type=local,
+        default=[],
+        metavar="FILE",
+        help="an image that comes before the prompt; given several times, all do, in this order",
     )
     parser.add_argument(
         "--draw",
@@ -30,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin with an image, instead of leaving that to the model",
     )
     parser.add_argument(
-        "--num", type=int, default=1, metavar="N", help="how many continuations (default: 1)"
+        "--num",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many continuations of each (default: 1)",
     )
     add_sampling(parser)
     parser.add_argument(
@@ -67,23 +81,25 @@ def run(arguments: argparse.Namespace) -> int:
 
     with Watch(signal.SIGTERM) as watch, noticing_loss():
         with user_input():
-            engine, request = _request(arguments)
+            engine, requests = _requests(arguments)
         cache_compiled(say_leading)
         engine = replace(engine, moved=watch.check)
-        answers = engine.generate([request] * arguments.num, arguments.seed, arguments.draw)
+        requests = [request for request in requests for _ in range(arguments.num)]
+        answers = engine.generate(requests, arguments.seed, arguments.draw)
     if not is_leader():
         return 0
-    print(write_outputs(arguments.out, arguments.prompt or "", answers), end="")
+    prompts = [spans[-1] if isinstance(spans[-1], str) else "" for spans in requests]
+    print(write_outputs(arguments.out, prompts, answers), end="")
     say(f"written to {arguments.out}")
     return 0
 
 
-def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
-    """The engine with the sampler settings asked for, and the checked request."""
+def _requests(arguments: argparse.Namespace) -> tuple[Any, list[tuple]]:
+    """The engine with the sampler settings asked for, and the checked requests."""
     from transfusion_jax.generation.engine import load_engine
 
-    text = (arguments.prompt or "").strip()
-    if not text and not arguments.image:
+    prompts = arguments.prompt or [""]
+    if not all(prompt.strip() or arguments.image for prompt in prompts):
         raise ValueError("the prompt is empty: give --prompt TEXT, or --image FILE, or both")
     if arguments.num < 1:
         raise ValueError(f"--num {arguments.num} must be at least 1")
@@ -93,19 +109,21 @@ def _request(arguments: argparse.Namespace) -> tuple[Any, tuple]:
     join_processes(arguments)
     engine, _ = load_engine(arguments.run_dir, say_leading, asked_mesh(arguments))
     engine = engine.using(**asked_sampling(arguments))
-    for flag, given in (("--draw", arguments.draw), ("--candidates", arguments.candidates)):
-        if given and engine.experiment.model.images == "none":
-            raise ValueError(f"{flag}: the model of {arguments.run_dir} is of text alone")
+    of_images = ["draw"] * arguments.draw + [
+        name for name in ("candidates", "guidance", "steps") if getattr(arguments, name) is not None
+    ]
+    if of_images and engine.experiment.model.images == "none":
+        raise ValueError(f"--{of_images[0]}: the model of {arguments.run_dir} is of text alone")
     engine.require_pictures()
-    image = (engine.read(arguments.image),) if arguments.image else ()
-    request = (*image, arguments.prompt) if text else image
-    longest, trained = engine.check([request]), engine.experiment.data.row_length
+    images = [engine.read(file) for file in arguments.image]
+    requests = [(*images, *[prompt] * bool(prompt.strip())) for prompt in prompts]
+    longest, trained = engine.check(requests), engine.experiment.data.row_length
     if longest > trained:
         note_leading(
             f"note: the answer may reach position {longest}, and none beyond {trained} was trained "
             f"(data.row_length); --max-tokens bounds it"
         )
-    return engine, request
+    return engine, requests
 
 
-COMMAND = Command("continue a prompt with text and images", add_arguments, run)
+COMMAND = Command("continue prompts with text and images", add_arguments, run)

@@ -79,12 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.list:
             say(_listing(points, asked, found))
             return 0
-        check_runs(points, directory)
+        check_runs(points, asked, directory)
     command = functools.partial(_command, arguments.file, arguments.overrides)
     if arguments.dry_run:
         for point in asked:
             say(f"# {point.name}: {point.status()}")
-            if point.summary() is None:
+            if point.status() != "finished":
                 say(shlex.join(command(point)))
         return 0
     # Who starts array jobs starts them again, and does so for all processes of a point together.
@@ -124,6 +124,9 @@ def _tabulate(points: Sequence[Point], found: Sweep, directory: Path) -> None:
     """Writes the table, as Markdown, CSV and a picture, and prints the first."""
     from transfusion_jax.sweeps.figure import draw
 
+    for point in points:
+        if trouble := point.trouble():
+            say(f"{point.name} is left out: {trouble}")
     rows = make_rows(points, found.published)
     text = as_markdown(rows)
     directory.mkdir(parents=True, exist_ok=True)

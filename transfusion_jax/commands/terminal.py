@@ -4,10 +4,11 @@ import sys
 
 
 def say(line: str) -> None:
-    """Prints a line to standard output, above the progress bar if there is one."""
+    """Prints lines to standard output, above the progress bar if there is one; without characters
+    that do something to a terminal, which texts of data may hold."""
     from tqdm import tqdm
 
-    tqdm.write(line)
+    tqdm.write("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in line))
     sys.stdout.flush()
 
 

@@ -10,7 +10,9 @@ from transfusion_jax.files import write_atomic
 from transfusion_jax.images import write_image
 
 
-def write_outputs(out: Path, prompt: str, answers: Sequence[Sequence[str | np.ndarray]]) -> str:
+def write_outputs(
+    out: Path, prompts: Sequence[str], answers: Sequence[Sequence[str | np.ndarray]]
+) -> str:
     """Writes `0.png`, `1.png`, ... and, last, `outputs.jsonl`; returns the text of the latter.
 
     One line for each answer: `{"prompt": "a cat", "spans": [{"text": "..."}, {"image": "0.png"}]}`.
@@ -18,7 +20,7 @@ def write_outputs(out: Path, prompt: str, answers: Sequence[Sequence[str | np.nd
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     pictures = 0
-    for spans in answers:
+    for prompt, spans in zip(prompts, answers, strict=True):
         written = []
         for span in spans:
             if isinstance(span, str):

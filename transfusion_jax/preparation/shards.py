@@ -165,7 +165,7 @@ def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
             if writer is not None:
                 writer.close()
         path.unlink(missing_ok=True)
-        known = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         number = next((n for n in known if os.strerror(n) in str(error)), None)
         if number is None or not isinstance(error, RuntimeError):
             raise

@@ -8,10 +8,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.figures import ACCENT, INK, MUTED, save
-from transfusion_jax.sweeps.table import Row, groups, metric_names, titles, values_of
+from transfusion_jax.sweeps.table import (
+    Row,
+    flops_of,
+    groups,
+    metric_names,
+    titles,
+    values_of,
+)
 
 ACROSS = 4
 """Panels beside each other."""
+PANELS, POINTS = 40, 100
+"""At most so many metrics are drawn, and of so many points; a picture of more takes minutes, and
+cannot be read."""
 FLOPS_VARY = 1.5
 """From this ratio of most to least FLOPs on, metrics are drawn over FLOPs."""
 
@@ -29,7 +39,7 @@ Group = tuple[str, Sequence[Row]]
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
-    """Draws what is measured and published; False if there is nothing yet.
+    """Draws what is measured and published; False if there is nothing yet, or are too many points.
 
     A metric that all points have in common has no panel. Points that differ in their seed only are
     one mark, at their mean, on a line from the least to the greatest.
@@ -42,8 +52,8 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         for name in metric_names(rows)
         if (any(values_of(alike, name) for _, alike in found) or not over_flops)
         and _differs(rows, name)
-    ]
-    if not names:
+    ][:PANELS]
+    if not names or len(found) > POINTS:
         return False
     across = min(ACROSS, len(names))
     down = -(-len(names) // across)
@@ -74,7 +84,7 @@ def _differs(rows: Sequence[Row], metric: str) -> bool:
 
 
 def _flops(rows: Sequence[Row]) -> float | None:
-    values = [row.summary["model_flops"] for row in rows if row.summary.get("model_flops")]
+    values = flops_of(rows)
     return float(np.mean(values)) if values else None
 
 

@@ -13,6 +13,8 @@ from transfusion_jax.config.stored import loads
 from transfusion_jax.errors import require
 from transfusion_jax.training.owner import CONFIG, SUMMARY, check_owner
 
+TABLE = ("table.md", "table.csv", "table.png")
+"""What a sweep leaves beside its points."""
 Changes = dict[str, Any]
 """Values of fields by dotted name; None for a field that a point lacks, such as a second source."""
 
@@ -45,7 +47,26 @@ class Point:
         require(isinstance(summary, dict) and summary, f"{file} holds no numbers of a run")
         return summary
 
+    def trouble(self) -> str:
+        """Why what its directory holds is not a run of this point; empty where it is one."""
+        try:
+            check_owner(self.experiment, self.directory)
+            self.summary()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def as_run(self) -> Experiment:
+        """The experiment as its finished run has it: fields that a resumed run may change can
+        differ. As asked for, where it is not finished."""
+        if self.trouble() or self.summary() is None:
+            return self.experiment
+        config = self.directory / CONFIG
+        return loads(config.read_bytes(), str(config))
+
     def status(self) -> str:
+        if self.trouble():
+            return "unusable"
         if self.summary() is not None:
             return "finished"
         return "not finished" if (self.directory / CONFIG).exists() else "not run"
@@ -61,6 +82,8 @@ def make_points(experiments: Sequence[Experiment], directory: Path) -> list[Poin
         is_folder = name == Path(name).name and name not in ("", "..")
         require(is_folder, f"a point cannot be called {name!r}: its run is a folder of that name")
         require(":" not in name, f"a point cannot be called {name!r}: it is run as FILE:NAME")
+        plain = name.isprintable() and not name.startswith("-") and name not in (*TABLE, CONFIG)
+        require(plain, f"a point cannot be called {name!r}: it is a file, a flag, or not one line")
     return [Point(experiment, directory / experiment.name) for experiment in experiments]
 
 
@@ -82,15 +105,16 @@ def chosen(points: Sequence[Point], only: Sequence[str] | None, index: int | Non
     return [point for point in points if only is None or point.name in only]
 
 
-def check_runs(points: Sequence[Point], directory: Path) -> None:
-    """Raises ValueError if the sweep's directory is that of a run, or a point's directory holds
-    anything but a run of its config."""
+def check_runs(points: Sequence[Point], asked: Sequence[Point], directory: Path) -> None:
+    """Raises ValueError if the sweep's directory is that of a run, a point's directory holds
+    anything but a run of its config, or the numbers of a point that is asked for are damaged."""
     require(
         not (directory / CONFIG).exists(),
         f"{directory} holds a run; name another directory for the sweep with --out",
     )
     for point in points:
         check_owner(point.experiment, point.directory)
+    for point in asked:
         point.summary()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from transfusion_jax.errors import AGAIN, ComeAgain
-from transfusion_jax.sweeps.points import Point
+from transfusion_jax.sweeps.points import Point, varying, written
 
 RESTARTS = 5
 """How often a point is started again that asks for it, or was killed."""
@@ -67,12 +67,16 @@ def run_points(
         for number, point in enumerate(points, 1):
             place = f"point {number} of {len(points)}, {point.name}"
             if point.summary() is not None:
-                report(f"{place}: finished already")
+                ran, _ = varying([point.as_run(), point.experiment])
+                report(f"{place}: finished already" + (f", with {written(ran)}" if ran else ""))
                 continue
             started = time.monotonic()
-            left = sum(other.summary() is None for other in points[number - 1 :])
+            left = sum(other.status() != "finished" for other in points[number - 1 :])
             report(f"{place}: {progress(started - begin, seconds, left)}")
             code = _run(point, command, child, restarts, report)
+            if code == 0 and (trouble := point.trouble()):  # the file has changed since
+                report(f"{place}: {trouble}")
+                code = 1
             if code:
                 failed[point.name] = code
                 report(f"{place}: failed with exit code {code}")

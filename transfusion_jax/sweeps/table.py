@@ -56,7 +56,7 @@ class Row:
 
 def make_rows(points: Sequence[Point], published: Published) -> list[Row]:
     """The rows of all points, as their directories are now."""
-    experiments = [point.experiment for point in points]
+    experiments = [point.as_run() for point in points]
     first: dict[Any, str] = {}
     rows = []
     for point, all_fields, changed in zip(
@@ -65,10 +65,10 @@ def make_rows(points: Sequence[Point], published: Published) -> list[Row]:
         rows.append(
             Row(
                 point.name,
-                point.status(),
+                status := point.status(),
                 all_fields,
                 changed,
-                point.summary() or {},
+                (point.summary() or {}) if status == "finished" else {},
                 published.get(point.name, {}),
                 first.setdefault(without_seed(point.experiment), point.name),
             )
@@ -123,11 +123,14 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def listed(file: Path) -> set[str]:
-    """Names of the points in a table as CSV; none where there is no such file."""
+    """Names of the points in a table as CSV; none where no such table can be read."""
     if not file.is_file():
         return set()
-    with file.open(newline="") as opened:
-        return {line["point"] for line in csv.DictReader(opened) if line.get("point")}
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            return {line["point"] for line in csv.DictReader(opened) if line.get("point")}
+    except (ValueError, csv.Error):
+        return set()
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -178,6 +181,12 @@ def values_of(rows: Sequence[Row], metric: str) -> list[float]:
     """What the finished ones among the rows have measured; numbers that are not finite left out."""
     values = (row.metrics.get(metric, math.nan) for row in rows)
     return [value for value in values if math.isfinite(value)]
+
+
+def flops_of(rows: Sequence[Row]) -> list[float]:
+    """Training FLOPs of the finished ones among the rows that have them."""
+    values = (row.summary.get("model_flops") for row in rows)
+    return [value for value in values if isinstance(value, int | float) and value]
 
 
 def _spread(values: Sequence[float], seeds: int) -> str | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 FULL = os.strerror(errno.ENOSPC)
 SILENT = (errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT)
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *SILENT)
-"""Numbers of errors of a file system that is full, turned read-only, or does not answer."""
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *SILENT)
+"""Numbers of errors of a file system that is full, takes no file so large, has turned read-only, or
+does not answer."""
 
 
 def failure(function: Callable[[], Any]) -> Exception | None:
@@ -56,8 +57,8 @@ TRANSIENT = (
 
 
 def as_line(error: Exception) -> str:
-    """An error as one short line."""
+    """An error as one short line: its beginning, and its end, where a cause often stands."""
     text = " ".join(str(error).split()) or type(error).__name__
     if FULL in text:
         return FULL
-    return text if len(text) < 200 else text[:200] + "..."
+    return text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"

@@ -84,7 +84,11 @@ class Dataset:
         from transfusion_jax.data.packing import plan  # loads JAX, which `prepare` does without
 
         found = self._training_images
-        require(found.images > 0, f"{self.path} has no images, so any row length suits it")
+        require(
+            found.images > 0,
+            f"no training document of {self.path} has an image, so any row length suits it; "
+            "experiments/own_text.py is for text alone",
+        )
         longest = max(text + n * image.span + 2 for n, text in found.longest)
         total = found.text + found.images * image.span + 2 * found.documents
         least = max(images * total / found.images, longest)

@@ -26,6 +26,8 @@ RELATIONS = {
     "above": (0, -1), "over": (0, -1), "below": (0, 1), "under": (0, 1),
 }  # fmt: skip
 """Phrase -> the axis of the place (row 0, column 1) and the sign of the difference."""
+RELATED = 0.75
+"""Share of captions that relate two things, of those that can."""
 FRAMES = (
     "{}",
     "there {be} {}",
@@ -67,10 +69,14 @@ def captions(scene: Scene) -> list[str]:
 
 
 def draw_caption(scene: Scene, rng: Random) -> str:
-    """One of `captions(scene)`: a list or, half of the time where it can be, a relation."""
+    """One of `captions(scene)`: a list or, mostly where it can be, a relation.
+
+    Lists begin at the top. With too few relations, a model reads who is above from who is named
+    first.
+    """
     detail = choose(DETAILS, rng)
     unique = _unique(scene, detail)
-    if len(unique) > 1 and rng.random() < 0.5:
+    if len(unique) > 1 and rng.random() < RELATED:
         a = choose(unique, rng)
         b = choose([o for o in unique if o is not a], rng)
         phrase = choose([p for p in RELATIONS if related(a, p, b)], rng)
