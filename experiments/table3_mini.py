@@ -11,10 +11,11 @@ r"""Table 3 on digits: Transfusion against Chameleon, and Llama on the text, at 
     transfusion-jax sweep experiments/table3_mini.py
 
 An image is 16 patches of 2x2 pixels to the one, 16 codes of 64 to the other, so rows are the
-same, and FLOPs but for the logits of codes. The other half of the rows are comparisons in words;
+same, and FLOPs but for the logits of codes. Neither learns where a patch is in its picture, which
+for codes the code does not do. The other half of the rows are comparisons in words;
 Llama has them in every row, so twice as many. Of the changes for stability Chameleon has norms and
 z-loss; the learning rate is that of all.
-Hardware: two CPU cores, 81 minutes beside other work: docs/results.md.
+Hardware: two CPU cores, 61 minutes of training beside other work: docs/results.md.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,9 @@ def base(size: str) -> Experiment:
     layers, width = SIZES[size]
     return replace(
         whole,
-        model=replace(whole.model, layers=layers, width=width, mlp_width=3 * width),
+        model=replace(
+            whole.model, layers=layers, width=width, mlp_width=3 * width, patch_position="rope"
+        ),
         data=replace(whole.data, sources=_sources(PICTURES)),
         optimizer=replace(whole.optimizer, kind="adamw"),
         train=replace(whole.train, steps=800),
