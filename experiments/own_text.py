@@ -1,12 +1,11 @@
 """Your own text, without pictures: a small language model. `own_data.py` is for pictures and text.
 
-    transfusion-jax prepare my/texts --out data/text
+    transfusion-jax prepare my/texts --out data/text --vocab-size 2000
     transfusion-jax train experiments/own_text.py
     transfusion-jax generate runs/own_text --prompt "Once upon a time" --out out/text
 
-Hardware: two CPU cores; some minutes.
-Expected: a model of 2 M parameters, of which half are the vocabulary's; its loss of held-out text
-(docs/data.md).
+Hardware: two CPU cores, some minutes: 1,000 steps of 2,048 tokens.
+Expected: a model of 1.4 M parameters, and its perplexity of held-out text.
 """
 
 from transfusion_jax.config import (
