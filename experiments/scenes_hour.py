@@ -5,7 +5,8 @@
 Hardware: two CPU cores; 2.0e14 FLOPs. 106 minutes of training beside other work, 66 with little
 beside it.
 Expected: what is asked for drawn in 90 % of prompts (68 % with one image each), in 93 % of those
-with pairs of colour and kind never seen in training, captions 95 %: docs/scenes.md.
+with pairs of colour and kind never seen in training, captions 95 %: docs/scenes.md. That run was
+before captions had more relations (`words.RELATED`).
 """
 
 from dataclasses import replace

@@ -5,7 +5,8 @@
 Hardware: a GPU; 1.8e15 FLOPs, five minutes of training on an H200 that five small runs shared, with
 `--model.attention dense`.
 Expected, with `--sampler.candidates 1 --sampler.steps 50`: what is asked for drawn in 68 % of
-prompts (single objects 97 %, colours 98 %), captions 98 %, edits 69 %: docs/scenes.md.
+prompts (single objects 97 %, colours 98 %), captions 98 %, edits 69 %: docs/scenes.md. That run
+was before captions had more relations (`words.RELATED`).
 """
 
 from dataclasses import replace

@@ -411,8 +411,11 @@ def test_what_was_evaluated_is_printed_where_it_cannot_be_written(engine, capsys
 
 
 def test_texts_of_data_do_nothing_to_a_terminal(capsys):
-    say("a \x1b[31mred\x1b[0m\u202e bé \u732b\nline")
-    assert capsys.readouterr().out == "a \\x1b[31mred\\x1b[0m\\u202e bé \u732b\nline\n"
+    ordinary = "bé\xa0\u732b\u3000\u0646\u200c\tx\nline"
+    say(f"a \x1b[31mred\x9b0m\u202e {ordinary}")
+    assert capsys.readouterr().out == f"a \\x1b[31mred\\x9b0m\\u202e {ordinary}\n"
+    assert main(("sweep", "no\x1b[31m.py")) == 2
+    assert "no\\x1b[31m.py" in capsys.readouterr().err
 
 
 def test_evaluate_prints_json(engine, tmp_path, capsys, monkeypatch):

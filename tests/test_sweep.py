@@ -253,15 +253,26 @@ def test_damage_of_another_point_stops_none(place, capsys):
     assert "b/summary.json is not JSON" in fails(capsys, "sweep", "three.py", "--index", "1")
 
 
-def test_a_point_that_ran_another_config_than_was_read_has_failed(place, capsys):
+@pytest.mark.parametrize(
+    ("part", "changes", "message", "status"),
+    [
+        ("model", {"layers": 1}, "holds a run of another config", "unusable"),
+        ("sampler", {"guidance": 7.5}, "was measured with another sampler", "not finished"),
+    ],
+)
+def test_a_point_that_ran_another_config_than_was_read_has_failed(
+    place, capsys, part, changes, message, status
+):
     """As where the sweep's file changes while it runs."""
-    (place.path / "b.json").write_text((place.path / "a.json").read_text())
+    ran = json.loads((place.path / "b.json").read_text())
+    ran[part] |= changes
+    (place.path / "b.json").write_text(json.dumps(ran))
     assert main(("sweep", "three.py")) == 1
     said = capsys.readouterr()
     assert said.err == "error: 1 of 3 points failed: b (exit code 1)\n"
-    assert "point 2 of 3, b: runs/three/b holds a run of another config" in said.out
+    assert f"point 2 of 3, b: runs/three/b {message}" in said.out
     (row,) = [line for line in said.out.splitlines() if line.startswith("| b ")]
-    assert "unusable" in row and "0.125" not in row
+    assert status in row and "0.125" not in row
 
 
 def test_what_a_resumed_run_may_change_is_shown_as_it_ran(place, capsys):

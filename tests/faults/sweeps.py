@@ -39,7 +39,7 @@ FAULTS = (
     Fault(
         "a point that ran another config than was read counts",
         RUNNER,
-        "if code == 0 and (trouble := point.trouble()):",
+        "if code == 0 and (trouble := point.ran_otherwise()):",
         "if trouble := None:",
         "sweep",
     ),

@@ -13,7 +13,7 @@ from transfusion_jax.commands.joining import (
     join_processes,
     use_cores,
 )
-from transfusion_jax.commands.sampling import add_sampling, asked_sampling
+from transfusion_jax.commands.sampling import add_sampling, asked_sampling, check_draws
 from transfusion_jax.commands.terminal import note_leading
 from transfusion_jax.files import json_text, write_json
 from transfusion_jax.host import cache_compiled
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             engine, step = load_engine(arguments.run_dir, note_leading, asked_mesh(arguments))
             asked = asked_sampling(arguments)
             engine = engine.using(**asked)
+            check_draws(arguments, engine.experiment)
             names = names or engine.experiment.evaluation
             check_suites(engine, names)
         if not names:
@@ -67,9 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     metrics["step"] = step
     if asked:
         metrics["sampler"] = asked
-    print(json_text(metrics), flush=True)
-    if arguments.out:
-        write_json(arguments.out, metrics)
+    try:
+        if arguments.out:
+            write_json(arguments.out, metrics)
+    finally:  # wherever the one fails, the other has them
+        print(json_text(metrics), flush=True)
     return 0
 
 

@@ -13,8 +13,8 @@ from transfusion_jax.commands.joining import (
     asked_mesh,
     join_processes,
 )
-from transfusion_jax.commands.sampling import add_sampling, asked_sampling
-from transfusion_jax.commands.terminal import note_leading, say, say_leading
+from transfusion_jax.commands.sampling import add_sampling, asked_sampling, check_draws
+from transfusion_jax.commands.terminal import harmless, note_leading, say, say_leading
 from transfusion_jax.host import cache_compiled
 
 
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not is_leader():
         return 0
     prompts = [spans[-1] if isinstance(spans[-1], str) else "" for spans in requests]
-    print(write_outputs(arguments.out, prompts, answers), end="")
+    print(harmless(write_outputs(arguments.out, prompts, answers)), end="")
     say(f"written to {arguments.out}")
     return 0
 
@@ -109,11 +109,7 @@ def _requests(arguments: argparse.Namespace) -> tuple[Any, list[tuple]]:
     join_processes(arguments)
     engine, _ = load_engine(arguments.run_dir, say_leading, asked_mesh(arguments))
     engine = engine.using(**asked_sampling(arguments))
-    of_images = ["draw"] * arguments.draw + [
-        name for name in ("candidates", "guidance", "steps") if getattr(arguments, name) is not None
-    ]
-    if of_images and engine.experiment.model.images == "none":
-        raise ValueError(f"--{of_images[0]}: the model of {arguments.run_dir} is of text alone")
+    check_draws(arguments, engine.experiment)
     engine.require_pictures()
     images = [engine.read(file) for file in arguments.image]
     requests = [(*images, *[prompt] * bool(prompt.strip())) for prompt in prompts]

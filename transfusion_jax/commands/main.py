@@ -30,6 +30,7 @@ from transfusion_jax.commands import (
 from transfusion_jax.commands.bad_input import BadInput, user_input
 from transfusion_jax.commands.command import Command
 from transfusion_jax.commands.help import help_text
+from transfusion_jax.commands.terminal import harmless
 from transfusion_jax.errors import AGAIN, ComeAgain, ProcessLost, WorkFailed
 from transfusion_jax.host import keep_freed_memory
 
@@ -168,7 +169,7 @@ def _help(parser: argparse.ArgumentParser, command: Command, words: Sequence[str
 
 def _fail(message: str, code: int, at_once: bool = False) -> int:
     """Says what went wrong. One of several processes ends here: an ordinary exit would wait."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {harmless(' '.join(message.split()))}", file=sys.stderr, flush=True)
     if processes := _joined():
         processes.leave(code, at_once)
     return code

@@ -2,6 +2,9 @@
 
 import argparse
 
+from transfusion_jax.config import Experiment
+from transfusion_jax.errors import require
+
 FIELDS = ("guidance", "steps", "candidates", "temperature", "max_tokens")
 
 
@@ -31,3 +34,13 @@ def asked_sampling(arguments: argparse.Namespace) -> dict:
     """Of `sampler`, the fields given."""
     asked = {name: getattr(arguments, name, None) for name in FIELDS}
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def check_draws(arguments: argparse.Namespace, experiment: Experiment) -> None:
+    """Raises ValueError if a flag of images is given for a model of text alone."""
+    values = {name: getattr(arguments, name, None) for name in ("draw", *FIELDS[:3])}
+    given = [name for name, value in values.items() if value is not None and value is not False]
+    require(
+        not given or experiment.model.images != "none",
+        f"--{', --'.join(given)}: the model of {arguments.run_dir} is of text alone",
+    )

@@ -1,14 +1,23 @@
 """What commands print."""
 
+import re
 import sys
+
+ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that do something to a terminal: controls but tab and newline, and those that turn the
+direction of writing."""
+
+
+def harmless(text: str) -> str:
+    """A text that may come from data, with such characters written as escapes."""
+    return ACTING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def say(line: str) -> None:
-    """Prints lines to standard output, above the progress bar if there is one; without characters
-    that do something to a terminal, which texts of data may hold."""
+    """Prints lines to standard output, `harmless`, above the progress bar if there is one."""
     from tqdm import tqdm
 
-    tqdm.write("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in line))
+    tqdm.write(harmless(line))
     sys.stdout.flush()
 
 

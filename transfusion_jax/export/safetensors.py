@@ -128,7 +128,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
         "eos_token_id": tokenizer.eos,
         "boi_token_id": tokenizer.boi,
         "eoi_token_id": tokenizer.eoi,
-        # Rows of the embedding from here to `vocab_size` are padding, never read or written; those
+        # Rows of the embedding from here to `vocab_size` are padding, never tokens; those
         # after it are the codes of a chameleon.
         "tokenizer_size": tokenizer.size,
     }

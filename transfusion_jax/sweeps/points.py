@@ -52,9 +52,18 @@ class Point:
         try:
             check_owner(self.experiment, self.directory)
             self.summary()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return str(error)
         return ""
+
+    def ran_otherwise(self) -> str:
+        """Why a run that has just ended well is not that of this point; empty where it is."""
+        if trouble := self.trouble():
+            return trouble
+        config = self.directory / CONFIG
+        ran, asked = loads(config.read_bytes(), str(config)), self.experiment
+        same = (ran.sampler, ran.evaluation) == (asked.sampler, asked.evaluation)
+        return "" if same else f"{self.directory} was measured with another sampler or other suites"
 
     def as_run(self) -> Experiment:
         """The experiment as its finished run has it: fields that a resumed run may change can

@@ -74,7 +74,7 @@ def run_points(
             left = sum(other.status() != "finished" for other in points[number - 1 :])
             report(f"{place}: {progress(started - begin, seconds, left)}")
             code = _run(point, command, child, restarts, report)
-            if code == 0 and (trouble := point.trouble()):  # the file has changed since
+            if code == 0 and (trouble := point.ran_otherwise()):  # the file has changed since
                 report(f"{place}: {trouble}")
                 code = 1
             if code:
