@@ -173,6 +173,14 @@ def test_the_picture_has_a_panel_for_each_metric(points, tmp_path):
     assert red.any() and not (pixels(two) == (0xB3, 0x20, 0x2C)).all(-1).any()
 
 
+def test_there_is_no_picture_of_more_points_than_can_be_read(points, monkeypatch, tmp_path):
+    rows = make_rows(points, PUBLISHED)
+    monkeypatch.setattr("transfusion_jax.sweeps.figure.POINTS", 2)  # there are three, seeds aside
+    assert not draw(rows, tmp_path / "table.png") and not (tmp_path / "table.png").exists()
+    monkeypatch.setattr("transfusion_jax.sweeps.figure.POINTS", 3)
+    assert draw(rows, tmp_path / "table.png")
+
+
 def test_what_all_points_have_in_common_has_no_panel(points, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(

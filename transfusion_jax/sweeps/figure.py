@@ -8,14 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from transfusion_jax.figures import ACCENT, INK, MUTED, save
-from transfusion_jax.sweeps.table import (
-    Row,
-    flops_of,
-    groups,
-    metric_names,
-    titles,
-    values_of,
-)
+from transfusion_jax.sweeps.table import Row, groups, metric_names, titles, values_of
 
 ACROSS = 4
 """Panels beside each other."""
@@ -84,7 +77,8 @@ def _differs(rows: Sequence[Row], metric: str) -> bool:
 
 
 def _flops(rows: Sequence[Row]) -> float | None:
-    values = flops_of(rows)
+    found = (row.summary.get("model_flops") for row in rows)
+    values = [value for value in found if isinstance(value, int | float) and value]
     return float(np.mean(values)) if values else None
 
 

@@ -36,8 +36,7 @@ class Point:
         file = self.directory / SUMMARY
         if not file.exists():
             return None
-        config = self.directory / CONFIG
-        ran, asked = loads(config.read_bytes(), str(config)), self.experiment
+        ran, asked = self._stored(), self.experiment
         if (ran.sampler, ran.evaluation) != (asked.sampler, asked.evaluation):
             return None
         try:
@@ -60,8 +59,7 @@ class Point:
         """Why a run that has just ended well is not that of this point; empty where it is."""
         if trouble := self.trouble():
             return trouble
-        config = self.directory / CONFIG
-        ran, asked = loads(config.read_bytes(), str(config)), self.experiment
+        ran, asked = self._stored(), self.experiment
         same = (ran.sampler, ran.evaluation) == (asked.sampler, asked.evaluation)
         return "" if same else f"{self.directory} was measured with another sampler or other suites"
 
@@ -70,6 +68,10 @@ class Point:
         differ. As asked for, where it is not finished."""
         if self.trouble() or self.summary() is None:
             return self.experiment
+        return self._stored()
+
+    def _stored(self) -> Experiment:
+        """The experiment that its directory holds a run of."""
         config = self.directory / CONFIG
         return loads(config.read_bytes(), str(config))
 

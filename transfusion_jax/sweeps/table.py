@@ -183,12 +183,6 @@ def values_of(rows: Sequence[Row], metric: str) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def flops_of(rows: Sequence[Row]) -> list[float]:
-    """Training FLOPs of the finished ones among the rows that have them."""
-    values = (row.summary.get("model_flops") for row in rows)
-    return [value for value in values if isinstance(value, int | float) and value]
-
-
 def _spread(values: Sequence[float], seeds: int) -> str | None:
     """Mean and range, and how many have a value where not all do."""
     if not values:
