@@ -2,7 +2,7 @@
 
     transfusion-jax train experiments/scenes.py
 
-Hardware: two CPU cores; 4.7e13 FLOPs, 15 to 20 minutes of training, then some minutes of drawing
+Hardware: two CPU cores; 4.7e13 FLOPs, 15 to 21 minutes of training, then some minutes of drawing
 32 images for each prompt, of which the model keeps one.
 Expected: 81 % of prompts drawn as asked (40 % with one image each), 90 % of those with pairs of
 colour and kind never seen in training, captions 90 %, edits 20 %. Seeds differ: with
